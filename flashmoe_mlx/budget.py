@@ -1,0 +1,91 @@
+"""How many slots the memory allows, and which layers share them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import psutil
+
+from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.slab import row_nbytes
+
+_SHARED_SLOTS = 32  # of a pool that serves many layers: room for a few tokens' experts of one layer
+
+
+@dataclass(frozen=True)
+class Share:
+    """``slots`` slots for the layers of ``tables``, whose experts look alike."""
+
+    slots: int
+    tables: tuple[ExpertTable, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots."""
+        return self.slots * slot_nbytes(self.tables[0])
+
+
+def plan(tables: Sequence[ExpertTable], ram_budget: int, top_k: int) -> list[Share]:
+    """Divide a budget among layers.
+
+    Every layer keeps the same fraction of its experts, if that is enough for one token's. Otherwise layers whose
+    experts look alike share slots: at least 32 of them, even at budget 0.
+
+    Args:
+        tables: the layers'.
+        ram_budget (int): bytes for slots.
+        top_k (int): experts a token uses in one layer.
+    """
+    total = experts_nbytes(tables)
+    slots = [min(table.experts, table.experts * ram_budget // total) for table in tables]
+    if min(slots) >= max(1, top_k):
+        return [Share(count, (table,)) for count, table in zip(slots, tables, strict=True)]
+    alike: dict[object, list[ExpertTable]] = defaultdict(list)
+    for table in tables:
+        alike[tuple((part.name, part.shape, part.dtype) for part in table.parts)].append(table)
+    shares = []
+    for group in alike.values():
+        experts = sum(table.experts for table in group)
+        shares.append(Share(min(experts, max(_SHARED_SLOTS, experts * ram_budget // total)), tuple(group)))
+    return shares
+
+
+def experts_nbytes(tables: Sequence[ExpertTable]) -> int:
+    """Bytes of all experts, held in memory."""
+    return sum(table.experts * slot_nbytes(table) for table in tables)
+
+
+def slot_nbytes(table: ExpertTable) -> int:
+    """Bytes of one slot for an expert of this layer."""
+    return sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+
+
+def free_memory() -> int:
+    """Bytes that can be used without swapping; on a Mac no more than Metal lets a program keep."""
+    available: int = psutil.virtual_memory().available
+    limit = mx.device_info().get("max_recommended_working_set_size", available)
+    return min(available, int(limit))
+
+
+def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
+    """Refuse what would have to be swapped.
+
+    Raises:
+        MemoryError: trunk and slots are larger than the free memory.
+    """
+    free = free_memory()
+    if trunk_nbytes > free:
+        raise MemoryError(
+            f"the trunk needs {_gb(trunk_nbytes)} and {_gb(free)} are free: it does not fit, whatever the budget. "
+            "Close other programs or take a checkpoint with fewer bits"
+        )
+    if trunk_nbytes + slots_nbytes > free:
+        raise MemoryError(
+            f"{_gb(slots_nbytes)} for experts and {_gb(trunk_nbytes)} for the trunk do not fit into the {_gb(free)} "
+            f"that are free: choose a ram_budget below {_gb(free - trunk_nbytes)}"
+        )
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

@@ -1,0 +1,113 @@
+"""Settings of a streamed model: one frozen dataclass, filled from TOML files and arguments."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Self
+
+_PACKAGE = Path(__file__).resolve().parent
+_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
+_UNITS |= {"TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SAMPLING = {"temp", "top_p", "top_k", "min_p"}  # as mlx_lm.generate's flags are called
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a model's experts are streamed. Every field has the name of its TOML key and its command line flag.
+
+    Args:
+        ram_budget (int): bytes for experts in memory. 0 keeps one small pool and trusts the OS page cache.
+            Accepts text such as ``"12GB"``.
+        experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
+            one the model was trained with; fewer read less and change the output.
+        read_threads (int): parallel reads. Default: the number of cores, at most 8.
+        sampling (Mapping[str, float]): what the command line samples with unless told otherwise; keys ``temp``,
+            ``top_p``, ``top_k``, ``min_p``. The Python API leaves sampling to mlx-lm.
+
+    Raises:
+        ValueError: a value is out of range or a sampling key unknown.
+    """
+
+    ram_budget: int = 0
+    experts_per_token: int | None = None
+    read_threads: int = min(8, os.cpu_count() or 1)
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ram_budget", parse_size(self.ram_budget))
+        if self.experts_per_token is not None and self.experts_per_token < 1:
+            raise ValueError(f"experts_per_token is {self.experts_per_token}: a token needs at least 1 expert")
+        if self.read_threads < 1:
+            raise ValueError(f"read_threads is {self.read_threads}: at least 1 is needed")
+        _refuse_unknown("sampling", self.sampling, _SAMPLING)
+
+    @classmethod
+    def load(cls, source: str | Path, model_type: str) -> Self:
+        """Read settings from a TOML file, or from a preset of the model's family.
+
+        Args:
+            source (str or Path): a file that ends in ``.toml``, or a table of ``configs/<model_type>.toml``.
+            model_type (str): the checkpoint's, from its config.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not TOML, or a preset or key is unknown.
+        """
+        if str(source).endswith(".toml"):
+            return cls._from_table(str(source), _read_toml(Path(source)))
+        presets = data_dir("configs") / f"{model_type}.toml"
+        if not presets.is_file():
+            raise ValueError(f"no presets for {model_type}, so no {source!r}: give a .toml file instead")
+        tables = _read_toml(presets)
+        if source not in tables:
+            raise ValueError(f"unknown preset {source!r} for {model_type}: choose from {', '.join(tables)}")
+        return cls._from_table(f"{presets.name} [{source}]", tables[str(source)])
+
+    @classmethod
+    def _from_table(cls, origin: str, table: Mapping[str, Any]) -> Self:
+        _refuse_unknown(origin, table, {f.name for f in fields(cls)})
+        return cls(**table)
+
+    def override(self, **settings: Any) -> Self:
+        """A copy with those settings that are not ``None``."""
+        return replace(self, **{name: value for name, value in settings.items() if value is not None})
+
+
+def parse_size(size: int | str) -> int:
+    """Read a number of bytes, e.g. ``12GB``, ``11.5 GiB`` or ``0``.
+
+    Raises:
+        ValueError: it is not a size, or negative.
+    """
+    text = str(size).strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        nbytes = int(Decimal(digits) * _UNITS[text[len(digits) :].strip().upper()])
+    except (InvalidOperation, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"not a size: {size!r}. Write bytes or a unit, e.g. 12GB") from error
+    if nbytes < 0:
+        raise ValueError(f"a size cannot be negative: {size!r}")
+    return nbytes
+
+
+def data_dir(name: str) -> Path:
+    """The folder ``name``: inside the wheel when installed, beside the package in a checkout."""
+    packaged = _PACKAGE / "_data" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no such config file: {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def _refuse_unknown(origin: str, table: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := set(table) - known:
+        raise ValueError(f"{origin}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")

@@ -1,0 +1,183 @@
+"""load(): an mlx-lm model whose experts stay on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+
+from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess
+from flashmoe_mlx.checkpoint import Checkpoint, find_folder
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.layers import Fence, StreamedSwitchGLU
+from flashmoe_mlx.pool import Pool
+from flashmoe_mlx.reader import Reader
+
+# What the families call the number of routed experts a token uses.
+_TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What :func:`load` set up, found at ``model.streaming``.
+
+    Args:
+        counters (Counters): hits, misses, bytes and seconds so far.
+        experts_per_token (int): routed experts a token uses.
+        native_experts_per_token (int): how many the checkpoint asks for.
+        trunk_nbytes (int): bytes of memory for everything but routed experts.
+        slots_nbytes (int): bytes of memory for routed experts.
+        experts_nbytes (int): bytes that all routed experts would take.
+    """
+
+    counters: Counters
+    experts_per_token: int
+    native_experts_per_token: int
+    trunk_nbytes: int
+    slots_nbytes: int
+    experts_nbytes: int
+
+    def summary(self) -> str:
+        """The ``Experts:`` line."""
+        line = f"Experts: {self.counters.summary()}"
+        if self.experts_per_token != self.native_experts_per_token:
+            line += f", {self.experts_per_token} experts per token instead of {self.native_experts_per_token}"
+        return line
+
+
+def load(
+    path_or_hf_repo: str,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    ram_budget: int | str | None = None,
+    experts_per_token: int | None = None,
+    config: str | Path | Config | None = None,
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Load a Mixture-of-Experts model and its tokenizer; the routed experts stay in the checkpoint's files.
+
+    The model is mlx-lm's own, so all of mlx-lm works on it, on one thread at a time. On a CPU it computes in float32,
+    because MLX's CPU kernels are slow and inaccurate in half precision. Counters and sizes are at ``model.streaming``.
+
+    Args:
+        path_or_hf_repo (str): a folder, or a repository of the Hugging Face hub.
+        tokenizer_config (dict, optional): extra settings for the tokenizer. Default: ``None``.
+        model_config (dict, optional): entries that replace those of config.json. Default: ``None``.
+        adapter_path (str, optional): LoRA adapters for the trunk. Default: ``None``.
+        lazy (bool): leave the trunk on disk too until it is used. Default: ``False``.
+        return_config (bool): return the model's config as the third item. Default: ``False``.
+        revision (str, optional): branch, tag or commit of the repository. Default: ``None``.
+        trust_remote_code (bool): run Python code that comes with the model. Default: ``False``.
+        ram_budget (int or str, optional): memory for experts, in bytes or as ``"12GB"``; 0 keeps one small pool and
+            leaves the rest to the OS page cache. The output does not depend on it. Default: the config's, or 0.
+        experts_per_token (int, optional): routed experts a token uses. Fewer than the checkpoint's own number read
+            less and change the output. Default: the config's, or the checkpoint's.
+        config (str, Path or Config, optional): a preset of the model's family (``"exact"``, ``"flash"``), a TOML file,
+            or the settings themselves; the two arguments above override it. Default: ``None``.
+
+    Returns:
+        tuple: (model, tokenizer), or (model, tokenizer, config).
+
+    Raises:
+        FileNotFoundError: the folder, its config.json or one of its shards is missing.
+        ValueError: not a Mixture-of-Experts model, a damaged checkpoint, an unknown or impossible setting.
+        MemoryError: trunk and budget do not fit into free memory.
+        OSError: the repository could not be downloaded, or a file not read.
+    """
+    checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision))
+    if not isinstance(config, Config):
+        config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
+    config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
+    model_config = model_config or {}
+    native_top_k, change = _top_k(checkpoint.config | model_config, config.experts_per_token)
+    model, loaded_config = load_model(
+        checkpoint.folder, lazy=True, model_config=model_config | change, trust_remote_code=trust_remote_code
+    )
+    model.streaming = _stream_experts(model, checkpoint, config, native_top_k)
+    if not lazy:
+        for _, parameter in tree_flatten(model.parameters()):
+            mx.eval(parameter)  # one at a time, so that converting them needs no room for two trunks
+    if adapter_path is not None:
+        model = load_adapters(model, adapter_path)
+        model.eval()
+    tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
+    return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
+
+
+def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str, Any]]:
+    """The checkpoint's own number of experts per token, and the config entries that make it ``wanted``."""
+    text_config = config.get("text_config") or {}
+    outer = [key for key in _TOP_K_KEYS if isinstance(config.get(key), int)]
+    inner = [key for key in _TOP_K_KEYS if isinstance(text_config.get(key), int)]
+    native = text_config[inner[0]] if inner else config[outer[0]] if outer else 0
+    if wanted is None:
+        return native, {}
+    if not native:
+        raise ValueError(
+            f"config.json of this {config['model_type']} does not say how many experts a token uses: "
+            "experts_per_token cannot change it"
+        )
+    change: dict[str, Any] = dict.fromkeys(outer, wanted)
+    if inner:
+        change["text_config"] = text_config | dict.fromkeys(inner, wanted)
+    return native, change
+
+
+def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, native_top_k: int) -> Streaming:
+    """Replace every switch layer of a lazily loaded model by a streamed one."""
+    switches = {path: module for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))}
+    if not switches:
+        raise ValueError(
+            f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
+            "stream. Run it with mlx_lm.generate"
+        )
+    tables = [
+        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())))
+        for path, switch in switches.items()
+    ]
+    top_k = config.experts_per_token or native_top_k
+    fewest = min(table.experts for table in tables)
+    if top_k > fewest:
+        raise ValueError(f"experts_per_token is {top_k}, and a layer of {checkpoint.folder} has {fewest} experts")
+    if mx.default_device().type == mx.cpu:
+        model.set_dtype(mx.float32)
+    shares = plan(tables, config.ram_budget, top_k)
+    slots_nbytes = sum(share.nbytes for share in shares)
+    trunk_nbytes = _nbytes(model) - sum(map(_nbytes, switches.values()))
+    refuse_excess(trunk_nbytes, slots_nbytes)
+
+    counters = Counters()
+    reader = Reader(checkpoint.files, config.read_threads, counters)
+    fence = Fence()
+    streamed = []
+    for share in shares:
+        pool = Pool(share.slots, share.tables[0], reader, counters)
+        for table in share.tables:
+            streamed.append((table.layer, StreamedSwitchGLU(switches[table.layer], table, pool, fence)))
+    model.update_modules(tree_unflatten(streamed))
+    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables))
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for _, parameter in tree_flatten(module.parameters()))

@@ -1,0 +1,63 @@
+"""Memory for experts: dense arrays whose rows files are read into, in place."""
+
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+
+
+def computed_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The dtype to compute in: what is stored, or float32 for half precision on a CPU.
+
+    MLX's CPU kernels accumulate in the activations' dtype, so half precision is inaccurate there, and ten times slower.
+    """
+    on_cpu = mx.default_device().type == mx.cpu
+    return mx.float32 if on_cpu and stored in (mx.float16, mx.bfloat16) else stored
+
+
+class Slab:
+    """One parameter of the experts in a pool: an array ``[slots, *shape]`` that the host may write.
+
+    The array is evaluated once and never assigned to or replaced, so that its buffer stays where it is and a file
+    can be read straight into a row. Whoever writes a row makes sure that no unfinished graph reads it.
+
+    Args:
+        slots (int): rows.
+        shape (tuple[int, ...]): of one row.
+        stored (mx.Dtype): of the bytes in the file; the array's is :func:`computed_dtype` of it.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype):
+        dtype = computed_dtype(stored)
+        # Python's memoryview knows no bfloat16, so the memory is made of plain words of that size.
+        words = mx.zeros((slots, *shape), _WORDS[dtype.size])
+        self.array = words.view(dtype)
+        mx.eval(words, self.array)
+        self._stored = stored
+        self._bytes = memoryview(words).cast("B")
+        self._row_nbytes = row_nbytes(shape, stored)
+        self._landing_nbytes = prod(shape) * stored.size
+
+    def landing(self, slot: int) -> memoryview:
+        """Where the file's bytes for ``slot`` go: its row, or the row's end if they are to be widened."""
+        end = (slot + 1) * self._row_nbytes
+        return self._bytes[end - self._landing_nbytes : end]
+
+    def settle(self, slot: int) -> None:
+        """Widen what was read into ``slot`` to the array's dtype, in place and exactly."""
+        if self._landing_nbytes == self._row_nbytes:
+            return
+        row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
+        if self._stored == mx.bfloat16:  # the upper half of a float32
+            words = np.frombuffer(row, np.uint32)
+            words[...] = np.frombuffer(self.landing(slot), np.uint16)
+            words <<= 16
+        else:
+            np.frombuffer(row, np.float32)[...] = np.frombuffer(self.landing(slot), np.float16)
+
+
+def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype) -> int:
+    """Bytes of one row of a slab."""
+    return prod(shape) * computed_dtype(stored).size
