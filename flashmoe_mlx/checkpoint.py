@@ -74,7 +74,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         shards = sorted(folder.glob("model*.safetensors"))
         if not shards:
             raise FileNotFoundError(f"no model*.safetensors in {folder}: there are no weights that mlx-lm can load")
@@ -128,7 +128,7 @@ def find_folder(path_or_hf_repo: str | Path, revision: str | None = None) -> Pat
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"no such folder: {path}")
     try:
-        return _download(name, revision=revision)
+        return Path(_download(name, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(
@@ -137,7 +137,13 @@ def find_folder(path_or_hf_repo: str | Path, revision: str | None = None) -> Pat
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with what generation_config.json adds.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is damaged, or not a model's.
+    """
     try:
         config: dict[str, Any] = load_config(folder)
     except FileNotFoundError as error:
@@ -188,4 +194,4 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{folder}: {name} is not in {shard}, where the index has it. Download both again")
     for name, tensor in tensors.items():
         if name not in places:
-            raise ValueError(f"{folder}: {tensor.file} holds {name}, which the index does not know. Remove or update one")
+            raise ValueError(f"{folder}: {tensor.file} holds {name}, which is not in the index. Remove the stray file")

@@ -165,7 +165,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     shares = plan(tables, config.ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
     trunk_nbytes = _nbytes(model) - sum(map(_nbytes, switches.values()))
-    refuse_excess(trunk_nbytes, slots_nbytes)
+    refuse_excess(trunk_nbytes, max(slots_nbytes, config.ram_budget))
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)

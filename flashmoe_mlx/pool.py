@@ -61,7 +61,9 @@ class Pool:
         slots = self._free[-len(experts) :]
         filled = dict(zip(experts, slots, strict=True))
         self._reader.read(
-            read for expert, slot in filled.items() for read in zip(table.spans[expert], self._landings[slot], strict=True)
+            read
+            for expert, slot in filled.items()
+            for read in zip(table.spans[expert], self._landings[slot], strict=True)
         )
         for slot in slots:
             for slab in self.slabs.values():

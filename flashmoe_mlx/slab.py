@@ -36,7 +36,7 @@ class Slab:
         self.array = words.view(dtype)
         mx.eval(words, self.array)
         self._stored = stored
-        self._bytes = memoryview(words).cast("B")
+        self._bytes = memoryview(words).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
         self._row_nbytes = row_nbytes(shape, stored)
         self._landing_nbytes = prod(shape) * stored.size
 

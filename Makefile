@@ -1,0 +1,32 @@
+# `make demo` and `make test` are all a newcomer needs: each installs what it uses into .venv first.
+comma := ,
+PYTHON ?= python3
+# On a Mac mlx-lm brings MLX itself; elsewhere BACKEND=cuda13 or cuda12 takes an NVIDIA GPU.
+BACKEND ?= cpu
+EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
+BIN := .venv/bin
+DEMO := build/demo
+
+.PHONY: demo test check
+
+demo: .venv/installed $(DEMO)/config.json
+	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?" --max-tokens 64
+	$(BIN)/python -m benchmarks.exact --model $(DEMO)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[check]"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(DEMO)/config.json: | .venv/installed
+	$(BIN)/python -m benchmarks.checkpoints $(DEMO)
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
