@@ -49,7 +49,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MLX's own are RuntimeErrors
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 

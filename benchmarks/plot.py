@@ -1,0 +1,29 @@
+"""Draws results/decode.svg from the latest run in results/decode.csv (needs matplotlib).
+
+python -m benchmarks.plot
+"""
+
+import csv
+
+import matplotlib.pyplot as plt
+
+from benchmarks.record import RESULTS
+
+
+def main() -> None:
+    with (RESULTS / "decode.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    latest = [line for line in lines if (line["commit"], line["model"]) == (lines[-1]["commit"], lines[-1]["model"])]
+    latest.sort(key=lambda line: float(line["budget"]))
+    budgets = [100 * float(line["budget"]) for line in latest]
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    axes.axhline(float(latest[0]["resident_tps"]), color="0.6", linestyle="--", label="mlx-lm, all experts in memory")
+    axes.plot(budgets, [float(line["tps"]) for line in latest], marker="o", label="streamed")
+    axes.set(xlabel="experts in memory (%)", ylabel="tokens per second", ylim=(0, None))
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "decode.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
