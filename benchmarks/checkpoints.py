@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, quantize_model, save_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +81,7 @@ def write_checkpoint(
     mx.random.seed(seed)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
+    _fill_zeros(model)
     model.set_dtype(dtype)
     if quantization is not None:
         keys = {"group_size": None, "bits": None} | quantization
@@ -91,6 +92,17 @@ def write_checkpoint(
     tokenizer = _train_tokenizer(config["vocab_size"])
     tokenizer.save_pretrained(folder)
     save_config(config | {"eos_token_id": tokenizer.eos_token_id}, folder / "config.json")
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Make the parameters random that a family starts at zero: a router of zeros would choose the same for all tokens.
+
+    Large ones are left alone. None of them is zero, and to look at one it has to be computed and kept.
+    """
+    for name, parameter in tree_flatten(model.parameters()):
+        if parameter.size <= 1 << 22 and not mx.any(parameter).item():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            model.update(tree_unflatten([(name, mx.random.normal(parameter.shape, parameter.dtype) * scale)]))
 
 
 def _write_shards(folder: Path, weights: list[tuple[str, mx.array]], shards: int) -> None:

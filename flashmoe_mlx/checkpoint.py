@@ -150,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no config.json in {folder}: not a model folder") from error
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}. Download it again") from error
-    if not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{folder / 'config.json'} names no model_type: not a model's config")
     return config
 
@@ -184,11 +184,11 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         return
     try:
         places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        missing = sorted(shard for shard in set(places.values()) if not (folder / shard).is_file())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}. Download it again") from error
-    for shard in sorted(set(places.values())):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder}: {shard} is missing, and the index needs it. Download it again")
+    if missing:
+        raise FileNotFoundError(f"{folder}: {missing[0]} is missing, and the index needs it. Download it again")
     for name, shard in places.items():
         if name not in tensors or tensors[name].file != shard:
             raise ValueError(f"{folder}: {name} is not in {shard}, where the index has it. Download both again")

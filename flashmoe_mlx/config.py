@@ -38,10 +38,12 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ram_budget", parse_size(self.ram_budget))
-        if self.experts_per_token is not None and self.experts_per_token < 1:
-            raise ValueError(f"experts_per_token is {self.experts_per_token}: a token needs at least 1 expert")
-        if self.read_threads < 1:
-            raise ValueError(f"read_threads is {self.read_threads}: at least 1 is needed")
+        for name in ("experts_per_token", "read_threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 on")
+        if not isinstance(self.sampling, Mapping):
+            raise ValueError(f"sampling is {self.sampling!r}: it must be a table, e.g. {{ temp = 0.6 }}")
         _refuse_unknown("sampling", self.sampling, _SAMPLING)
 
     @classmethod

@@ -69,48 +69,36 @@ class StreamedSwitchGLU(nn.Module):
             OSError: an expert could not be read.
         """
         self._fence.wait(indices)  # the only host sync of the layer
-        routed = np.asarray(indices)
-        experts = sorted(set(routed.ravel().tolist()))
-        hits = self._pool.find(self._table, experts)
-        misses = [expert for expert in experts if expert not in hits]
-        if len(experts) > self._pool.slots:
-            return self._in_waves(x, routed, hits, misses)
-        slot_of = hits | self._pool.fill(self._table, misses)
-        y = self._launch(x, routed, slot_of)
-        self._fence.hold([y])
-        return y
+        pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
+        waves = self._pool.waves(self._table, sorted(set(pairs)))
+        if len(waves) == 1:
+            slot_of = self._pool.fetch(self._table, waves[0])
+            y = self._launch(x, [slot_of[expert] for expert in pairs], indices.shape)
+            self._fence.hold([y])
+            return y
 
-    def _in_waves(self, x: mx.array, routed: np.ndarray, hits: dict[int, int], misses: list[int]) -> mx.array:
-        """Compute more experts than there are slots: each once, hits first, one wave while the next one is read."""
-        slots = self._pool.slots
-        size = max(1, slots // 2)
-        waves: list[list[int]] = [list(hits)] if hits else []
-        waves += [misses[first : first + size] for first in range(0, len(misses), size)]
-        wave_of = np.empty(self._table.experts, np.int64)
-        for number, wave in enumerate(waves):
-            wave_of[wave] = number
-
-        top_k = routed.shape[-1]
+        top_k = indices.shape[-1]
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, hidden]
-        pairs = routed.ravel()  # [tokens * top_k], pair p is token p // top_k
-        order = np.lexsort((pairs, wave_of[pairs]))
-        ends = np.cumsum(np.bincount(wave_of[pairs]))
+        wave_of = {expert: number for number, wave in enumerate(waves) for expert in wave}
+        parts: list[list[int]] = [[] for _ in waves]  # the pairs of each wave
+        for pair, expert in enumerate(pairs):
+            parts[wave_of[expert]].append(pair)
 
         outputs: list[mx.array] = []  # [pairs of the wave, 1, hidden]
         running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
-        for wave, part in zip(waves, np.split(order, ends[:-1]), strict=True):
-            while sum(count for _, count in running) + len(wave) > slots:
+        for wave, part in zip(waves, parts, strict=True):
+            while sum(count for _, count in running) + len(wave) > self._pool.slots:
                 mx.eval(running.popleft()[0])
-            slot_of = hits if wave[0] in hits else self._pool.fill(self._table, wave)
-            outputs.append(self._launch(tokens[mx.array(part // top_k)], pairs[part, None], slot_of))
+            slot_of = self._pool.fetch(self._table, wave)  # while the wave before is computed
+            rows = mx.array([pair // top_k for pair in part])
+            outputs.append(self._launch(tokens[rows], [slot_of[pairs[pair]] for pair in part], (len(part), 1)))
             running.append((outputs[-1], len(wave)))
         self._fence.hold(output for output, _ in running)
-        return mx.concatenate(outputs)[mx.array(np.argsort(order))].reshape(*routed.shape, -1)
+        places = np.argsort([pair for part in parts for pair in part])
+        return mx.concatenate(outputs)[mx.array(places)].reshape(*indices.shape, -1)
 
-    def _launch(self, x: mx.array, routed: np.ndarray, slot_of: dict[int, int]) -> mx.array:
-        """Start computing experts that are in slots, so that they run while the host goes on."""
-        # For a token's few experts a list is five times faster than NumPy's indexing.
-        slots = mx.array([slot_of[expert] for expert in routed.ravel().tolist()], mx.uint32)
-        y: mx.array = self._switch(x, slots.reshape(routed.shape))
+    def _launch(self, x: mx.array, slots: list[int], shape: tuple[int, ...]) -> mx.array:
+        """Start computing experts that are in slots, so that it goes on while the host does."""
+        y: mx.array = self._switch(x, mx.array(slots, mx.uint32).reshape(shape))
         mx.async_eval(y)  # type: ignore[no-untyped-call]
         return y

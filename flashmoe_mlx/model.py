@@ -111,9 +111,14 @@ def load(
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
     model_config = model_config or {}
     native_top_k, change = _top_k(checkpoint.config | model_config, config.experts_per_token)
-    model, loaded_config = load_model(
-        checkpoint.folder, lazy=True, model_config=model_config | change, trust_remote_code=trust_remote_code
-    )
+    try:
+        model, loaded_config = load_model(
+            checkpoint.folder, lazy=True, model_config=model_config | change, trust_remote_code=trust_remote_code
+        )
+    except AssertionError as error:  # how some families of mlx-lm refuse a setting
+        raise ValueError(
+            f"this model cannot be built with experts_per_token {config.experts_per_token}: {error}"
+        ) from error
     model.streaming = _stream_experts(model, checkpoint, config, native_top_k)
     if not lazy:
         for _, parameter in tree_flatten(model.parameters()):

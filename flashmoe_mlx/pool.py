@@ -30,45 +30,58 @@ class Pool:
         self._slot_of: OrderedDict[tuple[str, int], int] = OrderedDict()  # (layer, expert), oldest first
         self._free = list(range(slots))
 
-    def find(self, table: ExpertTable, experts: Sequence[int]) -> dict[int, int]:
-        """The slots of those ``experts`` of a layer that are here; they become the last to leave."""
-        hits = {}
-        for expert in experts:
-            key = (table.layer, expert)
-            if key in self._slot_of:
-                hits[expert] = self._slot_of[key]
-                self._slot_of.move_to_end(key)
-        self._counters.hits += len(hits)
-        return hits
+    def waves(self, table: ExpertTable, experts: Sequence[int]) -> list[list[int]]:
+        """Divide the experts that a call of a layer needs into fills: those that are here, then those to be read.
 
-    def fill(self, table: ExpertTable, experts: Sequence[int]) -> dict[int, int]:
-        """Read ``experts`` of a layer, none of which are here, in place of those that were used least recently.
+        If all of them fit, the second wave is the last one. Otherwise waves are half the pool, so that one can be
+        read while the one before is computed.
+        """
+        hits = [expert for expert in experts if (table.layer, expert) in self._slot_of]
+        misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
+        size = self.slots if len(experts) <= self.slots else max(1, self.slots // 2)
+        waves = [misses[first : first + size] for first in range(0, len(misses), size)]
+        return [hits, *waves] if hits else waves
 
-        No unfinished graph may read the slots that are overwritten: all but those of the ``slots - len(experts)``
-        experts that were found or filled last.
+    def fetch(self, table: ExpertTable, experts: Sequence[int]) -> dict[int, int]:
+        """Make sure that experts of a layer are in slots; what is missing replaces what was used least recently.
+
+        No unfinished graph may read a slot that is overwritten: any but those of the ``slots - len(experts)`` experts
+        that were fetched last, and of ``experts`` themselves.
+
+        Args:
+            table (ExpertTable): the layer's.
+            experts (Sequence[int]): different ones, at most ``slots`` of them.
 
         Returns:
             dict[int, int]: the slot of each expert.
 
         Raises:
-            OSError: an expert could not be read. Then none of them is here.
+            OSError: an expert could not be read. Then none of the missing ones is here.
         """
-        if not experts:
-            return {}
+        missing = []
+        for expert in experts:
+            if (table.layer, expert) in self._slot_of:
+                self._slot_of.move_to_end((table.layer, expert))
+            else:
+                missing.append(expert)
+        self._counters.hits += len(experts) - len(missing)
+        self._counters.misses += len(missing)
+        if missing:
+            self._fill(table, missing)
+        return {expert: self._slot_of[table.layer, expert] for expert in experts}
+
+    def _fill(self, table: ExpertTable, experts: Sequence[int]) -> None:
         while len(self._free) < len(experts):
             _, slot = self._slot_of.popitem(last=False)
             self._free.append(slot)
         slots = self._free[-len(experts) :]
-        filled = dict(zip(experts, slots, strict=True))
         self._reader.read(
             read
-            for expert, slot in filled.items()
+            for expert, slot in zip(experts, slots, strict=True)
             for read in zip(table.spans[expert], self._landings[slot], strict=True)
         )
         for slot in slots:
             for slab in self.slabs.values():
                 slab.settle(slot)
         del self._free[-len(experts) :]  # only now: after a failed read the slots are still free
-        self._slot_of.update({(table.layer, expert): slot for expert, slot in filled.items()})
-        self._counters.misses += len(experts)
-        return filled
+        self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))

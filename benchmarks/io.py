@@ -1,0 +1,180 @@
+"""Measures how close the reader comes to what this machine can do at all: GB/s from a warm page cache into live slots.
+
+    python -m benchmarks.io --rounds 200
+
+The ceiling is a C program that makes the same reads, of a file's spans into MLX's memory, on as many threads. Both read
+batches of random experts in turn, so noise hits both. The last line is JSON: its first figures are those of Qwen's
+1.77 MB experts in nine pieces, its ``ratio`` is the median of what reader and ceiling did one right after the other.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.checkpoint import Span, Tensor
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.slab import Slab
+
+EXPERTS = 10  # that one layer reads in one decode step
+UNITS = (16, 1, 1) * 3  # an expert with 4-bit weights, bfloat16 scales and biases in groups of 64
+SIZES = tuple(unit * sum(UNITS) for unit in (7424, 32768, 131072))  # 0.4, 1.77 and 7.08 MB
+SLOT_BYTES = 256_000_000  # more than a CPU's cache, as in use
+
+Reads = Sequence[tuple[Span, memoryview]]
+
+
+def layout(path: Path, sizes: Sequence[int]) -> tuple[list[tuple[Span, ...]], list[list[memoryview]]]:
+    """The spans of all experts whose parts have these ``sizes``, and slots to read them into.
+
+    Each part has a tensor of its own that holds it for all experts, as stacked checkpoints have.
+    """
+    experts, slots = path.stat().st_size // sum(sizes), SLOT_BYTES // sum(sizes)
+    tensors, slabs, offset = [], [], 0
+    for nbytes in sizes:
+        weight = nbytes == max(sizes)
+        tensors.append(Tensor("U8", (experts, nbytes), Span(str(path), offset, experts * nbytes)))
+        slabs.append(Slab(slots, (nbytes // 4 if weight else nbytes // 2,), mx.uint32 if weight else mx.bfloat16))
+        offset += experts * nbytes
+    spans = [tuple(tensor.block(expert, experts) for tensor in tensors) for expert in range(experts)]
+    return spans, [[slab.landing(slot) for slab in slabs] for slot in range(slots)]
+
+
+def c_ceiling(folder: Path, path: Path, threads: int) -> Callable[[Reads], Callable[[], None]]:
+    """Given a batch, returns what makes its reads in C; all else is done beforehand. Raises if there is no compiler."""
+    source = Path(__file__).with_name("ceiling.c")
+    subprocess.run(["cc", "-O2", "-pthread", "-shared", "-fPIC", "-o", folder / "ceiling.so", source], check=True)
+    library = ctypes.CDLL(str(folder / "ceiling.so"))
+    library.start(threads - 1)
+    file = os.open(path, os.O_RDONLY)
+
+    def prepare(reads: Reads) -> Callable[[], None]:
+        rows = [(file, s.offset, s.nbytes, ctypes.addressof(ctypes.c_char.from_buffer(b))) for s, b in reads]
+        table = np.array(rows, np.int64)
+
+        def run() -> None:
+            if library.run(ctypes.c_void_p(table.ctypes.data), ctypes.c_long(len(rows))):
+                raise OSError("the ceiling could not read")
+
+        return run
+
+    return prepare
+
+
+def python_ceiling(path: Path, threads: int) -> Callable[[Reads], Callable[[], None]]:
+    """Without a compiler: an equal share of the bytes for each thread, and nothing else to do."""
+    pool = ThreadPoolExecutor(threads)
+    file = os.open(path, os.O_RDONLY)
+
+    def prepare(reads: Reads) -> Callable[[], None]:
+        shares: list[list[tuple[list[memoryview], int]]] = [[] for _ in range(threads)]
+        for span, buffer in sorted(reads, key=lambda read: -read[0].nbytes):
+            min(shares, key=lambda share: sum(b[0].nbytes for b, _ in share)).append(([buffer], span.offset))
+
+        def make(share: list[tuple[list[memoryview], int]]) -> None:
+            for buffers, offset in share:
+                if os.preadv(file, buffers, offset) < buffers[0].nbytes:
+                    raise OSError("the ceiling could not read")
+
+        return lambda: list(pool.map(make, shares)).clear()
+
+    return prepare
+
+
+def compare(path: Path, sizes: Sequence[int], prepare: Any, threads: int, rounds: int) -> dict[str, float]:
+    """Reader and ceiling in turn: the median GB/s of each, and of the ratio within a round."""
+    spans, slots = layout(path, sizes)
+    reader = Reader([str(path)], threads, Counters())
+
+    def batch() -> Reads:
+        experts, places = random.sample(range(len(spans)), EXPERTS), random.sample(range(len(slots)), EXPERTS)
+        return [r for e, p in zip(experts, places, strict=True) for r in zip(spans[e], slots[p], strict=True)]
+
+    def reader_run(reads: Reads) -> Callable[[], None]:
+        return lambda: reader.read(reads)
+
+    sides = {"reader_gbps": reader_run, "ceiling_gbps": prepare}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sorted(sides, reverse=bool(number % 2)):
+            reads = batch()
+            run = sides[name](reads)
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+            if number < 2:
+                check(path, reads)
+    gbps = {name: EXPERTS * sum(sizes) / 1e9 / median(each) for name, each in seconds.items()}
+    ratio = median(c / r for r, c in zip(seconds["reader_gbps"], seconds["ceiling_gbps"], strict=True))
+    return {name: round(value, 3) for name, value in (gbps | {"ratio": ratio}).items()}
+
+
+def check(path: Path, reads: Reads) -> None:
+    """The bytes that arrived must be the file's; the slots are overwritten afterwards, so that nothing is left over."""
+    with path.open("rb") as file:
+        for span, buffer in reads:
+            file.seek(span.offset)
+            if file.read(span.nbytes) != buffer:
+                raise SystemExit(f"wrong bytes from offset {span.offset}")
+            buffer[:] = bytes(span.nbytes)
+
+
+def write_file(path: Path, nbytes: int) -> None:
+    """Random bytes, on disk and in the page cache."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if shutil.disk_usage(path.parent).free < 2 * nbytes or memory < 2 * (nbytes + 2 * SLOT_BYTES):
+        raise SystemExit(f"not enough disk or memory for a file of {nbytes / 1e6:.0f} MB that stays in the page cache")
+    generator = np.random.default_rng(0)
+    with path.open("wb") as file:
+        for begin in range(0, nbytes, 1 << 24):
+            file.write(generator.bytes(min(1 << 24, nbytes - begin)))
+        os.fsync(file.fileno())
+    with path.open("rb") as file:
+        while file.read(1 << 24):
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=Config().read_threads)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--size", type=int, default=800, help="MB of the file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "experts"
+        write_file(path, args.size * 1_000_000)
+        try:
+            prepare, ceiling = c_ceiling(folder, path, args.threads), "c"
+        except (OSError, subprocess.CalledProcessError):
+            prepare, ceiling = python_ceiling(path, args.threads), "python"
+        print(f"expert MB  layout      reader GB/s  {ceiling + ' GB/s':>12}  ratio")
+        runs: list[dict[str, Any]] = []
+        for size in SIZES:
+            pieces = [size * units // sum(UNITS) for units in UNITS]
+            for kind, sizes in (("scattered", pieces), ("contiguous", [size])):
+                figures = compare(path, sizes, prepare, args.threads, args.rounds)
+                runs.append({"expert_mb": round(size / 1e6, 2), "layout": kind} | figures)
+                print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}".format(*runs[-1].values()), flush=True)
+    first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
+    chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}
+    print(json.dumps(chosen | {"ceiling": ceiling, "threads": args.threads, "runs": runs}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from benchmarks.checkpoints import write_checkpoint
+from tests.families import FAMILIES
+from tests.oracle import Run, resident, run
+
+collect_ignore = ["golden/make_golden.py"]  # needs torch
+
+
+class WriteFamily(Protocol):
+    """See :func:`checkpoint`."""
+
+    def __call__(
+        self,
+        family: str,
+        quantization: dict[str, Any] | None = ...,
+        *,
+        dtype: mx.Dtype = ...,
+        predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None = ...,
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> WriteFamily:
+    """Write a tiny random checkpoint, or find the one that an earlier test wrote. Do not change it."""
+    folders: dict[str, Path] = {}
+
+    def write(
+        family: str,
+        quantization: dict[str, Any] | None = {},  # noqa: B006 - empty means the family's usual one
+        *,
+        dtype: mx.Dtype = mx.float32,
+        predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None = None,
+    ) -> Path:
+        if quantization == {}:
+            quantization = {"mode": "mxfp4"} if family == "gpt_oss" else {"group_size": 64, "bits": 4}
+        key = f"{family} {quantization} {dtype} {predicate}"
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(family)
+            write_checkpoint(
+                folders[key], FAMILIES[family], quantization=quantization, dtype=dtype, quant_predicate=predicate
+            )
+        return folders[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[[Path], Run]:
+    """What mlx-lm's own model does with a checkpoint."""
+    return cache(lambda folder: run(resident(folder)))

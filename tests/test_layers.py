@@ -1,0 +1,57 @@
+"""No slot is overwritten while something still has to read it, in whatever order calls are built and evaluated."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from flashmoe_mlx import budget
+from tests.conftest import WriteFamily
+from tests.oracle import PROMPT, assert_same, resident, run, streamed
+
+OTHER_PROMPT = [(7 * i + 3) % 320 for i in range(17)]
+
+
+@pytest.fixture(scope="module", params=["qwen3_5_moe", "deepseek_v3", "gpt_oss"])
+def models(request: pytest.FixtureRequest, checkpoint: WriteFamily) -> tuple[nn.Module, nn.Module]:
+    """A streamed model with hardly any slots, and a resident one."""
+    folder = checkpoint(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_SHARED_SLOTS", 5)
+        return streamed(folder), resident(folder)
+
+
+def test_lazy_calls(models: tuple[nn.Module, nn.Module]) -> None:
+    model, oracle = models
+    inputs = [mx.array([prompt]) for prompt in ([3], [200], PROMPT, [11], OTHER_PROMPT)]
+    outputs = [model(each) for each in inputs]  # nothing has asked for a result yet
+    for each, output in reversed(list(zip(inputs, outputs, strict=True))):
+        assert mx.array_equal(output, oracle(each))
+
+
+def test_call_that_is_never_evaluated(models: tuple[nn.Module, nn.Module]) -> None:
+    model, oracle = models
+    model(mx.array([OTHER_PROMPT]))
+    assert mx.array_equal(model(mx.array([PROMPT])), oracle(mx.array([PROMPT])))
+
+
+def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
+    def steps(model: nn.Module, prompt: list[int]) -> Iterator[tuple[int, mx.array]]:
+        return generate_step(mx.array(prompt), model, max_tokens=16, prompt_cache=make_prompt_cache(model))
+
+    model, oracle = models
+    pairs = list(zip(steps(model, PROMPT), steps(model, OTHER_PROMPT), strict=True))
+    for prompt, actual in zip((PROMPT, OTHER_PROMPT), zip(*pairs, strict=True), strict=True):
+        for (token, logprobs), (wanted_token, wanted) in zip(actual, steps(oracle, prompt), strict=True):
+            assert token == wanted_token
+            assert mx.array_equal(logprobs, wanted)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_fewer_slots_than_a_token_needs(slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
+    folder = checkpoint("qwen3_moe")
+    assert_same(run(streamed(folder), tokens=8), run(resident(folder), tokens=8))

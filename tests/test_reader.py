@@ -1,0 +1,148 @@
+"""Every byte arrives or an OSError does, and then no thread is still writing."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashmoe_mlx.checkpoint import Span
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.reader import Reader
+
+LARGE = 1 << 18  # bytes from which on threads share the work
+DATA = np.random.default_rng(0).bytes(8 * LARGE)
+
+Preadv = Callable[[int, Sequence[Any], int], int]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(DATA)
+    return path
+
+
+def plan(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
+    """Reads of these sizes from odd offsets, each with a buffer."""
+    return [
+        (Span(str(file), 13 * number, size), memoryview(bytearray(b"\xaa" * size)))
+        for number, size in enumerate(sizes, 1)
+    ]
+
+
+def complete(reads: Sequence[tuple[Span, memoryview]]) -> bool:
+    return all(buffer == DATA[span.offset : span.offset + span.nbytes] for span, buffer in reads)
+
+
+SIZES = [1, LARGE, 4096, LARGE + 7, 0, 3 * LARGE, LARGE - 1, 2 * LARGE, 5]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_bytes(threads: int, file: Path) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    for sizes in (SIZES, SIZES[::-1], [7] * 50, [LARGE] * 20, []):
+        reads = plan(file, sizes)
+        before = counters.bytes_read
+        reader.read(reads)
+        assert complete(reads)
+        assert counters.bytes_read - before == sum(sizes)
+    assert counters.read_seconds > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_truncated_file(size: int, threads: int, file: Path) -> None:
+    reader = Reader([str(file)], threads, Counters())
+    reads = plan(file, [size] * 3)
+    os.truncate(file, 13 * 3 + size - 1)  # the last byte of the last read is gone
+    with pytest.raises(OSError, match="truncated") as error:
+        reader.read(reads)
+    assert str(file) in str(error.value)
+    assert "1 bytes" in str(error.value)
+    assert "\n" not in str(error.value)
+    reader.read(reads[:2])  # it still works
+    assert complete(reads[:2])
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        Reader([str(tmp_path / "nowhere")], 2, Counters())
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OS may give fewer bytes than were asked for."""
+    preadv = os.preadv
+    sizes = [1, 7, 8, 1000]
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
+    reads = plan(file, sizes)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+    step = LARGE // 3
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:step]], offset))
+    reads = plan(file, SIZES)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+
+
+def fail_in(main: bool, preadv: Preadv) -> Preadv:
+    """A device error in the calling thread or in the others; whoever does not fail is slow."""
+
+    def read(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if (threading.current_thread() is threading.main_thread()) == main:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        time.sleep(0.05)
+        return preadv(fd, buffers, offset)
+
+    return read
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_device_error(main: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], 4, counters)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", fail_in(main, preadv))
+    reads = plan(file, [LARGE] * 12)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        reader.read(reads)
+    before = [bytes(buffer) for _, buffer in reads]
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not complete(reads)
+    assert counters.bytes_read == 0
+
+    time.sleep(0.2)  # long enough for a read that somebody forgot
+    assert [bytes(buffer) for _, buffer in reads] == before
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader.read(reads)
+    assert complete(reads)
+
+
+def test_small_read_fails_while_large_ones_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader([str(file)], 4, Counters())
+    monkeypatch.setattr(os, "preadv", fail_in(True, os.preadv))
+    reads = plan(file, [100, *[LARGE] * 9])
+    with pytest.raises(OSError, match="Input/output error"):
+        reader.read(reads)
+    before = [bytes(buffer) for _, buffer in reads]
+    time.sleep(0.2)
+    assert [bytes(buffer) for _, buffer in reads] == before
+
+
+def test_files_are_closed_with_the_reader(file: Path) -> None:
+    threads = threading.active_count()
+    reader = Reader([str(file)], 4, Counters())
+    reader.read(plan(file, [LARGE] * 8))
+    opened = [path for path in Path("/dev/fd").iterdir() if path.exists() and path.samefile(file)]
+    assert len(opened) == 1
+    del reader
+    assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
+    assert threading.active_count() == threads
