@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.record import record
 from flashmoe_mlx.checkpoint import Span, Tensor
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=Config().read_threads)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--size", type=int, default=800, help="MB of the file")
+    parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -171,6 +173,9 @@ def main() -> None:
                 figures = compare(path, sizes, prepare, args.threads, args.rounds)
                 runs.append({"expert_mb": round(size / 1e6, 2), "layout": kind} | figures)
                 print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}".format(*runs[-1].values()), flush=True)
+    if args.record:
+        for run in runs:
+            record("io", run | {"ceiling": ceiling, "threads": args.threads})
     first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
     chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}
     print(json.dumps(chosen | {"ceiling": ceiling, "threads": args.threads, "runs": runs}))
