@@ -71,7 +71,7 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.wait(indices)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         waves = self._pool.waves(self._table, sorted(set(pairs)))
-        if len(waves) == 1:
+        if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
             slot_of = self._pool.fetch(self._table, waves[0])
             y = self._launch(x, [slot_of[expert] for expert in pairs], indices.shape)
             self._fence.hold([y])

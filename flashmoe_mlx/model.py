@@ -115,10 +115,9 @@ def load(
         model, loaded_config = load_model(
             checkpoint.folder, lazy=True, model_config=model_config | change, trust_remote_code=trust_remote_code
         )
-    except AssertionError as error:  # how some families of mlx-lm refuse a setting
-        raise ValueError(
-            f"this model cannot be built with experts_per_token {config.experts_per_token}: {error}"
-        ) from error
+    except (AssertionError, KeyError, TypeError) as error:  # how mlx-lm's families refuse a setting
+        asked = f" with experts_per_token {config.experts_per_token}" if change else ""
+        raise ValueError(f"mlx-lm cannot build {checkpoint.folder} from its config.json{asked}: {error}") from error
     model.streaming = _stream_experts(model, checkpoint, config, native_top_k)
     if not lazy:
         for _, parameter in tree_flatten(model.parameters()):

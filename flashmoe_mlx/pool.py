@@ -31,14 +31,16 @@ class Pool:
         self._free = list(range(slots))
 
     def waves(self, table: ExpertTable, experts: Sequence[int]) -> list[list[int]]:
-        """Divide the experts that a call of a layer needs into fills: those that are here, then those to be read.
+        """Divide the experts that a call of a layer needs into what is fetched and computed at once.
 
-        If all of them fit, the second wave is the last one. Otherwise waves are half the pool, so that one can be
-        read while the one before is computed.
+        If all of them fit, that is everything. Otherwise those that are here come first, and waves are half the
+        pool, so that one can be read while the one before is computed.
         """
+        if len(experts) <= self.slots:
+            return [list(experts)]
         hits = [expert for expert in experts if (table.layer, expert) in self._slot_of]
         misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
-        size = self.slots if len(experts) <= self.slots else max(1, self.slots // 2)
+        size = max(1, self.slots // 2)
         waves = [misses[first : first + size] for first in range(0, len(misses), size)]
         return [hits, *waves] if hits else waves
 

@@ -246,6 +246,14 @@ def test_experts_per_token_that_a_family_refuses(checkpoint: WriteFamily) -> Non
     assert "experts_per_token" in refusal(ValueError, checkpoint("llama4"), experts_per_token=2)
 
 
+def test_config_without_a_size(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["hidden_size"]
+    file.write_text(json.dumps(config))
+    assert "hidden_size" in refusal(ValueError, folder)
+
+
 def test_unknown_preset(checkpoint: WriteFamily) -> None:
     message = refusal(ValueError, checkpoint("qwen3_5_moe"), config="fastest")
     assert "fastest" in message

@@ -9,6 +9,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx import budget
+from flashmoe_mlx.layers import StreamedSwitchGLU
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, resident, run, streamed
 
@@ -36,6 +37,22 @@ def test_call_that_is_never_evaluated(models: tuple[nn.Module, nn.Module]) -> No
     model, oracle = models
     model(mx.array([OTHER_PROMPT]))
     assert mx.array_equal(model(mx.array([PROMPT])), oracle(mx.array([PROMPT])))
+
+
+def test_slow_computation(models: tuple[nn.Module, nn.Module]) -> None:
+    """A call whose slots are still to be read does not lose them to the next, which waits for no input."""
+    model, oracle = models
+    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, StreamedSwitchGLU))
+    switch = dict(oracle.named_modules())[path]
+    slow = mx.random.normal((512, 512), key=mx.random.key(0))
+    mx.eval(slow)
+    for _ in range(3):
+        slow = mx.softmax(slow @ slow)
+    hidden = mx.random.normal((1, 128), key=mx.random.key(1)) + slow[:1, :128]
+    calls = [(hidden * scale, mx.array([experts])) for scale, experts in ((1, [0, 1, 2, 3]), (2, [4, 5, 6, 7]))]
+    outputs = [layer(x, indices) for x, indices in calls]
+    for output, (x, indices) in zip(outputs, calls, strict=True):
+        assert mx.array_equal(output, switch(x, indices))
 
 
 def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
