@@ -8,6 +8,7 @@ The model must fit into memory, because mlx-lm's copy of it does. The last line 
 import argparse
 import json
 import sys
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +18,9 @@ from mlx_lm.generate import generate_step
 import flashmoe_mlx
 
 
-def load_resident(folder: str) -> nn.Module:
-    """mlx-lm's own model, computing in float32 on a CPU as ours does."""
-    model, _ = mlx_lm.load(folder, lazy=True)
+def load_resident(folder: str, **config: Any) -> nn.Module:
+    """mlx-lm's own model, all in memory, computing in float32 on a CPU as ours does; ``config`` replaces entries."""
+    model, _ = mlx_lm.load(folder, lazy=True, model_config=config)
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())

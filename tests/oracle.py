@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm.generate import generate_step
 
 import flashmoe_mlx
+from benchmarks.exact import load_resident
 
 PROMPT: list[int] = [(37 * i * i + 11) % 320 for i in range(20)]
 """Long enough to route to most experts of a layer at once."""
@@ -24,12 +24,8 @@ class Run(NamedTuple):
 
 
 def resident(folder: Path, **config: Any) -> nn.Module:
-    """The oracle: the model that mlx-lm itself loads, all in memory, in the precision that streaming computes in."""
-    model, _ = mlx_lm.load(str(folder), lazy=True, model_config=config)
-    if mx.default_device().type == mx.cpu:
-        model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    return model
+    """The oracle: the model that mlx-lm itself loads, in the precision that streaming computes in."""
+    return load_resident(str(folder), **config)
 
 
 def streamed(folder: Path, fraction: float = 0, **options: Any) -> nn.Module:

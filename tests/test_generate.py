@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm.utils import load_tokenizer
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
+from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 
 STATISTICS = re.compile(
@@ -48,8 +49,7 @@ def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_text_and_statistics(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     out = run(capsys, "--model", str(folder))
-    model, tokenizer = mlx_lm.load(str(folder), lazy=True)
-    model.set_dtype(mx.float32)
+    model, tokenizer = load_resident(str(folder)), load_tokenizer(folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is a heron?"}], add_generation_prompt=True
     )
