@@ -1,0 +1,226 @@
+"""Products with quantised experts: one function per kernel, its twin in MLX operations, one dispatch rule.
+
+A kernel is a file of ``kernels/``, whose README tells how it is launched and why. Kernels take few tokens, as decoding
+has them, and read slabs in place.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flashmoe_mlx.config import data_dir
+
+MAX_TOKENS = 8
+MAX_TOP_K = 16
+
+
+class Quantized(NamedTuple):
+    """Matrices in MLX's affine quantisation: ``weight = scale * q + bias``, for each group of a row's elements.
+
+    Args:
+        weight (mx.array): ``[slots, rows, columns * bits / 32]``, uint32.
+        scales (mx.array): ``[slots, rows, columns / group_size]``, of the activations' dtype.
+        biases (mx.array): like ``scales``.
+        group_size (int): 32, 64 or 128.
+        bits (int): 2, 3, 4, 5, 6 or 8.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+    @property
+    def rows(self) -> int:
+        """Elements of a product."""
+        return self.weight.shape[1]
+
+
+def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
+    """The dispatch rule: whether the kernels run, on this device and for these operands. Otherwise the twins do.
+
+    Args:
+        x (mx.array): activations, whatever their shape.
+        slots (mx.array): ``[tokens, top_k]``.
+        matrices (Quantized): what they are multiplied with.
+    """
+    tokens, top_k = slots.shape
+    return (
+        mx.default_device().type == mx.gpu
+        and tokens <= MAX_TOKENS
+        and top_k <= MAX_TOP_K
+        and all(matrix.scales.dtype == x.dtype for matrix in matrices)
+    )
+
+
+def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
+    """The hidden activations of SwiGLU experts: ``silu(gate[slot] x) * (up[slot] x)``, for every slot of a token.
+
+    Args:
+        x (mx.array): ``[tokens, columns]``.
+        slots (mx.array): where the experts of each token are, ``[tokens, top_k]``, uint32.
+        gate (Quantized): ``[slots, rows, columns]``.
+        up (Quantized): like ``gate``.
+
+    Returns:
+        mx.array: ``[tokens, top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
+    """
+    if not has_kernel(x, slots, gate, up):
+        return gate_up_twin(x, slots, gate, up)
+    return _launch(
+        "gate_up",
+        [x, slots, *gate[:3], *up[:3]],
+        (*slots.shape, gate.rows),
+        vectors=slots.size,
+        simdgroups=2,
+        tile=2 * (rows := 2 if gate.bits == 2 else 1),
+        template={"BITS": gate.bits, "GROUP": gate.group_size, "ROWS": rows, "LANES": 32, "TOP_K": slots.shape[1]},
+    )
+
+
+def gate_up_twin(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
+    """:func:`gate_up` in MLX operations, as mlx-lm's ``SwitchGLU`` computes it."""
+    x = x[:, None]
+    return nn.silu(matvec_twin(x, slots, gate)) * matvec_twin(x, slots, up)
+
+
+def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> mx.array:
+    """The output of a token's experts, weighted and summed: ``sum over k of scores[k] * (matrix[slots[k]] x[k])``.
+
+    Args:
+        x (mx.array): ``[tokens, top_k, columns]``.
+        slots (mx.array): ``[tokens, top_k]``, uint32.
+        scores (mx.array): ``[tokens, top_k]``, of any floating dtype.
+        matrix (Quantized): ``[slots, rows, columns]``.
+
+    Returns:
+        mx.array: ``[tokens, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
+    """
+    if not has_kernel(x, slots, matrix):
+        return down_twin(x, slots, scores, matrix)
+    tokens, top_k = slots.shape
+    return _launch(
+        "down",
+        [x, slots, scores, *matrix[:3]],
+        (tokens, matrix.rows),
+        vectors=tokens,
+        simdgroups=top_k,
+        tile=4,
+        template={"BITS": matrix.bits, "GROUP": matrix.group_size, "ROWS": 2, "LANES": 16, "TOP_K": top_k},
+    )
+
+
+def down_twin(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> mx.array:
+    """:func:`down` in MLX operations, as mlx-lm's blocks compute it."""
+    return (matvec_twin(x, slots, matrix) * scores[..., None]).sum(axis=-2).astype(x.dtype)
+
+
+def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
+    """Products of vectors and matrices: ``matrix[slot] x`` for each slot and the vector in its place.
+
+    With one slot a product of plain matrices is one of experts, so this serves dense layers too.
+
+    Args:
+        x (mx.array): ``[tokens, top_k, columns]``.
+        slots (mx.array): ``[tokens, top_k]``, uint32.
+        matrix (Quantized): ``[slots, rows, columns]``.
+
+    Returns:
+        mx.array: ``[tokens, top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
+    """
+    if not has_kernel(x, slots, matrix):
+        return matvec_twin(x, slots, matrix)
+    return _launch(
+        "matvec",
+        [x, slots, *matrix[:3]],
+        (*slots.shape, matrix.rows),
+        vectors=slots.size,
+        simdgroups=4,
+        tile=16,
+        template={"BITS": matrix.bits, "GROUP": matrix.group_size, "ROWS": 2, "LANES": 16},
+    )
+
+
+def matvec_twin(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
+    """:func:`matvec` in MLX operations. ``x`` may also be broadcast to the shape of ``slots``."""
+    weight, scales, biases, group_size, bits = matrix
+    return mx.gather_qmm(
+        x[..., None, :], weight, scales, biases, rhs_indices=slots, transpose=True, group_size=group_size, bits=bits
+    ).squeeze(-2)
+
+
+class _Call(NamedTuple):
+    """What MLX makes a kernel of: the names of its inputs, and a body that calls the function of its file."""
+
+    inputs: tuple[str, ...]
+    body: str
+
+
+_CALLS = {
+    "gate_up": _Call(
+        ("x", "slots", "gate_weight", "gate_scales", "gate_biases", "up_weight", "up_scales", "up_biases"),
+        """
+        gate_up<T, BITS, GROUP, ROWS, LANES, TOP_K>(
+            x, slots, gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases, out,
+            gate_scales_shape[2] * GROUP, gate_scales_shape[1], threadgroup_position_in_grid.y,
+            threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        """,
+    ),
+    "down": _Call(
+        ("x", "slots", "scores", "weight", "scales", "biases"),
+        """
+        threadgroup float partial[TOP_K * ROWS * 32 / LANES];
+        down<T, BITS, GROUP, ROWS, LANES, TOP_K>(
+            x, slots, scores, weight, scales, biases, out, partial,
+            scales_shape[2] * GROUP, scales_shape[1], threadgroup_position_in_grid.y,
+            threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        """,
+    ),
+    "matvec": _Call(
+        ("x", "slots", "weight", "scales", "biases"),
+        """
+        matvec<T, BITS, GROUP, ROWS, LANES>(
+            x, slots, weight, scales, biases, out,
+            scales_shape[2] * GROUP, scales_shape[1], threadgroup_position_in_grid.y,
+            threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        """,
+    ),
+}
+
+
+def _launch(
+    name: str,
+    inputs: list[mx.array],
+    shape: tuple[int, ...],
+    *,
+    vectors: int,
+    simdgroups: int,
+    tile: int,
+    template: dict[str, Any],
+) -> mx.array:
+    """Run a kernel in threadgroups of ``simdgroups``, each of which makes ``tile`` elements of one of the vectors."""
+    threadgroups = (shape[-1] + tile - 1) // tile
+    (out,) = _kernel(name)(
+        inputs=inputs,
+        output_shapes=[shape],
+        output_dtypes=[inputs[0].dtype],
+        grid=(32 * simdgroups * threadgroups, vectors, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        template=[("T", inputs[0].dtype), ("SIMDGROUPS", simdgroups), *template.items()],
+    )
+    return out
+
+
+@cache
+def _kernel(name: str) -> Callable[..., list[mx.array]]:
+    folder = data_dir("kernels")
+    inputs, body = _CALLS[name]
+    text = "".join((folder / file).read_text() for file in ("quantized.metal", f"{name}.metal"))
+    if mx.cuda.is_available():
+        text = (folder / "cuda.h").read_text() + text
+        return mx.fast.cuda_kernel(name=name, input_names=inputs, output_names=["out"], source=body, header=text)
+    return mx.fast.metal_kernel(name=name, input_names=inputs, output_names=["out"], source=body, header=text)

@@ -1,0 +1,31 @@
+// Metal's words in CUDA, so that mx.fast.cuda_kernel takes the text of the .metal files as it is.
+// Threadgroups are one-dimensional and made of whole simdgroups.
+
+#define device
+#define constant
+#define thread
+#undef __device__  // a macro that contains the word `device`
+#define inline __attribute__((__device__)) __forceinline__
+
+using uint = unsigned int;
+using float16_t = __half;
+using bfloat16_t = __nv_bfloat16;
+using half2 = __half2;
+
+#define threadgroup __shared__
+#define threadgroup_barrier(flags) __syncthreads()
+#define threadgroup_position_in_grid blockIdx
+#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
+#define thread_index_in_simdgroup (threadIdx.x % 32)
+
+template <typename To, typename From>
+inline To as_type(From value) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+inline float simd_shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
