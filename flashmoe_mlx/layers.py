@@ -1,13 +1,15 @@
 """The drop-in for mlx-lm's switch layers: same call, same numbers, experts from disk."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
+from flashmoe_mlx import ops
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
 
@@ -37,7 +39,7 @@ class StreamedSwitchGLU(nn.Module):
     """mlx-lm's ``SwitchGLU`` or ``SwitchMLP`` on the slots of a pool.
 
     The arithmetic is the switch layer's own: its parameters become the pool's slabs, and it is called with slot
-    numbers where it had expert numbers.
+    numbers where it had expert numbers. On a GPU the kernels of :mod:`flashmoe_mlx.ops` decode for it, if they can.
 
     Args:
         switch (nn.Module): the layer to replace; it is taken over and must not be used elsewhere.
@@ -51,6 +53,9 @@ class StreamedSwitchGLU(nn.Module):
         switch.update(tree_unflatten([(name, slab.array) for name, slab in pool.slabs.items()]))
         # A bound method, because a module here would make the slabs parameters of the model.
         self._switch = switch.__call__
+        self._matrices = _swiglu_matrices(switch)
+        # Compiled, because MLX writes a kernel's text anew each time that it builds a graph.
+        self._kernels = mx.compile(lambda x, slots: ops.experts(x, slots, *self._matrices))
         self._table = table
         self._pool = pool
         self._fence = fence
@@ -71,9 +76,11 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.wait(indices)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         waves = self._pool.waves(self._table, sorted(set(pairs)))
+        decoding = bool(self._matrices) and ops.has_kernel(x, indices, *self._matrices)
+        experts = self._kernels if decoding else self._switch
         if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
             slot_of = self._pool.fetch(self._table, waves[0])
-            y = self._launch(x, [slot_of[expert] for expert in pairs], indices.shape)
+            y = _launch(experts, x, [slot_of[expert] for expert in pairs], indices.shape)
             self._fence.hold([y])
             return y
 
@@ -91,14 +98,28 @@ class StreamedSwitchGLU(nn.Module):
                 mx.eval(running.popleft()[0])
             slot_of = self._pool.fetch(self._table, wave)  # while the wave before is computed
             rows = mx.array([pair // top_k for pair in part])
-            outputs.append(self._launch(tokens[rows], [slot_of[pairs[pair]] for pair in part], (len(part), 1)))
+            slots = [slot_of[pairs[pair]] for pair in part]
+            outputs.append(_launch(experts, tokens[rows], slots, (len(part), 1)))
             running.append((outputs[-1], len(wave)))
         self._fence.hold(output for output, _ in running)
         places = np.argsort([pair for part in parts for pair in part])
         return mx.concatenate(outputs)[mx.array(places)].reshape(*indices.shape, -1)
 
-    def _launch(self, x: mx.array, slots: list[int], shape: tuple[int, ...]) -> mx.array:
-        """Start computing experts that are in slots, so that it goes on while the host does."""
-        y: mx.array = self._switch(x, mx.array(slots, mx.uint32).reshape(shape))
-        mx.async_eval(y)  # type: ignore[no-untyped-call]
-        return y
+
+def _launch(
+    experts: Callable[[mx.array, mx.array], mx.array], x: mx.array, slots: list[int], shape: tuple[int, ...]
+) -> mx.array:
+    """Start computing experts that are in slots, so that it goes on while the host does."""
+    y = experts(x, mx.array(slots, mx.uint32).reshape(shape))
+    mx.async_eval(y)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _swiglu_matrices(switch: nn.Module) -> tuple[ops.Quantized, ...]:
+    """The gate, up and down matrices of a switch layer, or nothing if it computes something else than kernels can."""
+    if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
+        return ()
+    projections = (switch.gate_proj, switch.up_proj, switch.down_proj)
+    if not all(isinstance(p, QuantizedSwitchLinear) and p.mode == "affine" and "bias" not in p for p in projections):
+        return ()
+    return tuple(ops.Quantized(p.weight, p.scales, p.biases, p.group_size, p.bits) for p in projections)

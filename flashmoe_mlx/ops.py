@@ -13,8 +13,8 @@ import mlx.nn as nn
 
 from flashmoe_mlx.config import data_dir
 
-MAX_TOKENS = 8
-MAX_TOP_K = 16
+MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
+MAX_TOP_K = 16  # experts of a token, for down()
 
 
 class Quantized(NamedTuple):
@@ -45,14 +45,13 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
 
     Args:
         x (mx.array): activations, whatever their shape.
-        slots (mx.array): ``[tokens, top_k]``.
+        slots (mx.array): ``[..., top_k]``, one for each product.
         matrices (Quantized): what they are multiplied with.
     """
-    tokens, top_k = slots.shape
     return (
         mx.default_device().type == mx.gpu
-        and tokens <= MAX_TOKENS
-        and top_k <= MAX_TOP_K
+        and slots.size <= MAX_PAIRS
+        and slots.shape[-1] <= MAX_TOP_K
         and all(matrix.scales.dtype == x.dtype for matrix in matrices)
     )
 
@@ -117,6 +116,25 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
 def down_twin(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> mx.array:
     """:func:`down` in MLX operations, as mlx-lm's blocks compute it."""
     return (matvec_twin(x, slots, matrix) * scores[..., None]).sum(axis=-2).astype(x.dtype)
+
+
+def experts(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized, down: Quantized) -> mx.array:
+    """SwiGLU experts, an output for each: what mlx-lm's ``SwitchGLU`` returns.
+
+    Args:
+        x (mx.array): ``[..., hidden]``.
+        slots (mx.array): ``[..., top_k]``, uint32.
+        gate (Quantized): ``[slots, intermediate, hidden]``.
+        up (Quantized): like ``gate``.
+        down (Quantized): ``[slots, hidden, intermediate]``.
+
+    Returns:
+        mx.array: ``[..., top_k, hidden]``, of the dtype of ``x``. Where kernels run, an output depends on its own
+        token and expert only, not on what else is computed in the same call.
+    """
+    pairs = slots.reshape(-1, slots.shape[-1])
+    y = matvec(gate_up(x.reshape(-1, x.shape[-1]), pairs, gate, up), pairs, down)
+    return y.reshape(*slots.shape, -1)
 
 
 def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:

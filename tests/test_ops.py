@@ -1,0 +1,166 @@
+"""The kernels against float64: on any machine through the emulator, and on a GPU (`-m metal`)."""
+
+from collections.abc import Iterator
+from functools import cache, partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashmoe_mlx import budget, ops
+from flashmoe_mlx.layers import StreamedSwitchGLU
+from flashmoe_mlx.ops import Quantized
+from tests.conftest import WriteFamily
+from tests.emulator import Emulated
+from tests.oracle import PROMPT, streamed
+
+BITS = (2, 3, 4, 5, 6, 8)
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels run in the emulator, whatever the operands."""
+    kernel = ops._kernel
+    monkeypatch.setattr(ops, "_kernel", cache(lambda name: Emulated(kernel(name))))
+    monkeypatch.setattr(ops, "has_kernel", lambda *operands: True)
+    mx.disable_compile()  # a compiled function has no values that a program could be given
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run on the GPU and find NaN where they write."""
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        pytest.skip("no GPU")
+    kernel = ops._kernel
+    monkeypatch.setattr(ops, "_kernel", lambda name: partial(kernel(name), init_value=float("nan")))
+
+
+def quantized(slots: int, rows: int, columns: int, group_size: int, bits: int, dtype: mx.Dtype, key: int) -> Quantized:
+    weight = mx.random.normal((slots, rows, columns), key=mx.random.key(key)) * columns**-0.5
+    parts = mx.quantize(weight, group_size, bits, stream=mx.cpu)
+    return Quantized(parts[0], parts[1].astype(dtype), parts[2].astype(dtype), group_size, bits)
+
+
+def float64(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def dequantized(matrix: Quantized) -> np.ndarray:
+    """``[slots, rows, columns]`` in float64; the bits of a row are one stream, lowest first."""
+    stream = np.unpackbits(np.array(matrix.weight).view(np.uint8), axis=-1, bitorder="little")
+    q = stream.reshape(*matrix.weight.shape[:2], -1, matrix.bits) @ (1 << np.arange(matrix.bits))
+    scales, biases = (np.repeat(float64(part), matrix.group_size, -1) for part in matrix[1:3])
+    return scales * q + biases
+
+
+def error(actual: mx.array, wanted: np.ndarray) -> float:
+    assert actual.shape == wanted.shape
+    return float(np.linalg.norm(float64(actual) - wanted) / np.linalg.norm(wanted))
+
+
+def check_kernels(
+    dtype: mx.Dtype, bits: int, group_size: int, tokens: int, top_k: int, rows: int, groups: int, seed: int
+) -> None:
+    """Compare every kernel with float64 on random operands."""
+    columns = groups * group_size
+    key = mx.random.split(mx.random.key(seed), 4)
+    slots = mx.random.randint(0, 5, (tokens, top_k), key=key[0]).astype(mx.uint32)
+    x = mx.random.normal((tokens, columns), key=key[1]).astype(dtype)
+    hidden = mx.random.normal((tokens, top_k, columns), key=key[2]).astype(dtype)
+    scores = mx.softmax(mx.random.normal((tokens, top_k), key=key[3]), axis=-1)
+    gate, up = (quantized(5, rows, columns, group_size, bits, dtype, seed + part) for part in (1, 2))
+
+    dense_gate, dense_up = (dequantized(matrix)[np.array(slots)] for matrix in (gate, up))
+    gated = np.einsum("tkrc,tc->tkr", dense_gate, float64(x))
+    wanted = gated / (1 + np.exp(-gated)) * np.einsum("tkrc,tc->tkr", dense_up, float64(x))
+    assert error(ops.gate_up(x, slots, gate, up), wanted) < TOLERANCE[dtype]
+
+    wanted = np.einsum("tkrc,tkc->tkr", dense_up, float64(hidden))
+    assert error(ops.matvec(hidden, slots, up), wanted) < TOLERANCE[dtype]
+    weighted = (wanted * float64(scores)[..., None]).sum(1)
+    assert error(ops.down(hidden, slots, scores, up), weighted) < TOLERANCE[dtype]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)),
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([32, 64, 128]),
+    tokens=st.integers(1, 9),
+    top_k=st.integers(1, ops.MAX_TOP_K),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 12),
+    seed=st.integers(0, 2**20),
+)
+def test_emulated(emulated: None, **operands: int) -> None:
+    check_kernels(**operands)
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group_size"),
+    [(mx.bfloat16, bits, 64) for bits in BITS]
+    + [(mx.float32, 4, 32), (mx.float16, 4, 128), (mx.float32, 3, 64), (mx.float16, 8, 64)],
+)
+def test_on_gpu(dtype: mx.Dtype, bits: int, group_size: int, on_gpu: None) -> None:
+    for tokens, rows, columns in ((1, 1024, 4096), (3, 37, 128), (8, 50, 1152), (1, 300, 512)):
+        check_kernels(dtype, bits, group_size, tokens, 10, rows, columns // group_size, seed=columns)
+
+
+@pytest.mark.metal
+def test_dispatch_on_gpu(on_gpu: None) -> None:
+    """Few pairs go to kernels, many to the twin; they agree."""
+    gate, up = (quantized(4, 64, 128, 64, 4, mx.bfloat16, key) for key in (1, 2))
+    x = mx.random.normal((ops.MAX_PAIRS + 1, 128)).astype(mx.bfloat16)
+    slots = mx.random.randint(0, 4, (ops.MAX_PAIRS + 1, 1)).astype(mx.uint32)
+    assert ops.has_kernel(x[:1], slots[:1], gate, up)
+    assert not ops.has_kernel(x, slots, gate, up)
+    assert not ops.has_kernel(x.astype(mx.float32), slots[:1], gate, up)
+    few, many = ops.gate_up(x[:1], slots[:1], gate, up), ops.gate_up(x, slots, gate, up)[:1]
+    assert error(few, float64(many)) < 2 * TOLERANCE[mx.bfloat16]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(bits, 64) for bits in BITS] + [(4, 32), (4, 128)])
+def test_twins(bits: int, group_size: int) -> None:
+    """What a CPU computes is the same thing."""
+    check_kernels(mx.float32, bits, group_size, tokens=3, top_k=4, rows=24, groups=3, seed=bits)
+
+
+def test_pairs_do_not_depend_on_each_other(emulated: None) -> None:
+    matrices = [
+        quantized(6, *shape, 32, 4, mx.bfloat16, key) for key, shape in enumerate([(64, 96), (64, 96), (96, 64)])
+    ]
+    x = mx.random.normal((3, 96), key=mx.random.key(7)).astype(mx.bfloat16)
+    slots = mx.array([[0, 5, 2], [5, 1, 1], [3, 4, 0]], mx.uint32)
+    together = ops.experts(x, slots, *matrices)
+    for token, k in np.ndindex(3, 3):
+        alone = ops.experts(x[token : token + 1], slots[token : token + 1, k : k + 1], *matrices)
+        assert mx.array_equal(together[token, k], alone[0, 0])
+
+
+def test_layer(emulated: None, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed model decodes with the kernels, and the same whatever the budget: in waves, with hits, with misses."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 3)
+    launches: list[str] = []
+    kernel = ops._kernel
+    monkeypatch.setattr(ops, "_kernel", lambda name: launches.append(name) or kernel(name))
+    folder = checkpoint("qwen3_moe")
+    outputs = [model(mx.array([PROMPT[:3]])) for model in (streamed(folder), streamed(folder, 1.0))]
+    assert launches.count("gate_up") == launches.count("matvec") > 4
+    assert mx.array_equal(*outputs)
+    monkeypatch.setattr(ops, "has_kernel", lambda *operands: False)
+    twin = streamed(folder)(mx.array([PROMPT[:3]]))
+    assert error(outputs[0], float64(twin)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
+def test_other_activations(family: str, emulated: None, checkpoint: WriteFamily) -> None:
+    """Experts that are no plain SwiGLU are left to mlx-lm's layer."""
+    layers = [m for _, m in streamed(checkpoint(family)).named_modules() if isinstance(m, StreamedSwitchGLU)]
+    assert layers
+    assert not any(layer._matrices for layer in layers)
