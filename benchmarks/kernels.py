@@ -269,7 +269,7 @@ def main() -> None:
             )
     if args.record:
         for line in lines:
-            record("kernels", line)
+            record("kernels", line | {"copy_tb_per_s": round(copy / 1e12, 3)})
     print(json.dumps({"copy_tb_per_s": round(copy / 1e12, 3), "lines": lines}))
 
 

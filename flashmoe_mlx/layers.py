@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,8 +55,8 @@ class StreamedSwitchGLU(nn.Module):
         # A bound method, because a module here would make the slabs parameters of the model.
         self._switch = switch.__call__
         self._matrices = _swiglu_matrices(switch)
-        # Compiled, because MLX writes a kernel's text anew each time that it builds a graph.
-        self._kernels = mx.compile(lambda x, slots: ops.experts(x, slots, *self._matrices))
+        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it.
+        self._kernels = partial(mx.compile(ops.experts), **self._matrices)
         self._table = table
         self._pool = pool
         self._fence = fence
@@ -76,7 +77,7 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.wait(indices)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         waves = self._pool.waves(self._table, sorted(set(pairs)))
-        decoding = bool(self._matrices) and ops.has_kernel(x, indices, *self._matrices)
+        decoding = bool(self._matrices) and ops.has_kernel(x, indices, *self._matrices.values())
         experts = self._kernels if decoding else self._switch
         if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
             slot_of = self._pool.fetch(self._table, waves[0])
@@ -115,11 +116,15 @@ def _launch(
     return y
 
 
-def _swiglu_matrices(switch: nn.Module) -> tuple[ops.Quantized, ...]:
-    """The gate, up and down matrices of a switch layer, or nothing if it computes something else than kernels can."""
+def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
+    """What :func:`flashmoe_mlx.ops.experts` needs of a switch layer; nothing, if the layer computes something else."""
     if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
-        return ()
-    projections = (switch.gate_proj, switch.up_proj, switch.down_proj)
-    if not all(isinstance(p, QuantizedSwitchLinear) and p.mode == "affine" and "bias" not in p for p in projections):
-        return ()
-    return tuple(ops.Quantized(p.weight, p.scales, p.biases, p.group_size, p.bits) for p in projections)
+        return {}
+    projections = {"gate": switch.gate_proj, "up": switch.up_proj, "down": switch.down_proj}
+    for linear in projections.values():
+        if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
+            return {}
+    return {
+        name: ops.Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        for name, linear in projections.items()
+    }

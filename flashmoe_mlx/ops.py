@@ -48,7 +48,7 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one for each product.
         matrices (Quantized): what they are multiplied with.
     """
-    return (
+    return bool(
         mx.default_device().type == mx.gpu
         and slots.size <= MAX_PAIRS
         and slots.shape[-1] <= MAX_TOP_K
@@ -84,7 +84,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
 def gate_up_twin(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
     """:func:`gate_up` in MLX operations, as mlx-lm's ``SwitchGLU`` computes it."""
     x = x[:, None]
-    return nn.silu(matvec_twin(x, slots, gate)) * matvec_twin(x, slots, up)
+    hidden: mx.array = nn.silu(matvec_twin(x, slots, gate)) * matvec_twin(x, slots, up)
+    return hidden
 
 
 def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> mx.array:
@@ -240,5 +241,9 @@ def _kernel(name: str) -> Callable[..., list[mx.array]]:
     text = "".join((folder / file).read_text() for file in ("quantized.metal", f"{name}.metal"))
     if mx.cuda.is_available():
         text = (folder / "cuda.h").read_text() + text
-        return mx.fast.cuda_kernel(name=name, input_names=inputs, output_names=["out"], source=body, header=text)
-    return mx.fast.metal_kernel(name=name, input_names=inputs, output_names=["out"], source=body, header=text)
+        return mx.fast.cuda_kernel(  # type: ignore[return-value]
+            name=name, input_names=inputs, output_names=["out"], source=body, header=text
+        )
+    return mx.fast.metal_kernel(  # type: ignore[return-value]
+        name=name, input_names=inputs, output_names=["out"], source=body, header=text
+    )
