@@ -4,14 +4,11 @@
 
 A step is what a MoE layer's routed experts do for one token or a few: gate, up and down products, weighted and summed.
 Steps are chained, as in decoding, over slots in rotation, so that no cache serves the weights. The ways take turns and
-every figure is a median. "call" is a step as MLX runs it; "alone" is a step when MLX launches many kernels at once,
-which leaves little but the kernels' own time. The last line is JSON.
+every figure is a median; the GPU is kept busy while the host builds the next steps. The last line is JSON.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +31,6 @@ from flashmoe_mlx.ops import Quantized
 GROUP_SIZE = 64
 DTYPE = mx.bfloat16
 M3_MAX = 400e9  # bytes a second
-ALONE = {"MLX_MAX_OPS_PER_BUFFER": "32", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
 # hidden, intermediate, experts a token, bits, tokens: those of the 397B model first
 CASES = [
@@ -225,26 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="which, from 0 on")
     parser.add_argument("--record", action="store_true", help="append the figures to results/kernels.csv")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if mx.default_device().type == mx.cpu:
         sys.exit("kernels run on a GPU, and MLX has none here. On Linux: pip install 'mlx[cuda13]'")
 
-    calls = [measure(CASES[number], extras=number == 0) for number in args.cases]
-    if args.alone:
-        print(json.dumps(calls))
-        return
     copy = copy_bandwidth()
-    command = [sys.executable, "-m", "benchmarks.kernels", "--alone", "--cases", *map(str, args.cases)]
-    output = subprocess.run(command, env=os.environ | ALONE, stdout=subprocess.PIPE, text=True, check=True).stdout
-    alone = json.loads(output.splitlines()[-1])
     print(f"copy: {copy / 1e12:.2f} TB/s")
     lines = []
-    for number, call_seconds, alone_seconds in zip(args.cases, calls, alone, strict=True):
+    for number in args.cases:
         hidden, intermediate, top_k, bits, tokens = CASES[number]
         nbytes = 3 * tokens * top_k * hidden * intermediate * (bits / 8 + 2 * DTYPE.size / GROUP_SIZE)
-        for way, call in call_seconds.items():
-            theirs = "block, mlx-lm" if way.startswith("block") else "mlx-lm"
+        times = measure(CASES[number], extras=number == 0)
+        for way, time_ in times.items():
             line = {
                 "hidden": hidden,
                 "intermediate": intermediate,
@@ -252,20 +240,17 @@ def main() -> None:
                 "bits": bits,
                 "tokens": tokens,
                 "way": way,
-                "call_us": round(call * 1e6, 1),
-                "alone_us": round(alone_seconds[way] * 1e6, 1),
+                "us": round(time_ * 1e6, 1),
                 "mb": round(nbytes / 1e6, 1),
-                "tb_per_s_alone": round(nbytes / alone_seconds[way] / 1e12, 2),
-                "share_of_copy": round(nbytes / alone_seconds[way] / copy, 3),
-                "times_faster_call": round(call_seconds[theirs] / call, 2),
-                "times_faster_alone": round(alone_seconds[theirs] / alone_seconds[way], 2),
+                "tb_per_s": round(nbytes / time_ / 1e12, 2),
+                "share_of_copy": round(nbytes / time_ / copy, 3),
+                "times_faster": round(times["block, mlx-lm" if way.startswith("block") else "mlx-lm"] / time_, 2),
                 "m3_max_us": round(nbytes / M3_MAX * 1e6, 1),
             }
             lines.append(line)
             print(
-                f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts, {way}: "
-                f"{line['call_us']} us a call ({line['times_faster_call']} x mlx-lm's speed), {line['alone_us']} alone "
-                f"({line['times_faster_alone']} x, {line['tb_per_s_alone']} TB/s, {line['share_of_copy']:.0%} of copy)"
+                f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts, {way}: {line['us']} us, "
+                f"{line['tb_per_s']} TB/s, {line['share_of_copy']:.0%} of copy, {line['times_faster']} x mlx-lm's speed"
             )
     if args.record:
         for line in lines:
