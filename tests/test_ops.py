@@ -14,7 +14,7 @@ from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.ops import Quantized
 from tests.conftest import WriteFamily
 from tests.emulator import Emulated
-from tests.oracle import PROMPT, streamed
+from tests.oracle import PROMPT, resident, streamed
 
 BITS = (2, 3, 4, 5, 6, 8)
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
@@ -156,6 +156,18 @@ def test_layer(emulated: None, checkpoint: WriteFamily, monkeypatch: pytest.Monk
     monkeypatch.setattr(ops, "has_kernel", lambda *operands: False)
     twin = streamed(folder)(mx.array([PROMPT[:3]]))
     assert error(outputs[0], float64(twin)) < 1e-5
+
+
+@pytest.mark.metal
+def test_layer_on_gpu(on_gpu: None, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on a GPU, where compiled kernels must see what is read into slots after they were built."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 5)
+    folder = checkpoint("qwen3_moe")
+    models = [streamed(folder), streamed(folder, 1.0), resident(folder)]
+    for token in PROMPT:
+        few, all_, mlx_lm = (model(mx.array([[token]])) for model in models)
+        assert mx.array_equal(few, all_)
+        assert error(few, float64(mlx_lm)) < 1e-3
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
