@@ -66,7 +66,7 @@ def main() -> None:
             "budget": budget,
             "tps": round(1 / median(pair[1] for pair in pairs), 2),
             "ratio": round(median(a / b for a, b in pairs), 3),
-            "hit_rate": round(hits / (hits + misses), 3),
+            "hit_rate": round(hits / (hits + misses), 3) if hits + misses else 1.0,
             "mb_per_token": round(nbytes / 1e6 / args.turns / args.turn, 2),
         }
         runs.append(run)

@@ -25,6 +25,11 @@ class Share:
         """Bytes of the slots."""
         return self.slots * slot_nbytes(self.tables[0])
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether it is a layer that has a slot for every expert, so that none ever leaves."""
+        return len(self.tables) == 1 and self.slots == self.tables[0].experts
+
 
 def plan(tables: Sequence[ExpertTable], ram_budget: int, top_k: int) -> list[Share]:
     """Divide a budget among layers.

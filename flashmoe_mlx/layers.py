@@ -1,17 +1,15 @@
-"""The drop-in for mlx-lm's switch layers: same call, same numbers, experts from disk."""
+"""The drop-ins for mlx-lm's switch layers: same call, same numbers, experts from disk or all in memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
-from flashmoe_mlx import ops
 from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.pool import Pool
 
 
@@ -36,11 +34,28 @@ class Fence:
         self._pending.extend(outputs)
 
 
+class ResidentSwitchGLU(nn.Module):
+    """mlx-lm's ``SwitchGLU`` or ``SwitchMLP`` with all experts in memory: no host sync, nothing to read.
+
+    Args:
+        switch (nn.Module): the layer to replace.
+    """
+
+    def __init__(self, switch: nn.Module):
+        super().__init__()
+        self.switch = switch
+        self._experts = Experts(switch)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Apply the routed experts, lazily; see :meth:`StreamedSwitchGLU.__call__`."""
+        return self._experts.function(x, indices)(x, indices)
+
+
 class StreamedSwitchGLU(nn.Module):
     """mlx-lm's ``SwitchGLU`` or ``SwitchMLP`` on the slots of a pool.
 
     The arithmetic is the switch layer's own: its parameters become the pool's slabs, and it is called with slot
-    numbers where it had expert numbers. On a GPU the kernels of :mod:`flashmoe_mlx.ops` decode for it, if they can.
+    numbers where it had expert numbers.
 
     Args:
         switch (nn.Module): the layer to replace; it is taken over and must not be used elsewhere.
@@ -52,11 +67,7 @@ class StreamedSwitchGLU(nn.Module):
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
         super().__init__()
         switch.update(tree_unflatten([(name, slab.array) for name, slab in pool.slabs.items()]))
-        # A bound method, because a module here would make the slabs parameters of the model.
-        self._switch = switch.__call__
-        self._matrices = _swiglu_matrices(switch)
-        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it.
-        self._kernels = partial(mx.compile(ops.experts), **self._matrices)
+        self._experts = Experts(switch)  # not the switch: as a module it would make the slabs parameters of the model
         self._table = table
         self._pool = pool
         self._fence = fence
@@ -77,8 +88,7 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.wait(indices)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         waves = self._pool.waves(self._table, sorted(set(pairs)))
-        decoding = bool(self._matrices) and ops.has_kernel(x, indices, *self._matrices.values())
-        experts = self._kernels if decoding else self._switch
+        experts = self._experts.function(x, indices)
         if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
             slot_of = self._pool.fetch(self._table, waves[0])
             y = _launch(experts, x, [slot_of[expert] for expert in pairs], indices.shape)
@@ -107,24 +117,8 @@ class StreamedSwitchGLU(nn.Module):
         return mx.concatenate(outputs)[mx.array(places)].reshape(*indices.shape, -1)
 
 
-def _launch(
-    experts: Callable[[mx.array, mx.array], mx.array], x: mx.array, slots: list[int], shape: tuple[int, ...]
-) -> mx.array:
+def _launch(experts: ExpertFunction, x: mx.array, slots: list[int], shape: tuple[int, ...]) -> mx.array:
     """Start computing experts that are in slots, so that it goes on while the host does."""
     y = experts(x, mx.array(slots, mx.uint32).reshape(shape))
     mx.async_eval(y)  # type: ignore[no-untyped-call]
     return y
-
-
-def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
-    """What :func:`flashmoe_mlx.ops.experts` needs of a switch layer; nothing, if the layer computes something else."""
-    if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
-        return {}
-    projections = {"gate": switch.gate_proj, "up": switch.up_proj, "down": switch.down_proj}
-    for linear in projections.values():
-        if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
-            return {}
-    return {
-        name: ops.Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
-        for name, linear in projections.items()
-    }

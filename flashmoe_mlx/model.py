@@ -17,7 +17,7 @@ from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
-from flashmoe_mlx.layers import Fence, StreamedSwitchGLU
+from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader
 
@@ -55,7 +55,8 @@ class Streaming:
 
     def summary(self) -> str:
         """The ``Experts:`` line."""
-        line = f"Experts: {self.counters.summary()}"
+        all_resident = self.slots_nbytes == self.experts_nbytes
+        line = f"Experts: {'all in memory' if all_resident else self.counters.summary()}"
         if self.experts_per_token != self.native_experts_per_token:
             line += f", {self.experts_per_token} experts per token instead of {self.native_experts_per_token}"
         return line
@@ -174,12 +175,15 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
     fence = Fence()
-    streamed = []
+    replaced: list[tuple[str, nn.Module]] = []
     for share in shares:
+        if share.all_resident:
+            replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
+            continue
         pool = Pool(share.slots, share.tables[0], reader, counters)
         for table in share.tables:
-            streamed.append((table.layer, StreamedSwitchGLU(switches[table.layer], table, pool, fence)))
-    model.update_modules(tree_unflatten(streamed))
+            replaced.append((table.layer, StreamedSwitchGLU(switches[table.layer], table, pool, fence)))
+    model.update_modules(tree_unflatten(replaced))
     return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables))
 
 

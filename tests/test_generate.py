@@ -13,6 +13,7 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
+from tests.oracle import streamed
 
 STATISTICS = re.compile(
     r"Prompt: \d+ tokens, \d+\.\d{3} tokens-per-sec\n"
@@ -61,10 +62,17 @@ def test_text_and_statistics(capsys: pytest.CaptureFixture[str], folder: Path) -
 
 
 def test_fewer_experts_show_in_the_statistics(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    out = run(capsys, "--model", str(folder), "--experts-per-token", "2", "--ram-budget", "1GB")
+    half = streamed(folder).streaming.experts_nbytes // 2
+    out = run(capsys, "--model", str(folder), "--experts-per-token", "2", "--ram-budget", str(half))
     match = STATISTICS.search(out)
     assert match and match["rest"] == ", 2 experts per token instead of 4"
     assert float(match["share"]) > 0
+
+
+def test_all_in_memory(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    text, statistics = run(capsys, "--model", str(folder), "--ram-budget", "1GB").rsplit("=" * 10 + "\n", 1)
+    assert text == run(capsys, "--model", str(folder)).rsplit("=" * 10 + "\n", 1)[0]
+    assert statistics.endswith("\nExperts: all in memory\n")
 
 
 def test_preset_sets_sampling_and_flags_win(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -1,0 +1,49 @@
+"""What a switch layer computes: mlx-lm's own way, or the kernels' while tokens are few."""
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
+
+from flashmoe_mlx import ops
+
+ExpertFunction = Callable[[mx.array, mx.array], mx.array]
+
+
+class Experts:
+    """The arithmetic of a switch layer, without the question where its experts come from.
+
+    Args:
+        switch (nn.Module): mlx-lm's ``SwitchGLU`` or ``SwitchMLP``, with the arrays to compute with.
+    """
+
+    def __init__(self, switch: nn.Module):
+        self._switch: ExpertFunction = switch.__call__
+        self._matrices = _swiglu_matrices(switch)
+        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it.
+        self._kernels: ExpertFunction = partial(mx.compile(ops.experts), **self._matrices)
+
+    def function(self, x: mx.array, indices: mx.array) -> ExpertFunction:
+        """What computes a call: from ``x`` and where each expert is, ``[..., experts_per_token, hidden]``.
+
+        The choice is one for a whole call, even if it is computed in parts: the two round differently on a GPU.
+        """
+        if self._matrices and ops.has_kernel(x, indices, *self._matrices.values()):
+            return self._kernels
+        return self._switch
+
+
+def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
+    """What :func:`flashmoe_mlx.ops.experts` needs of a switch layer; nothing, if the layer computes something else."""
+    if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
+        return {}
+    projections = {"gate": switch.gate_proj, "up": switch.up_proj, "down": switch.down_proj}
+    for linear in projections.values():
+        if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
+            return {}
+    return {
+        name: ops.Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        for name, linear in projections.items()
+    }
