@@ -41,7 +41,18 @@ def decode(model: nn.Module, prompt: list[int], tokens: list[int] | int) -> tupl
     if not isinstance(tokens, int):
         forced = chain(tokens, repeat(0))  # mlx-lm decodes one token ahead
         count, sampler = len(tokens), lambda _: mx.array([next(forced)])
-    logprobs = mx.stack([each for _, each in generate_step(mx.array(prompt), model, max_tokens=count, sampler=sampler)])
+    # Large calls round on a GPU as their shapes have it, and these depend on how many experts fit into memory; small
+    # ones go to the kernels. On a CPU all shapes round alike.
+    on_cpu = mx.default_device().type == mx.cpu
+    steps = generate_step(
+        mx.array(prompt),
+        model,
+        max_tokens=count,
+        sampler=sampler,
+        logits_processors=[lambda _, logits: logits.astype(mx.float32)],
+        prefill_step_size=2048 if on_cpu else 8,
+    )
+    logprobs = mx.stack([each for _, each in steps])
     return mx.argmax(logprobs, axis=-1).tolist(), logprobs
 
 

@@ -43,6 +43,9 @@ def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
     for linear in projections.values():
         if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
             return {}
+    gate, up = projections["gate"], projections["up"]
+    if (gate.bits, gate.group_size) != (up.bits, up.group_size):
+        return {}
     return {
         name: ops.Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
         for name, linear in projections.items()

@@ -1,7 +1,8 @@
 """Products with quantised experts: one function per kernel, its twin in MLX operations, one dispatch rule.
 
 A kernel is a file of ``kernels/``, whose README tells how it is launched and why. Kernels take few tokens, as decoding
-has them, and read slabs in place.
+has them, and read slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a slice
+of another may not.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from flashmoe_mlx.config import data_dir
 
 MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
 MAX_TOP_K = 16  # experts of a token, for down()
+_DEVICE_MEMORY = 8  # elements; MLX passes smaller arrays in constant memory, where the kernels expect no matrix
 
 
 class Quantized(NamedTuple):
@@ -48,12 +50,17 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one for each product.
         matrices (Quantized): what they are multiplied with.
     """
-    return bool(
-        mx.default_device().type == mx.gpu
-        and slots.size <= MAX_PAIRS
+    return (
+        _on_gpu()
+        and 0 < slots.size <= MAX_PAIRS
         and slots.shape[-1] <= MAX_TOP_K
-        and all(matrix.scales.dtype == x.dtype for matrix in matrices)
+        and all(matrix.scales.dtype == x.dtype and matrix.scales.size >= _DEVICE_MEMORY for matrix in matrices)
     )
+
+
+def _on_gpu() -> bool:
+    on_gpu: bool = mx.default_device().type == mx.gpu
+    return on_gpu
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
@@ -63,12 +70,12 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
         x (mx.array): ``[tokens, columns]``.
         slots (mx.array): where the experts of each token are, ``[tokens, top_k]``, uint32.
         gate (Quantized): ``[slots, rows, columns]``.
-        up (Quantized): like ``gate``.
+        up (Quantized): like ``gate``; the kernel wants the same bits and groups, too.
 
     Returns:
         mx.array: ``[tokens, top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
     """
-    if not has_kernel(x, slots, gate, up):
+    if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
     return _launch(
         "gate_up",

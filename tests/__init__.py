@@ -1,0 +1,5 @@
+"""Tests run on the CPU, where equal means every bit, except for those marked ``metal``."""
+
+import mlx.core as mx
+
+mx.set_default_device(mx.cpu)  # before mlx_lm is imported, which keeps a stream of the default device
