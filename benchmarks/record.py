@@ -4,6 +4,7 @@ import csv
 import platform
 import subprocess
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def record(name: str, figures: dict[str, Any]) -> None:
         writer.writerow(line)
 
 
+@cache  # what is recorded changes the tree
 def _commit() -> str:
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -73,6 +73,18 @@ def free_memory() -> int:
     return min(available, int(limit))
 
 
+def spare_memory(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:
+    """The budget that ``"auto"`` means, in bytes.
+
+    All experts, if a tenth of the free memory is left over then. Otherwise half of what the trunk leaves: the other
+    half is the OS page cache's, which serves what the slots do not have, and speed falls when it starves.
+    """
+    free = free_memory()
+    room = free - trunk_nbytes
+    total = experts_nbytes(tables)
+    return total if total <= room - free // 10 else max(0, room // 2)
+
+
 def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
     """Refuse what would have to be swapped.
 

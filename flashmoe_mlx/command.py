@@ -13,8 +13,8 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ram-budget",
         metavar="SIZE",
-        help="Memory for experts, e.g. 12GB. The output does not depend on it (default: 0, a small pool on top of "
-        "the OS page cache)",
+        help="Memory for experts, e.g. 12GB, or auto for what the machine can spare. The output does not depend on it "
+        "(default: 0, a small pool on top of the OS page cache)",
     )
     group.add_argument(
         "--experts-per-token",

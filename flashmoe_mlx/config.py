@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 _PACKAGE = Path(__file__).resolve().parent
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
@@ -19,8 +19,8 @@ class Config:
     """How a model's experts are streamed. Every field has the name of its TOML key and its command line flag.
 
     Args:
-        ram_budget (int): bytes for experts in memory. 0 keeps one small pool and trusts the OS page cache.
-            Accepts text such as ``"12GB"``.
+        ram_budget (int or "auto"): bytes for experts in memory. 0 keeps one small pool and trusts the OS page cache;
+            ``"auto"`` takes what the machine can spare. Accepts text such as ``"12GB"``.
         experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
             one the model was trained with; fewer read less and change the output.
         read_threads (int): parallel reads. Default: the number of cores, at most 8.
@@ -31,13 +31,14 @@ class Config:
         ValueError: a value is out of range or a sampling key unknown.
     """
 
-    ram_budget: int = 0
+    ram_budget: int | Literal["auto"] = 0
     experts_per_token: int | None = None
     read_threads: int = min(8, os.cpu_count() or 1)
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ram_budget", parse_size(self.ram_budget))
+        if self.ram_budget != "auto":
+            object.__setattr__(self, "ram_budget", parse_size(self.ram_budget))
         for name in ("experts_per_token", "read_threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -89,7 +90,7 @@ def parse_size(size: int | str) -> int:
     try:
         nbytes = int(Decimal(digits) * _UNITS[text[len(digits) :].strip().upper()])
     except (InvalidOperation, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"not a size: {size!r}. Write bytes or a unit, e.g. 12GB") from error
+        raise ValueError(f"not a size: {size!r}. Write bytes or a unit, e.g. 12GB, or auto") from error
     if nbytes < 0:
         raise ValueError(f"a size cannot be negative: {size!r}")
     return nbytes

@@ -5,6 +5,7 @@ python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -59,6 +60,8 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
             return tuple(mlx_lm.load(path, **options))  # small, and rarely a Mixture of Experts
         loaded = load(path, config=config, **options)
         streamed.append(loaded[0].streaming)
+        if config.ram_budget == "auto":
+            print(f"ram budget auto: {streamed[-1].memory()}", file=sys.stderr)
         return loaded
 
     parsed = SimpleNamespace(parse_args=lambda: args)

@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess
+from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess, spare_memory
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
@@ -53,6 +53,11 @@ class Streaming:
     slots_nbytes: int
     experts_nbytes: int
 
+    def memory(self) -> str:
+        """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
+        slots, experts, trunk = (n / 1e9 for n in (self.slots_nbytes, self.experts_nbytes, self.trunk_nbytes))
+        return f"{slots:.1f} GB of {experts:.1f} GB of experts in memory, {trunk:.1f} GB of trunk"
+
     def summary(self) -> str:
         """The ``Experts:`` line."""
         all_resident = self.slots_nbytes == self.experts_nbytes
@@ -91,7 +96,8 @@ def load(
         revision (str, optional): branch, tag or commit of the repository. Default: ``None``.
         trust_remote_code (bool): run Python code that comes with the model. Default: ``False``.
         ram_budget (int or str, optional): memory for experts, in bytes or as ``"12GB"``; 0 keeps one small pool and
-            leaves the rest to the OS page cache. The output does not depend on it. Default: the config's, or 0.
+            leaves the rest to the OS page cache; ``"auto"`` takes what the machine can spare. The output does not
+            depend on it. Default: the config's, or 0.
         experts_per_token (int, optional): routed experts a token uses. Fewer than the checkpoint's own number read
             less and change the output. Default: the config's, or the checkpoint's.
         config (str, Path or Config, optional): a preset of the model's family (``"exact"``, ``"flash"``), a TOML file,
@@ -167,10 +173,11 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         raise ValueError(f"experts_per_token is {top_k}, and a layer of {checkpoint.folder} has {fewest} experts")
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
-    shares = plan(tables, config.ram_budget, top_k)
-    slots_nbytes = sum(share.nbytes for share in shares)
     trunk_nbytes = _nbytes(model) - sum(map(_nbytes, switches.values()))
-    refuse_excess(trunk_nbytes, max(slots_nbytes, config.ram_budget))
+    ram_budget = spare_memory(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
+    shares = plan(tables, ram_budget, top_k)
+    slots_nbytes = sum(share.nbytes for share in shares)
+    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget))
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)

@@ -319,6 +319,17 @@ def test_budget_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert "0.10 GB" in message
 
 
+@pytest.mark.parametrize(("free", "fraction"), [(1.0, 0.5), (1.05, 0.5), (1.3, 1), (0.2, 0.1)])
+def test_automatic_budget(free: float, fraction: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts if they fit with room to spare, else half of what the trunk leaves."""
+    model, _ = flashmoe_mlx.load(str(folder))
+    trunk, experts = model.streaming.trunk_nbytes, model.streaming.experts_nbytes
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 0)
+    monkeypatch.setattr(budget, "free_memory", lambda: trunk + int(experts * free))
+    model, _ = flashmoe_mlx.load(str(folder), ram_budget="auto")
+    assert model.streaming.slots_nbytes == pytest.approx(experts * fraction, rel=0.1)
+
+
 def test_trunk_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "free_memory", lambda: 1000)
     message = refusal(MemoryError, folder)
