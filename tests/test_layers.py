@@ -1,6 +1,9 @@
 """No slot is overwritten while something still has to read it, in whatever order calls are built and evaluated."""
 
+import time
 from collections.abc import Iterator
+from random import Random
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +11,10 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from flashmoe_mlx import budget
+from flashmoe_mlx import budget, reader
+from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers import StreamedSwitchGLU
+from flashmoe_mlx.reader import Reader
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, resident, run, streamed
 
@@ -65,6 +70,27 @@ def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
         for (token, logprobs), (wanted_token, wanted) in zip(actual, steps(oracle, prompt), strict=True):
             assert token == wanted_token
             assert mx.array_equal(logprobs, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+@pytest.mark.parametrize("slots", [4, 7])  # a token's experts exactly, and a few more
+def test_slow_jittering_reader(
+    threads: int, slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that end late and in any order, while mlx-lm decodes a token ahead."""
+    random = Random(slots)
+    read = Reader._read
+
+    def slow_read(self: Reader, *args: Any) -> None:
+        time.sleep(random.random() * 1e-3)
+        read(self, *args)
+
+    monkeypatch.setattr(reader, "_LARGE", 1)  # so that threads share even these small reads
+    monkeypatch.setattr(Reader, "_read", slow_read)
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
+    folder = checkpoint("qwen3_5_moe")
+    model = streamed(folder, config=Config(read_threads=threads))
+    assert_same(run(model, tokens=8), run(resident(folder), tokens=8))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
