@@ -1,6 +1,10 @@
-"""Measures how close the reader comes to what this machine can do at all: GB/s from a warm page cache into live slots.
+"""Measures how close the reader comes to what this machine can do at all: GB/s from a file into live slots.
 
     python -m benchmarks.io --rounds 200
+    python -m benchmarks.io --rounds 30 --cold
+
+Warm reads come from the page cache. Cold ones come from the device: the file's pages are evicted before each batch, and
+``device_share`` says how many of the bytes read the device delivered, by the kernel's own count.
 
 The ceiling is a C program that makes the same reads, of a file's spans into MLX's memory, on as many threads. Both read
 batches of random experts in turn, so noise hits both. The last line is JSON: its first figures are those of Qwen's
@@ -97,7 +101,19 @@ def python_ceiling(path: Path, threads: int) -> Callable[[Reads], Callable[[], N
     return prepare
 
 
-def compare(path: Path, sizes: Sequence[int], prepare: Any, threads: int, rounds: int) -> dict[str, float]:
+def evict(path: Path) -> None:
+    """Make the page cache forget a file."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def device_bytes() -> int:
+    """What devices have delivered to this process so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def compare(path: Path, sizes: Sequence[int], prepare: Any, threads: int, rounds: int, cold: bool) -> dict[str, float]:
     """Reader and ceiling in turn: the median GB/s of each, and of the ratio within a round."""
     spans, slots = layout(path, sizes)
     reader = Reader([str(path)], threads, Counters())
@@ -111,18 +127,25 @@ def compare(path: Path, sizes: Sequence[int], prepare: Any, threads: int, rounds
 
     sides = {"reader_gbps": reader_run, "ceiling_gbps": prepare}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    delivered = 0
     for number in range(rounds):
         for name in sorted(sides, reverse=bool(number % 2)):
             reads = batch()
             run = sides[name](reads)
+            if cold:
+                evict(path)
+                delivered -= device_bytes()
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
+            if cold:
+                delivered += device_bytes()
             if number < 2:
                 check(path, reads)
     gbps = {name: EXPERTS * sum(sizes) / 1e9 / median(each) for name, each in seconds.items()}
     ratio = median(c / r for r, c in zip(seconds["reader_gbps"], seconds["ceiling_gbps"], strict=True))
-    return {name: round(value, 3) for name, value in (gbps | {"ratio": ratio}).items()}
+    figures = gbps | {"ratio": ratio, "device_share": delivered / (2 * rounds * EXPERTS * sum(sizes))}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def check(path: Path, reads: Reads) -> None:
@@ -155,27 +178,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=Config().read_threads)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--size", type=int, default=800, help="MB of the file")
+    parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
+    if args.cold and not hasattr(os, "posix_fadvise"):
+        raise SystemExit(
+            "--cold needs Linux: nothing else here can evict a file's pages and count what a device delivers"
+        )
+    threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)  # the ceiling's: as many copy
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "experts"
         write_file(path, args.size * 1_000_000)
         try:
-            prepare, ceiling = c_ceiling(folder, path, args.threads), "c"
+            prepare, ceiling = c_ceiling(folder, path, threads), "c"
         except (OSError, subprocess.CalledProcessError):
-            prepare, ceiling = python_ceiling(path, args.threads), "python"
-        print(f"expert MB  layout      reader GB/s  {ceiling + ' GB/s':>12}  ratio")
+            prepare, ceiling = python_ceiling(path, threads), "python"
+        print(f"expert MB  layout      reader GB/s  {ceiling + ' GB/s':>12}  ratio  from the device")
         runs: list[dict[str, Any]] = []
         for size in SIZES:
             pieces = [size * units // sum(UNITS) for units in UNITS]
             for kind, sizes in (("scattered", pieces), ("contiguous", [size])):
-                figures = compare(path, sizes, prepare, args.threads, args.rounds)
+                figures = compare(path, sizes, prepare, args.threads, args.rounds, args.cold)
                 runs.append({"expert_mb": round(size / 1e6, 2), "layout": kind} | figures)
-                print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}".format(*runs[-1].values()), flush=True)
+                print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}  {:15.0%}".format(*runs[-1].values()), flush=True)
     if args.record:
         for run in runs:
-            record("io", run | {"ceiling": ceiling, "threads": args.threads})
+            record("io", run | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
     first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
     chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}
     print(json.dumps(chosen | {"ceiling": ceiling, "threads": args.threads, "runs": runs}))

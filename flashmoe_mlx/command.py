@@ -26,7 +26,7 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         "--read-threads",
         type=int,
         metavar="N",
-        help="Parallel reads (default: the number of cores, at most 8)",
+        help="Reads under way at once (default: 16)",
     )
     group.add_argument(
         "--config",

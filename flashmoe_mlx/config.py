@@ -1,6 +1,5 @@
 """Settings of a streamed model: one frozen dataclass, filled from TOML files and arguments."""
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +22,7 @@ class Config:
             ``"auto"`` takes what the machine can spare. Accepts text such as ``"12GB"``.
         experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
             one the model was trained with; fewer read less and change the output.
-        read_threads (int): parallel reads. Default: the number of cores, at most 8.
+        read_threads (int): reads under way at once; copies from the page cache take no more than there are cores.
         sampling (Mapping[str, float]): what the command line samples with unless told otherwise; keys ``temp``,
             ``top_p``, ``top_k``, ``min_p``. The Python API leaves sampling to mlx-lm.
 
@@ -33,7 +32,7 @@ class Config:
 
     ram_budget: int | Literal["auto"] = 0
     experts_per_token: int | None = None
-    read_threads: int = min(8, os.cpu_count() or 1)
+    read_threads: int = 16
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

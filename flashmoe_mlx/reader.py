@@ -5,19 +5,23 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 
-_LARGE = 1 << 18  # bytes that take longer to read than a thread takes to wake
+_LARGE = 1 << 18  # bytes that take longer to copy than a thread takes to wake
+_MOST_COPIERS = 8
+_ONLY_CACHED: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read what the page cache has, do not wait for the device
 
 
 class Reader:
     """Reads spans with positional reads on a few threads.
 
-    The calling thread is one of them; the others live as long as the reader. They move bytes only: an MLX array
-    belongs to the thread that made it.
+    What the page cache has is copied by the calling thread and, if it is large, by as many others as there are cores.
+    What it has not is left to threads of their own, one for each read, so that the device has many to work on. Where
+    the OS cannot tell the two apart, all of it is copied. Threads move bytes only: an MLX array belongs to the thread
+    that made it.
 
     Args:
         paths (Iterable[str]): the files that will be read; they stay open.
@@ -27,10 +31,11 @@ class Reader:
 
     def __init__(self, paths: Iterable[str], threads: int, counters: Counters):
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
-        self._max_helpers = threads - 1
-        self._helpers = ThreadPoolExecutor(threads, "expert-reader")
+        self._copiers = min(threads, _MOST_COPIERS, os.cpu_count() or 1) - 1  # besides the calling thread
+        self._threads = ThreadPoolExecutor(threads, "expert-reader")
+        self._knows_cached = all(map(_tells_cached, self._files.values()))
         self._counters = counters
-        weakref.finalize(self, _close, self._files, self._helpers)
+        weakref.finalize(self, _close, self._files, self._threads)
 
     def read(self, reads: Iterable[tuple[Span, memoryview]]) -> None:
         """Fill every buffer from its span.
@@ -50,42 +55,78 @@ class Reader:
         for read in reads:
             nbytes += read[0].nbytes
             (small if read[0].nbytes < _LARGE else large).append(read)
-        helpers = [self._helpers.submit(self._drain, large) for _ in range(min(self._max_helpers, len(large)))]
+        waiting: list[Future[None]] = []  # for the device
+        copiers = [self._threads.submit(self._drain, large, waiting) for _ in range(min(self._copiers, len(large)))]
         try:
             for span, buffer in small:
-                self._read(span, buffer)
-            self._drain(large)
+                self._read(span, buffer, waiting)
+            self._drain(large, waiting)
+            for copier in copiers:
+                copier.result()
+            for future in waiting:
+                future.result()
         finally:
             large.clear()  # after a failure nobody starts another read
-            wait(helpers)
-        for helper in helpers:
-            helper.result()
+            wait(copiers)
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
         self._counters.bytes_read += nbytes
         self._counters.read_seconds += time.perf_counter() - begin
 
-    def _drain(self, reads: deque[tuple[Span, memoryview]]) -> None:
+    def _drain(self, reads: deque[tuple[Span, memoryview]], waiting: list[Future[None]]) -> None:
         """Make one read after another until none is left."""
         while reads:
             try:
                 span, buffer = reads.popleft()
             except IndexError:  # another thread took the last one
                 return
-            self._read(span, buffer)
+            self._read(span, buffer, waiting)
 
-    def _read(self, span: Span, buffer: memoryview) -> None:
+    def _read(self, span: Span, buffer: memoryview, waiting: list[Future[None]]) -> None:
+        """Fill a buffer; what is not in the page cache is added to ``waiting``."""
+        if not self._knows_cached:
+            return self._finish(span, buffer, 0)
         path, offset, nbytes = span
         try:
-            done = count = os.preadv(self._files[path], [buffer], offset)
-            while count and done < nbytes:  # a signal or the OS may cut a read short
+            done = os.preadv(self._files[path], [buffer], offset, _ONLY_CACHED)
+        except BlockingIOError:  # nothing is
+            done = 0
+        except OSError as error:
+            raise _explained(error, span) from error
+        if done < nbytes:
+            waiting.append(self._threads.submit(self._finish, span, buffer, done))
+
+    def _finish(self, span: Span, buffer: memoryview, done: int) -> None:
+        """Fill a buffer whose first ``done`` bytes are there."""
+        path, offset, nbytes = span
+        try:
+            while done < nbytes:  # a signal or the OS may cut a read short
                 count = os.preadv(self._files[path], [buffer[done:]], offset + done)
+                if not count:
+                    raise OSError(f"{path} ends {nbytes - done} bytes too early: it was truncated. Download it again")
                 done += count
         except OSError as error:
-            raise OSError(f"cannot read {nbytes} bytes at offset {offset} of {path}: {error.strerror}") from error
-        if done < nbytes:
-            raise OSError(f"{path} ends {nbytes - done} bytes too early: it was truncated. Download it again")
+            raise _explained(error, span) from error
 
 
-def _close(files: dict[str, int], helpers: ThreadPoolExecutor) -> None:
-    helpers.shutdown()
+def _tells_cached(file: int) -> bool:
+    """Whether a file can be read without waiting for the device."""
+    try:
+        return _ONLY_CACHED > 0 and os.preadv(file, [bytearray(1)], 0, _ONLY_CACHED) >= 0
+    except BlockingIOError:
+        return True
+    except OSError:  # not on this file system
+        return False
+
+
+def _explained(error: OSError, span: Span) -> OSError:
+    if error.errno is None:  # our own
+        return error
+    return OSError(f"cannot read {span.nbytes} bytes at offset {span.offset} of {span.path}: {error.strerror}")
+
+
+def _close(files: dict[str, int], threads: ThreadPoolExecutor) -> None:
+    threads.shutdown()
     for file in files.values():
         os.close(file)

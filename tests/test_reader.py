@@ -18,7 +18,12 @@ from flashmoe_mlx.reader import Reader
 LARGE = 1 << 18  # bytes from which on threads share the work
 DATA = np.random.default_rng(0).bytes(8 * LARGE)
 
-Preadv = Callable[[int, Sequence[Any], int], int]
+Preadv = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
 
 
 @pytest.fixture
@@ -81,12 +86,48 @@ def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) 
     """The OS may give fewer bytes than were asked for."""
     preadv = os.preadv
     sizes = [1, 7, 8, 1000]
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:7]], *where))
     reads = plan(file, sizes)
     Reader([str(file)], threads, Counters()).read(reads)
     assert complete(reads)
     step = LARGE // 3
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:step]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:step]], *where))
+    reads = plan(file, SIZES)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("cached", [0, 5, 1000])
+def test_partly_cached(threads: int, cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page cache has the first bytes of a read, or nothing."""
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags and not cached:
+            raise BlockingIOError
+        return preadv(fd, [buffers[0][: cached if flags else None]], offset)
+
+    reader = Reader([str(file)], threads, Counters())
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, SIZES * 3)
+    reader.read(reads)
+    assert complete(reads)
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_file_system_that_does_not_tell_what_is_cached(
+    threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
     reads = plan(file, SIZES)
     Reader([str(file)], threads, Counters()).read(reads)
     assert complete(reads)
@@ -95,11 +136,11 @@ def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) 
 def fail_in(main: bool, preadv: Preadv) -> Preadv:
     """A device error in the calling thread or in the others; whoever does not fail is slow."""
 
-    def read(fd: int, buffers: Sequence[Any], offset: int) -> int:
+    def read(fd: int, buffers: Sequence[Any], *where: int) -> int:
         if (threading.current_thread() is threading.main_thread()) == main:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         time.sleep(0.05)
-        return preadv(fd, buffers, offset)
+        return preadv(fd, buffers, *where)
 
     return read
 
