@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,21 +59,25 @@ def main() -> None:
         ours = seconds_per_token(streamed, prompt, args.turn)
         theirs = seconds_per_token(resident, prompt, args.turn)
         next(ours), next(theirs)  # warm up
-        hits, misses, nbytes = counters.hits, counters.misses, counters.bytes_read
+        before = replace(counters)
         pairs = [(next(theirs), next(ours)) for _ in range(args.turns)]
-        hits, misses, nbytes = counters.hits - hits, counters.misses - misses, counters.bytes_read - nbytes
+        hits, misses = counters.hits - before.hits, counters.misses - before.misses
+        our_seconds = args.turn * sum(pair[1] for pair in pairs)
         resident_seconds += [pair[0] for pair in pairs]
         run = {
             "budget": budget,
             "tps": round(1 / median(pair[1] for pair in pairs), 2),
             "ratio": round(median(a / b for a, b in pairs), 3),
             "hit_rate": round(hits / (hits + misses), 3) if hits + misses else 1.0,
-            "mb_per_token": round(nbytes / 1e6 / args.turns / args.turn, 2),
+            "mb_per_token": round((counters.bytes_read - before.bytes_read) / 1e6 / args.turns / args.turn, 2),
+            "read_share": round((counters.read_seconds - before.read_seconds) / our_seconds, 3),
+            "sync_share": round((counters.sync_seconds - before.sync_seconds) / our_seconds, 3),
         }
         runs.append(run)
         print(
             f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s, {run['ratio']:.3f} of mlx-lm's, "
-            f"{run['hit_rate']:.1%} hits, {run['mb_per_token']} MB a token"
+            f"{run['hit_rate']:.1%} hits, {run['mb_per_token']} MB a token, "
+            f"{run['read_share']:.0%} of the time in reads, {run['sync_share']:.0%} waiting for routers"
         )
     resident_tps = round(1 / median(resident_seconds), 2)
     print(f"mlx-lm, all in memory: {resident_tps:.2f} tok/s")

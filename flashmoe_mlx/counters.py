@@ -10,14 +10,18 @@ class Counters:
     Args:
         hits (int): experts that a layer call needed and found in a slot.
         misses (int): experts that it had to read.
+        evictions (int): experts that had to leave a slot for them.
         bytes_read (int): expert bytes read from the checkpoint, from disk or from the OS page cache.
         read_seconds (float): time spent waiting for these reads.
+        sync_seconds (float): time spent waiting for routers' choices, while the device computes.
     """
 
     hits: int = 0
     misses: int = 0
+    evictions: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0
+    sync_seconds: float = 0.0
 
     def summary(self) -> str:
         """One line for people, e.g. ``92.4% from memory, 1.31 GB read, 5.8 GB/s``."""

@@ -1,5 +1,6 @@
 """The drop-ins for mlx-lm's switch layers: same call, same numbers, experts from disk or all in memory."""
 
+import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -8,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.pool import Pool
@@ -19,15 +21,21 @@ class Fence:
     A slot may be overwritten once every graph that reads it has run. Each call of a layer waits for the expert
     outputs of the call before, whichever layer's it was, so no others are ever pending. While decoding this costs
     nothing: they are ancestors of the router's choice, which has to be waited for anyway.
+
+    Args:
+        counters (Counters): where the time is added up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
         self._pending: list[mx.array] = []
 
     def wait(self, indices: mx.array) -> None:
         """Evaluate ``indices`` and what is pending. Then every slot is idle."""
         pending, self._pending = self._pending, []
+        begin = time.perf_counter()
         mx.eval(indices, *pending)
+        self._counters.sync_seconds += time.perf_counter() - begin
 
     def hold(self, outputs: Iterable[mx.array]) -> None:
         """Note that ``outputs`` read slots and may not have run."""

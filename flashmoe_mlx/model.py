@@ -181,7 +181,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
-    fence = Fence()
+    fence = Fence(counters)
     replaced: list[tuple[str, nn.Module]] = []
     for share in shares:
         if share.all_resident:

@@ -76,6 +76,7 @@ class Pool:
         while len(self._free) < len(experts):
             _, slot = self._slot_of.popitem(last=False)
             self._free.append(slot)
+            self._counters.evictions += 1
         slots = self._free[-len(experts) :]
         self._reader.read(
             read

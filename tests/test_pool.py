@@ -83,7 +83,9 @@ def test_counters(file: Path, tables: list[ExpertTable]) -> None:
     pool = Pool(4, tables[0], Reader([str(file)], 1, counters), counters)
     pool.fetch(tables[0], [0, 1])
     pool.fetch(tables[0], [0, 1, 2])
-    assert (counters.hits, counters.misses, counters.bytes_read) == (2, 3, 3 * 44)
+    assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 3, 0, 3 * 44)
+    pool.fetch(tables[1], [0, 1])
+    assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 5, 1, 5 * 44)
 
 
 def test_failed_read_leaves_a_working_pool(tmp_path: Path) -> None:
