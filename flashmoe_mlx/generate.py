@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from flashmoe_mlx.checkpoint import find_folder, read_config
 from flashmoe_mlx.command import extend_parser, one_line_errors
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.model import load
+from flashmoe_mlx.progress import PromptProgress
 
 EPILOG = """examples:
   python -m flashmoe_mlx.generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"
@@ -65,7 +67,8 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
         return loaded
 
     parsed = SimpleNamespace(parse_args=lambda: args)
-    with mock.patch.multiple(_mlx_generate(), setup_arg_parser=lambda: parsed, load=load_streamed):
+    generate = partial(mlx_lm.generate, prompt_progress_callback=PromptProgress())
+    with mock.patch.multiple(_mlx_generate(), setup_arg_parser=lambda: parsed, load=load_streamed, generate=generate):
         _mlx_generate().main()
     if args.verbose:
         print(streamed[0].summary())

@@ -1,5 +1,6 @@
 """The generate command as its users meet it: output, flags, mistakes, Ctrl-C and closed pipes."""
 
+import io
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
+from flashmoe_mlx.progress import PromptProgress
 from tests.oracle import streamed
 
 STATISTICS = re.compile(
@@ -136,3 +138,19 @@ def test_closed_pipe(folder: Path) -> None:
 def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "flashmoe_mlx.generate", "--model", str(folder), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("file", "shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_progress(file: io.StringIO, shown: bool, folder: Path) -> None:
+    """A bar of a long prompt, only where somebody watches."""
+    model, tokenizer = streamed(folder), load_tokenizer(folder)
+    mlx_lm.generate(
+        model, tokenizer, [7] * 50, max_tokens=1, prefill_step_size=8, prompt_progress_callback=PromptProgress(file)
+    )
+    assert ("Prompt" in file.getvalue()) == shown
+    assert not file.getvalue().rpartition("\r")[2].strip()  # and it is wiped off

@@ -1,0 +1,29 @@
+"""How far a long prompt has been read, for people who wait."""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class PromptProgress:
+    """A bar while mlx-lm reads a prompt, gone when it is done; nothing at all if nobody watches a terminal.
+
+    It is an mlx-lm ``prompt_progress_callback``.
+
+    Args:
+        file (TextIO, optional): where the bar goes. Default: ``sys.stderr``.
+    """
+
+    def __init__(self, file: TextIO | None = None):
+        self._file = file or sys.stderr
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, processed: int, total: int) -> None:
+        """Show that ``processed`` of ``total`` tokens have been read."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc="Prompt", unit="tok", leave=False, disable=None, file=self._file)
+        self._bar.update(processed - self._bar.n)
+        if processed >= total:
+            self._bar.close()
+            self._bar = None
