@@ -1,4 +1,4 @@
-"""Draws results/decode.svg from the latest run in results/decode.csv (needs matplotlib).
+"""Draws results/decode.svg from the latest warm run in results/decode.csv (needs matplotlib).
 
 python -m benchmarks.plot
 """
@@ -12,7 +12,7 @@ from benchmarks.record import RESULTS
 
 def main() -> None:
     with (RESULTS / "decode.csv").open() as file:
-        lines = list(csv.DictReader(file))
+        lines = [line for line in csv.DictReader(file) if line["cold"] == "False"]
     latest = [line for line in lines if (line["commit"], line["model"]) == (lines[-1]["commit"], lines[-1]["model"])]
     latest.sort(key=lambda line: float(line["budget"]))
     budgets = [100 * float(line["budget"]) for line in latest]
