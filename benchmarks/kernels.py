@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from benchmarks.record import record
@@ -177,8 +179,31 @@ def copy_bandwidth() -> float:
     return 2 * 2**30 / median(times)
 
 
+def moe_blocks(matrices: list[Quantized], top_k: int) -> dict[str, nn.Module]:
+    """mlx-lm's MoE block with its own switch layer, and with the kernels; all else is shared."""
+    slots, intermediate, _ = matrices[0].weight.shape
+    args = SimpleNamespace(
+        hidden_size=matrices[2].rows,
+        moe_intermediate_size=intermediate,
+        shared_expert_intermediate_size=intermediate,
+        norm_topk_prob=True,
+        num_experts=slots,
+        num_experts_per_tok=top_k,
+    )
+    switch = switch_layer(matrices)
+    theirs, ours = Qwen3NextSparseMoeBlock(args), Qwen3NextSparseMoeBlock(args)
+    for block in (theirs, ours):
+        block.switch_mlp = switch
+        block.set_dtype(DTYPE, lambda dtype: mx.issubdtype(dtype, mx.floating))
+    del theirs.switch_mlp
+    nn.quantize(theirs, GROUP_SIZE, 4)
+    ours.update_modules(dict(theirs.children()))
+    theirs.switch_mlp, ours.switch_mlp = switch, KernelLayer(matrices)
+    return {"mlx-lm": theirs, "kernels": ours}
+
+
 def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, float]:
-    """Seconds of a step of each way in one case; ``extras`` are ablations."""
+    """Seconds of a step of each way in one case; ``extras`` are ablations and mlx-lm's whole block."""
     hidden, intermediate, top_k, bits, tokens = case
     print(f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts ...", file=sys.stderr)
     slots = max(64, 2 * tokens * top_k)
@@ -193,6 +218,8 @@ def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, flo
         ways["kernels, not compiled"] = summed(matrices)
         sample = (mx.zeros((tokens, hidden), DTYPE), rotation[0], mx.zeros((tokens, top_k), DTYPE))
         ways |= {name: ablated(changes, matrices, sample) for name, changes in ABLATIONS.items()}
+        for name, block in moe_blocks(matrices, top_k).items():
+            ways[f"block, {name}"] = lambda x, slots, scores, block=block: block(x)
     return seconds(ways, hidden, rotation)
 
 
@@ -223,7 +250,7 @@ def main() -> None:
                 "mb": round(nbytes / 1e6, 1),
                 "tb_per_s": round(nbytes / time_ / 1e12, 2),
                 "share_of_copy": round(nbytes / time_ / copy, 3),
-                "times_faster": round(times["mlx-lm"] / time_, 2),
+                "times_faster": round(times["block, mlx-lm" if way.startswith("block") else "mlx-lm"] / time_, 2),
                 "m3_max_us": round(nbytes / M3_MAX * 1e6, 1),
             }
             lines.append(line)
