@@ -101,13 +101,14 @@ class Reader:
         """Fill a buffer whose first ``done`` bytes are there."""
         path, offset, nbytes = span
         try:
-            while done < nbytes:  # a signal or the OS may cut a read short
+            count = 1
+            while count and done < nbytes:  # a signal or the OS may cut a read short
                 count = os.preadv(self._files[path], [buffer[done:]], offset + done)
-                if not count:
-                    raise OSError(f"{path} ends {nbytes - done} bytes too early: it was truncated. Download it again")
                 done += count
         except OSError as error:
             raise _explained(error, span) from error
+        if done < nbytes:
+            raise OSError(f"{path} ends {nbytes - done} bytes too early: it was truncated. Download it again")
 
 
 def _tells_cached(file: int) -> bool:
@@ -121,8 +122,6 @@ def _tells_cached(file: int) -> bool:
 
 
 def _explained(error: OSError, span: Span) -> OSError:
-    if error.errno is None:  # our own
-        return error
     return OSError(f"cannot read {span.nbytes} bytes at offset {span.offset} of {span.path}: {error.strerror}")
 
 
