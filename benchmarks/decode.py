@@ -25,6 +25,7 @@ import flashmoe_mlx
 from benchmarks.exact import load_resident
 from benchmarks.io import evict
 from benchmarks.record import record
+from flashmoe_mlx.checkpoint import find_folder
 
 
 def seconds_per_token(
@@ -54,12 +55,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results/decode.csv")
     args = parser.parse_args()
 
-    files = list(Path(args.model).glob("*.safetensors"))
+    files: list[Path] = []
     if args.cold:
         args.turn = 1  # what the page cache learns in a turn, it knows
+        files = list(find_folder(args.model).glob("*.safetensors"))
 
     def before_turn() -> None:
-        for file in files if args.cold else ():
+        for file in files:
             evict(file)
 
     resident = load_resident(args.model)
@@ -77,6 +79,7 @@ def main() -> None:
         before = replace(counters)
         pairs = [(next(theirs), next(ours)) for _ in range(args.turns)]
         hits, misses = counters.hits - before.hits, counters.misses - before.misses
+        nbytes = counters.bytes_read - before.bytes_read
         read_seconds = counters.read_seconds - before.read_seconds
         our_seconds = args.turn * sum(pair[1] for pair in pairs)
         resident_seconds += [pair[0] for pair in pairs]
@@ -85,11 +88,9 @@ def main() -> None:
             "tps": round(1 / median(pair[1] for pair in pairs), 2),
             "ratio": round(median(a / b for a, b in pairs), 3),
             "hit_rate": round(hits / (hits + misses), 3) if hits + misses else 1.0,
-            "mb_per_token": round((counters.bytes_read - before.bytes_read) / 1e6 / args.turns / args.turn, 2),
+            "mb_per_token": round(nbytes / 1e6 / args.turns / args.turn, 2),
             "read_share": round(read_seconds / our_seconds, 3),
-            "read_gbps": round((counters.bytes_read - before.bytes_read) / 1e9 / read_seconds, 2)
-            if read_seconds
-            else None,
+            "read_gbps": round(nbytes / 1e9 / read_seconds, 2) if read_seconds else None,
             "sync_share": round((counters.sync_seconds - before.sync_seconds) / our_seconds, 3),
         }
         runs.append(run)

@@ -102,7 +102,9 @@ def python_ceiling(path: Path, threads: int) -> Callable[[Reads], Callable[[], N
 
 
 def evict(path: Path) -> None:
-    """Make the page cache forget a file."""
+    """Make the page cache forget a file, where the OS lets a program do that."""
+    if not hasattr(os, "posix_fadvise"):
+        raise SystemExit("--cold needs Linux, which can evict a file's pages")
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -181,10 +183,6 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
-    if args.cold and not hasattr(os, "posix_fadvise"):
-        raise SystemExit(
-            "--cold needs Linux: nothing else here can evict a file's pages and count what a device delivers"
-        )
     threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)  # the ceiling's: as many copy
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
