@@ -190,15 +190,12 @@ def moe_blocks(matrices: list[Quantized], top_k: int) -> dict[str, nn.Module]:
         num_experts=slots,
         num_experts_per_tok=top_k,
     )
-    switch = switch_layer(matrices)
     theirs, ours = Qwen3NextSparseMoeBlock(args), Qwen3NextSparseMoeBlock(args)
-    for block in (theirs, ours):
-        block.switch_mlp = switch
-        block.set_dtype(DTYPE, lambda dtype: mx.issubdtype(dtype, mx.floating))
-    del theirs.switch_mlp
+    theirs.switch_mlp = nn.Identity()  # so that all else can be converted
+    theirs.set_dtype(DTYPE)
     nn.quantize(theirs, GROUP_SIZE, 4)
     ours.update_modules(dict(theirs.children()))
-    theirs.switch_mlp, ours.switch_mlp = switch, KernelLayer(matrices)
+    theirs.switch_mlp, ours.switch_mlp = switch_layer(matrices), KernelLayer(matrices)
     return {"mlx-lm": theirs, "kernels": ours}
 
 
