@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels
 
-A step is what a MoE layer's routed experts do for one token or a few: gate, up and down products, weighted and summed,
-and a norm as between layers.
-Steps are chained, as in decoding, over slots in rotation, so that no cache serves the weights. The ways take turns and
-every figure is a median; the GPU is kept busy while the host builds the next steps. The last line is JSON.
+A step is what a MoE layer's routed experts do for one token or a few: gate, up and down products, weighted and summed.
+Steps are chained, as in decoding, over slots in rotation, so that no cache serves the weights. The ways take turns, and
+every figure is a median. Each is timed twice: as a call, while the host builds the next steps, and alone, when the GPU
+finds all steps built. The last line is JSON.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 from benchmarks.record import record
 from flashmoe_mlx import ops
 from flashmoe_mlx.config import data_dir
+from flashmoe_mlx.layers import ResidentSwitchGLU
 from flashmoe_mlx.ops import Quantized
 
 GROUP_SIZE = 64
@@ -92,17 +93,6 @@ def switch_layer(matrices: list[Quantized]) -> SwitchGLU:
     return switch
 
 
-class KernelLayer(nn.Module):
-    """A streamed layer's way to decode, without the streaming."""
-
-    def __init__(self, matrices: list[Quantized]):
-        super().__init__()
-        self._experts = mx.compile(lambda x, slots: ops.experts(x, slots, *matrices))
-
-    def __call__(self, x: mx.array, slots: mx.array) -> mx.array:
-        return self._experts(x, slots)
-
-
 def weighted(layer: nn.Module) -> Step:
     """A switch layer, and what mlx-lm's blocks do with its output."""
     return lambda x, slots, scores: (layer(x, slots) * scores[..., None]).sum(axis=-2)
@@ -142,24 +132,51 @@ def slots_in_rotation(slots: int, top_k: int, tokens: int, steps: int) -> list[m
     return rotation
 
 
-def seconds(ways: dict[str, Step], hidden: int, rotation: list[mx.array], rounds: int = 9) -> dict[str, float]:
-    """The median time of a step of each way."""
+def seconds(ways: dict[str, Step], hidden: int, rotation: list[mx.array], rounds: int = 9) -> dict[str, list[float]]:
+    """The median times of a step of each way: as a call, and alone."""
     tokens, top_k = rotation[0].shape
-    scores = mx.full((tokens, top_k), 1 / top_k, DTYPE)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    # silu(g) * u has a variance of 0.356 if g and u have 1: with these scores an output is as large as its input.
+    scores = mx.full((tokens, top_k), (0.356 * top_k) ** -0.5, DTYPE)
+    times: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             x = mx.random.normal((tokens, hidden)).astype(DTYPE)
             mx.eval(way(x, rotation[-1], scores))  # untimed: MLX may compile a kernel again whose name another had
             begin = time.perf_counter()
-            for step, slots in enumerate(rotation):
-                x = mx.fast.rms_norm(way(x, slots, scores), None, 1e-6)  # keeps x from vanishing; as a layer does
-                if step % 8 == 7:  # as decoding does: the GPU computes while the host builds what comes next
-                    mx.async_eval(x)
-            mx.eval(x)
+            mx.eval(launch(way, x, rotation, scores))
+            call = (time.perf_counter() - begin) / len(rotation)
+
+            alone = seconds_alone(way, x, rotation[:64], scores)
             if turn:  # the first warms up
-                times[name].append((time.perf_counter() - begin) / len(rotation))
-    return {name: median(each) for name, each in times.items()}
+                times[name].append([call, alone])
+    return {name: [median(each) for each in zip(*pairs, strict=True)] for name, pairs in times.items()}
+
+
+def seconds_alone(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.array) -> float:
+    """The time of a step when all of them wait behind other work; infinite if the host never gets that far ahead."""
+    for negations in (64, 128, 256):
+        ahead = mx.zeros((2**28,))
+        for _ in range(negations):
+            ahead = -ahead
+        mx.async_eval(ahead)
+        last = launch(way, x, rotation, scores)
+        built = time.perf_counter()
+        mx.eval(ahead)
+        begin = time.perf_counter()
+        mx.eval(last)
+        if begin - built > 5e-4:
+            return (time.perf_counter() - begin) / len(rotation)
+    return float("inf")
+
+
+def launch(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.array) -> mx.array:
+    """Start a chain of steps; its last output."""
+    for step, slots in enumerate(rotation):
+        x = way(x, slots, scores)
+        if step % 8 == 7:  # as decoding does: the GPU computes while the host builds what comes next
+            x = mx.fast.rms_norm(x, None, 1e-6)  # or x would vanish or explode after some more
+            mx.async_eval(x)
+    return x
 
 
 def copy_bandwidth() -> float:
@@ -195,11 +212,11 @@ def moe_blocks(matrices: list[Quantized], top_k: int) -> dict[str, nn.Module]:
     theirs.set_dtype(DTYPE)
     nn.quantize(theirs, GROUP_SIZE, 4)
     ours.update_modules(dict(theirs.children()))
-    theirs.switch_mlp, ours.switch_mlp = switch_layer(matrices), KernelLayer(matrices)
+    theirs.switch_mlp, ours.switch_mlp = switch_layer(matrices), ResidentSwitchGLU(switch_layer(matrices))
     return {"mlx-lm": theirs, "kernels": ours}
 
 
-def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, float]:
+def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, list[float]]:
     """Seconds of a step of each way in one case; ``extras`` are ablations and mlx-lm's whole block."""
     hidden, intermediate, top_k, bits, tokens = case
     print(f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts ...", file=sys.stderr)
@@ -208,7 +225,7 @@ def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, flo
     rotation = slots_in_rotation(slots, top_k, tokens, steps=384)
     ways = {
         "kernels": mx.compile(summed(matrices)),
-        "drop-in": weighted(KernelLayer(matrices)),
+        "drop-in": weighted(ResidentSwitchGLU(switch_layer(matrices))),
         "mlx-lm": weighted(switch_layer(matrices)),
     }
     if extras:
@@ -216,7 +233,7 @@ def measure(case: tuple[int, int, int, int, int], extras: bool) -> dict[str, flo
         sample = (mx.zeros((tokens, hidden), DTYPE), rotation[0], mx.zeros((tokens, top_k), DTYPE))
         ways |= {name: ablated(changes, matrices, sample) for name, changes in ABLATIONS.items()}
         for name, block in moe_blocks(matrices, top_k).items():
-            ways[f"block, {name}"] = lambda x, slots, scores, block=block: block(x)
+            ways[f"block, {name}"] = lambda x, slots, scores, block=block: block(mx.fast.rms_norm(x, None, 1e-6))
     return seconds(ways, hidden, rotation)
 
 
@@ -235,7 +252,8 @@ def main() -> None:
         hidden, intermediate, top_k, bits, tokens = CASES[number]
         nbytes = 3 * tokens * top_k * hidden * intermediate * (bits / 8 + 2 * DTYPE.size / GROUP_SIZE)
         times = measure(CASES[number], extras=number == 0)
-        for way, time_ in times.items():
+        for way, (call, alone) in times.items():
+            theirs = times["block, mlx-lm" if way.startswith("block") else "mlx-lm"]
             line = {
                 "hidden": hidden,
                 "intermediate": intermediate,
@@ -243,17 +261,22 @@ def main() -> None:
                 "bits": bits,
                 "tokens": tokens,
                 "way": way,
-                "us": round(time_ * 1e6, 1),
+                "us": round(call * 1e6, 1),
+                "alone_us": round(alone * 1e6, 1),
                 "mb": round(nbytes / 1e6, 1),
-                "tb_per_s": round(nbytes / time_ / 1e12, 2),
-                "share_of_copy": round(nbytes / time_ / copy, 3),
-                "times_faster": round(times["block, mlx-lm" if way.startswith("block") else "mlx-lm"] / time_, 2),
+                "tb_per_s": round(nbytes / call / 1e12, 2),
+                "share_of_copy": round(nbytes / call / copy, 3),
+                "alone_share_of_copy": round(nbytes / alone / copy, 3),
+                "times_faster": round(theirs[0] / call, 2),
+                "alone_times_faster": round(theirs[1] / alone, 2),
                 "m3_max_us": round(nbytes / M3_MAX * 1e6, 1),
             }
             lines.append(line)
             print(
-                f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts, {way}: {line['us']} us, "
-                f"{line['tb_per_s']} TB/s, {line['share_of_copy']:.0%} of copy, {line['times_faster']} x mlx-lm's speed"
+                f"{hidden}/{intermediate}, {bits} bits, {tokens} x {top_k} experts, {way}: {line['us']} us a call, "
+                f"{line['share_of_copy']:.0%} of copy, {line['times_faster']} x mlx-lm's speed; alone "
+                f"{line['alone_us']} us, {line['alone_share_of_copy']:.0%}, {line['alone_times_faster']} x",
+                flush=True,
             )
     if args.record:
         for line in lines:
