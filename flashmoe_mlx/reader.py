@@ -4,7 +4,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from flashmoe_mlx.checkpoint import Span
@@ -25,7 +25,7 @@ class Reader:
 
     Args:
         paths (Iterable[str]): the files that will be read; they stay open.
-        threads (int): how many reads may be under way at once.
+        threads (int): how many reads may be under way at once; as many again for those that were started ahead.
         counters (Counters): where bytes and seconds are added up.
     """
 
@@ -33,9 +33,10 @@ class Reader:
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._copiers = min(threads, _MOST_COPIERS, os.cpu_count() or 1) - 1  # besides the calling thread
         self._threads = ThreadPoolExecutor(threads, "expert-reader")
+        self._ahead = ThreadPoolExecutor(threads, "expert-reader-ahead")  # so that ``read`` need not queue behind it
         self._knows_cached = all(map(_tells_cached, self._files.values()))
         self._counters = counters
-        weakref.finalize(self, _close, self._files, self._threads)
+        weakref.finalize(self, _close, self._files, self._threads, self._ahead)
 
     def read(self, reads: Iterable[tuple[Span, memoryview]]) -> None:
         """Fill every buffer from its span.
@@ -49,42 +50,61 @@ class Reader:
         """
         begin = time.perf_counter()
         # Threads compete for Python's lock around each read, so one makes all the small ones while others make large.
-        small: list[tuple[Span, memoryview]] = []
+        small: deque[tuple[Span, memoryview]] = deque()
         large: deque[tuple[Span, memoryview]] = deque()
         nbytes = 0
         for read in reads:
             nbytes += read[0].nbytes
             (small if read[0].nbytes < _LARGE else large).append(read)
-        waiting: list[Future[None]] = []  # for the device
-        copiers = [self._threads.submit(self._drain, large, waiting) for _ in range(min(self._copiers, len(large)))]
+        batch = _Batch(self._threads, large)
+        batch.copiers = [self._threads.submit(self._drain, large, batch) for _ in range(min(self._copiers, len(large)))]
         try:
-            for span, buffer in small:
-                self._read(span, buffer, waiting)
-            self._drain(large, waiting)
-            for copier in copiers:
-                copier.result()
-            for future in waiting:
-                future.result()
+            self._drain(small, batch)
+            self._drain(large, batch)
+            batch.wait()
         finally:
-            large.clear()  # after a failure nobody starts another read
-            wait(copiers)
-            for future in waiting:
-                future.cancel()
-            wait(waiting)
+            batch.stop()
         self._counters.bytes_read += nbytes
         self._counters.read_seconds += time.perf_counter() - begin
 
-    def _drain(self, reads: deque[tuple[Span, memoryview]], waiting: list[Future[None]]) -> None:
+    def start(self, reads: Iterable[tuple[Span, memoryview]]) -> Callable[[], None]:
+        """Begin to fill every buffer from its span, on threads of their own; ``read`` may be called meanwhile.
+
+        Args:
+            reads: spans, each with a buffer of ``span.nbytes`` bytes.
+
+        Returns:
+            Callable[[], None]: waits for all of them; to be called once. Raises OSError as ``read`` does. Until it is
+            back, threads may write to any buffer. Bytes are counted by then, and the seconds it really waited.
+        """
+        queue = deque(reads)
+        nbytes = sum(span.nbytes for span, _ in queue)
+        batch = _Batch(self._ahead, queue)
+        copiers = min(max(1, self._copiers), len(queue))  # the calling thread has other things to do
+        batch.copiers = [self._ahead.submit(self._drain, queue, batch) for _ in range(copiers)]
+
+        def finish() -> None:
+            begin = time.perf_counter()
+            try:
+                batch.wait()
+            finally:
+                batch.stop()
+            self._counters.bytes_read += nbytes
+            self._counters.read_seconds += time.perf_counter() - begin
+
+        return finish
+
+    def _drain(self, reads: deque[tuple[Span, memoryview]], batch: "_Batch") -> None:
         """Make one read after another until none is left."""
         while reads:
             try:
                 span, buffer = reads.popleft()
             except IndexError:  # another thread took the last one
                 return
-            self._read(span, buffer, waiting)
+            self._read(span, buffer, batch)
 
-    def _read(self, span: Span, buffer: memoryview, waiting: list[Future[None]]) -> None:
-        """Fill a buffer; what is not in the page cache is added to ``waiting``."""
+    def _read(self, span: Span, buffer: memoryview, batch: "_Batch") -> None:
+        """Fill a buffer; what is not in the page cache is left to a thread that waits for the device."""
         if not self._knows_cached:
             return self._finish(span, buffer, 0)
         path, offset, nbytes = span
@@ -95,7 +115,7 @@ class Reader:
         except OSError as error:
             raise _explained(error, span) from error
         if done < nbytes:
-            waiting.append(self._threads.submit(self._finish, span, buffer, done))
+            batch.waiting.append(batch.threads.submit(self._finish, span, buffer, done))
 
     def _finish(self, span: Span, buffer: memoryview, done: int) -> None:
         """Fill a buffer whose first ``done`` bytes are there."""
@@ -109,6 +129,31 @@ class Reader:
             raise _explained(error, span) from error
         if done < nbytes:
             raise OSError(f"{path} ends {nbytes - done} bytes too early: it was truncated. Download it again")
+
+
+class _Batch:
+    """Reads under way: ``copiers`` take them from ``queue``; what is not cached is ``waiting`` for the device."""
+
+    def __init__(self, threads: ThreadPoolExecutor, queue: deque[tuple[Span, memoryview]]):
+        self.threads = threads
+        self.queue = queue
+        self.copiers: list[Future[None]] = []
+        self.waiting: list[Future[None]] = []
+
+    def wait(self) -> None:
+        """Return when all reads are made, or raise what the first one that failed did."""
+        for copier in self.copiers:
+            copier.result()
+        for future in self.waiting:  # complete by now: only copiers add to it
+            future.result()
+
+    def stop(self) -> None:
+        """Return when no thread touches a buffer any more; what nobody has begun is given up."""
+        self.queue.clear()
+        wait(self.copiers)
+        for future in self.waiting:
+            future.cancel()
+        wait(self.waiting)
 
 
 def _tells_cached(file: int) -> bool:
@@ -125,7 +170,8 @@ def _explained(error: OSError, span: Span) -> OSError:
     return OSError(f"cannot read {span.nbytes} bytes at offset {span.offset} of {span.path}: {error.strerror}")
 
 
-def _close(files: dict[str, int], threads: ThreadPoolExecutor) -> None:
-    threads.shutdown()
+def _close(files: dict[str, int], *pools: ThreadPoolExecutor) -> None:
+    for pool in pools:
+        pool.shutdown(wait=False)  # their reads hold the reader, so none is left; this may be one of their threads
     for file in files.values():
         os.close(file)

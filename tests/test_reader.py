@@ -179,12 +179,121 @@ def test_small_read_fails_while_large_ones_run(file: Path, monkeypatch: pytest.M
     assert [bytes(buffer) for _, buffer in reads] == before
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_start(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    preadv = os.preadv
+    readers: set[threading.Thread] = set()
+    gate = threading.Event()
+
+    def read(*call: Any) -> int:
+        readers.add(threading.current_thread())
+        assert gate.wait(5)
+        return preadv(*call)
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, SIZES * 3)
+    finish = reader.start(iter(reads))  # returns although nothing can be read yet
+    assert counters == Counters()
+    gate.set()
+    time.sleep(0.1)
+    assert complete(reads)
+    finish()
+    assert counters.bytes_read == sum(SIZES) * 3
+    assert 0 < counters.read_seconds < 0.1  # only what was really waited for
+    assert threading.main_thread() not in readers
+    reader.start([])()
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("cold", [True, False])
+def test_read_does_not_wait_for_what_was_started(
+    cold: bool, threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    ahead, other, now = plan(file, SIZES * 3), plan(file, SIZES * 2), plan(file, SIZES * 3)
+    held = {id(buffer.obj) for _, buffer in ahead + other}
+    preadv = os.preadv
+    gate = threading.Event()
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if cold and flags:
+            raise BlockingIOError
+        assert id(buffers[0].obj) not in held or gate.wait(5)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    finish, finish_other = reader.start(ahead), reader.start(other)
+    reader.read(now)
+    assert complete(now)
+    assert not complete(ahead)
+    assert counters.bytes_read == sum(SIZES) * 3
+    gate.set()
+    finish_other()
+    finish()
+    assert complete(ahead)
+    assert complete(other)
+    assert counters.bytes_read == sum(SIZES) * 8
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_start_fails(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], 4, counters)
+    reads = plan(file, [LARGE] * 12)
+    first = id(reads[0][1].obj)
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if cold and flags:
+            raise BlockingIOError
+        if id(buffers[0].obj) == first:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        time.sleep(0.05)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    finish = reader.start(reads)
+    with pytest.raises(OSError, match="Input/output error"):
+        finish()
+    before = [bytes(buffer) for _, buffer in reads]
+    assert b"\xaa" * LARGE in before[1:]  # some were given up
+    assert counters == Counters()
+    time.sleep(0.1)
+    assert [bytes(buffer) for _, buffer in reads] == before
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader.start(reads)()
+    assert complete(reads)
+
+
 def test_files_are_closed_with_the_reader(file: Path) -> None:
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     reader = Reader([str(file)], 4, Counters())
     reader.read(plan(file, [LARGE] * 8))
     opened = [path for path in Path("/dev/fd").iterdir() if path.exists() and path.samefile(file)]
     assert len(opened) == 1
+    reader.start(plan(file, [LARGE] * 8))()
+    workers = set(threading.enumerate()) - before
     del reader
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
     assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
-    assert threading.active_count() == threads
+
+
+def test_reader_and_handle_dropped_while_threads_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    before = set(threading.enumerate())
+    reader = Reader([str(file)], 2, Counters())
+    monkeypatch.setattr(os, "preadv", lambda *call: time.sleep(0.01) or preadv(*call))
+    reads = plan(file, [LARGE] * 8)
+    reader.start(reads)
+    workers = set(threading.enumerate()) - before
+    del reader
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert complete(reads)
+    assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
