@@ -2,16 +2,25 @@
 
     python -m benchmarks.decode --model FOLDER --budgets 0 0.25 1
     python -m benchmarks.decode --model FOLDER --budgets 0 0.25 --cold
+    python -m benchmarks.decode --model FOLDER --budgets 0 0.25 --leave 5GB
 
 The two take turns of a few tokens, so that a machine that slows down slows both; ratios are of neighbouring turns, and
 everything is a median. Budgets are shares of all experts. Cold, the page cache is emptied of the checkpoint before each
-token. The last line is JSON.
+token. With ``--leave``, another process takes all memory but so much; mlx-lm is measured before, and its own way to run
+a model that is larger than memory is tried as well.
+
+``predicted_tps`` is what bytes explain: mlx-lm's time with all in memory, and the bytes that the device delivered at
+the rate at which it delivers random experts. The last line is JSON.
 """
 
 import argparse
 import json
+import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,10 +31,27 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream
 
 import flashmoe_mlx
+from benchmarks.ballast import ballast
 from benchmarks.exact import load_resident
-from benchmarks.io import evict
+from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import find_folder
+from flashmoe_mlx.checkpoint import Span, find_folder
+from flashmoe_mlx.config import Config, parse_size
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.reader import Reader
+
+_MLX_LM = """
+import sys, time
+from pathlib import Path
+Path("/proc/self/oom_score_adj").write_text("1000")
+from benchmarks.exact import load_resident
+import mlx.core as mx
+begin = time.perf_counter()
+model = load_resident(sys.argv[1])
+for tokens in range(1, 9):
+    mx.eval(model(mx.array([[tokens]])))
+    print(tokens, time.perf_counter() - begin, flush=True)
+"""
 
 
 def seconds_per_token(
@@ -44,6 +70,42 @@ def seconds_per_token(
         yield (time.perf_counter() - begin) / turn
 
 
+def device_rate(files: list[Path], expert_nbytes: int, experts: int) -> float:
+    """Bytes a second in which the reader brings a layer's experts, nine pieces each, when no cache has them."""
+    pieces = [expert_nbytes * unit // 54 for unit in (16, 1, 1) * 3]
+    buffers = [[memoryview(bytearray(piece)) for piece in pieces] for _ in range(experts)]
+    reader = Reader(map(str, files), Config().read_threads, Counters())
+    rates = []
+    for _ in range(24):
+        for file in files:
+            evict(file)
+        reads = []
+        for pieces_of_expert in buffers:
+            for buffer in pieces_of_expert:
+                file = random.choice(files)
+                offset = random.randrange(file.stat().st_size - buffer.nbytes)
+                reads.append((Span(str(file), offset, buffer.nbytes), buffer))
+        begin = time.perf_counter()
+        reader.read(reads)
+        rates.append(sum(buffer.nbytes for _, buffer in reads) / (time.perf_counter() - begin))
+    return median(rates)
+
+
+def mlx_lm_alone(folder: str, seconds: int = 240) -> str:
+    """How mlx-lm's own lazy loading fares with the memory that is left: what becomes of its first eight tokens."""
+    command = [sys.executable, "-c", _MLX_LM, folder]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"no eight tokens in {seconds} s"
+    if done.returncode < 0:
+        return f"killed (signal {-done.returncode})"
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    first, *_, last = (float(line.split()[1]) for line in done.stdout.splitlines())
+    return f"first token after {first:.1f} s, then {7 / (last - first):.2f} tok/s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -52,59 +114,90 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=24)
     parser.add_argument("--turn", type=int, default=8, help="tokens a turn (default: 8)")
     parser.add_argument("--cold", action="store_true", help="read from the disk (Linux only): turns of a single token")
+    parser.add_argument("--leave", type=parse_size, help="memory left by another process, e.g. 5GB (Linux only)")
+    parser.add_argument("--lookahead", action="store_true", help="read ahead what the next router may choose")
     parser.add_argument("--record", action="store_true", help="append the figures to results/decode.csv")
     args = parser.parse_args()
 
-    files: list[Path] = []
+    files = list(find_folder(args.model).glob("*.safetensors"))
     if args.cold:
         args.turn = 1  # what the page cache learns in a turn, it knows
-        files = list(find_folder(args.model).glob("*.safetensors"))
 
     def before_turn() -> None:
-        for file in files:
+        for file in files if args.cold else []:
             evict(file)
 
-    resident = load_resident(args.model)
     streamed, tokenizer = flashmoe_mlx.load(args.model)
-    experts_nbytes = streamed.streaming.experts_nbytes
+    streaming = streamed.streaming
+    rate = device_rate(files, streaming.pools[0].expert_nbytes, streaming.experts_per_token)
+    del streamed
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True)
-    resident_seconds: list[float] = []
+    resident = load_resident(args.model)
+    theirs = seconds_per_token(resident, prompt, args.turn, before_turn)
+    resident_seconds = [next(theirs) for _ in range(args.turns // 2)][1:]
+    if args.leave is not None:
+        del resident, theirs
+        mx.clear_cache()
     runs: list[dict[str, Any]] = []
-    for budget in args.budgets:
-        streamed, _ = flashmoe_mlx.load(args.model, ram_budget=int(budget * experts_nbytes))
-        counters = streamed.streaming.counters
-        ours = seconds_per_token(streamed, prompt, args.turn, before_turn)
-        theirs = seconds_per_token(resident, prompt, args.turn, before_turn)
-        next(ours), next(theirs)  # warm up
-        before = replace(counters)
-        pairs = [(next(theirs), next(ours)) for _ in range(args.turns)]
-        hits, misses = counters.hits - before.hits, counters.misses - before.misses
-        nbytes = counters.bytes_read - before.bytes_read
-        read_seconds = counters.read_seconds - before.read_seconds
-        our_seconds = args.turn * sum(pair[1] for pair in pairs)
-        resident_seconds += [pair[0] for pair in pairs]
-        run = {
-            "budget": budget,
-            "tps": round(1 / median(pair[1] for pair in pairs), 2),
-            "ratio": round(median(a / b for a, b in pairs), 3),
-            "hit_rate": round(hits / (hits + misses), 3) if hits + misses else 1.0,
-            "mb_per_token": round(nbytes / 1e6 / args.turns / args.turn, 2),
-            "read_share": round(read_seconds / our_seconds, 3),
-            "read_gbps": round(nbytes / 1e9 / read_seconds, 2) if read_seconds else None,
-            "sync_share": round((counters.sync_seconds - before.sync_seconds) / our_seconds, 3),
-        }
-        runs.append(run)
-        print(
-            f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s, {run['ratio']:.3f} of mlx-lm's, "
-            f"{run['hit_rate']:.1%} hits, {run['mb_per_token']} MB a token, "
-            f"{run['read_share']:.0%} of the time in reads, {run['sync_share']:.0%} waiting for routers"
-        )
-    resident_tps = round(1 / median(resident_seconds), 2)
-    print(f"mlx-lm, all in memory: {resident_tps:.2f} tok/s")
+    with nullcontext() if args.leave is None else ballast(args.leave):
+        for budget in args.budgets:
+            streamed, _ = flashmoe_mlx.load(
+                args.model,
+                ram_budget=int(budget * streaming.experts_nbytes),
+                config=Config(lookahead=args.lookahead),
+            )
+            counters = streamed.streaming.counters
+            ours = seconds_per_token(streamed, prompt, args.turn, before_turn)
+            next(ours)  # warm up
+            before, delivered = replace(counters), device_bytes()
+            pairs = []
+            for _ in range(args.turns):
+                pairs.append((next(theirs) if args.leave is None else median(resident_seconds), next(ours)))
+            delivered = device_bytes() - delivered
+            after = {name: value - getattr(before, name) for name, value in vars(counters).items()}
+            tokens, our_seconds = args.turns * args.turn, args.turn * sum(pair[1] for pair in pairs)
+            if args.leave is None:
+                resident_seconds += [pair[0] for pair in pairs]
+            predicted = median(pair[0] for pair in pairs) + delivered / tokens / rate
+            run = {
+                "budget": budget,
+                "tps": round(1 / median(pair[1] for pair in pairs), 2),
+                "ratio": round(median(a / b for a, b in pairs), 3),
+                "predicted_tps": round(1 / predicted, 2),
+                "hit_rate": round(after["hits"] / max(1, after["hits"] + after["misses"]), 3),
+                "mb_per_token": round(after["bytes_read"] / 1e6 / tokens, 2),
+                "device_mb_per_token": round(delivered / 1e6 / tokens, 2),
+                "read_share": round(after["read_seconds"] / our_seconds, 3),
+                "sync_share": round(after["sync_seconds"] / our_seconds, 3),
+                "lookahead_used": after["lookahead_used"],
+                "lookahead_wasted": after["lookahead_wasted"],
+            }
+            runs.append(run)
+            print(
+                f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s (bytes predict {run['predicted_tps']}), "
+                f"{run['ratio']:.3f} of mlx-lm's, {run['hit_rate']:.1%} hits, {run['mb_per_token']} MB a token, "
+                f"{run['device_mb_per_token']} from the device; {run['read_share']:.0%} of the time in reads, "
+                f"{run['sync_share']:.0%} waiting for routers",
+                flush=True,
+            )
+            del streamed, ours
+        lazily = mlx_lm_alone(args.model) if args.leave is not None else None
+    common = {
+        "model": Path(args.model).name,
+        "cold": args.cold,
+        "leave_gb": args.leave and args.leave / 1e9,
+        "lookahead": args.lookahead,
+        "resident_tps": round(1 / median(resident_seconds), 2),
+        "device_gbps": round(rate / 1e9, 2),
+        "mlx_lm_lazily": lazily,
+    }
+    print(f"mlx-lm, all in memory: {common['resident_tps']:.2f} tok/s; device: {common['device_gbps']} GB/s")
+    if lazily:
+        print(f"mlx-lm with the memory that is left: {lazily}")
     if args.record:
         for run in runs:
-            record("decode", {"model": Path(args.model).name, "cold": args.cold, "resident_tps": resident_tps, **run})
-    print(json.dumps({"resident_tps": resident_tps, "runs": runs}))
+            record("decode", common | run)
+    print(json.dumps(common | {"runs": runs}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class Config:
         experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
             one the model was trained with; fewer read less and change the output.
         read_threads (int): reads under way at once; copies from the page cache take no more than there are cores.
+        lookahead (bool): read what the next layer's router would choose now, while this layer computes.
+        warm_start (str, optional): a file with the experts to begin with; see ``Streaming.save_residents``.
         sampling (Mapping[str, float]): what the command line samples with unless told otherwise; keys ``temp``,
             ``top_p``, ``top_k``, ``min_p``. The Python API leaves sampling to mlx-lm.
 
@@ -33,6 +35,8 @@ class Config:
     ram_budget: int | Literal["auto"] = 0
     experts_per_token: int | None = None
     read_threads: int = 16
+    lookahead: bool = False
+    warm_start: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 on")
+        if not isinstance(self.lookahead, bool):
+            raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
+        if not isinstance(self.warm_start, str | None):
+            raise ValueError(f"warm_start is {self.warm_start!r}: it must be the path of a file")
         if not isinstance(self.sampling, Mapping):
             raise ValueError(f"sampling is {self.sampling!r}: it must be a table, e.g. {{ temp = 0.6 }}")
         _refuse_unknown("sampling", self.sampling, _SAMPLING)

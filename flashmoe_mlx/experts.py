@@ -34,6 +34,14 @@ class Experts:
             return self._kernels
         return self._switch
 
+    def splits(self, function: ExpertFunction) -> bool:
+        """Whether a call may be computed in parts and stay the same to the bit.
+
+        The kernels and MLX's products on a CPU compute a pair of token and expert by itself. On a GPU, MLX chooses
+        its products by the shape of the whole call, and they round differently.
+        """
+        return function is self._kernels or mx.default_device().type == mx.cpu
+
 
 def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
     """What :func:`flashmoe_mlx.ops.experts` needs of a switch layer; nothing, if the layer computes something else."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
+from flashmoe_mlx.lookahead import Lookahead
 from flashmoe_mlx.pool import Pool
 
 
@@ -30,11 +31,11 @@ class Fence:
         self._counters = counters
         self._pending: list[mx.array] = []
 
-    def wait(self, indices: mx.array) -> None:
+    def wait(self, *indices: mx.array) -> None:
         """Evaluate ``indices`` and what is pending. Then every slot is idle."""
         pending, self._pending = self._pending, []
         begin = time.perf_counter()
-        mx.eval(indices, *pending)
+        mx.eval(*indices, *pending)
         self._counters.sync_seconds += time.perf_counter() - begin
 
     def hold(self, outputs: Iterable[mx.array]) -> None:
@@ -70,10 +71,16 @@ class StreamedSwitchGLU(nn.Module):
         table (ExpertTable): where its experts lie.
         pool (Pool): where they go.
         fence (Fence): the model's.
+
+    Attributes:
+        start_early (Callable, optional): launches what needs ``x`` and no experts, before experts are read.
+        lookahead (Lookahead, optional): guesses what the next layer will need.
     """
 
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
         super().__init__()
+        self.start_early: Callable[[mx.array], None] | None = None
+        self.lookahead: Lookahead | None = None
         switch.update(tree_unflatten([(name, slab.array) for name, slab in pool.slabs.items()]))
         self._experts = Experts(switch)  # not the switch: as a module it would make the slabs parameters of the model
         self._table = table
@@ -93,17 +100,32 @@ class StreamedSwitchGLU(nn.Module):
         Raises:
             OSError: an expert could not be read.
         """
-        self._fence.wait(indices)  # the only host sync of the layer
+        guess = self.lookahead.guess(x) if self.lookahead else None
+        asked = [indices] if guess is None else [indices, guess]
+        if self.start_early:
+            mx.async_eval(asked)  # type: ignore[no-untyped-call]  # first: what is launched together ends together
+            self.start_early(x)
+        self._fence.wait(*asked)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
-        waves = self._pool.waves(self._table, sorted(set(pairs)))
+        needed = sorted(set(pairs))
         experts = self._experts.function(x, indices)
+        waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
+        y = self._compute(experts, x, indices.shape, pairs, waves)
+        if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
+            self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))
+        return y
+
+    def _compute(
+        self, experts: ExpertFunction, x: mx.array, shape: tuple[int, ...], pairs: list[int], waves: list[list[int]]
+    ) -> mx.array:
+        """Fetch wave after wave and launch its share of the call."""
         if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
             slot_of = self._pool.fetch(self._table, waves[0])
-            y = _launch(experts, x, [slot_of[expert] for expert in pairs], indices.shape)
+            y = _launch(experts, x, [slot_of[expert] for expert in pairs], shape)
             self._fence.hold([y])
             return y
 
-        top_k = indices.shape[-1]
+        top_k = shape[-1]
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, hidden]
         wave_of = {expert: number for number, wave in enumerate(waves) for expert in wave}
         parts: list[list[int]] = [[] for _ in waves]  # the pairs of each wave
@@ -122,7 +144,7 @@ class StreamedSwitchGLU(nn.Module):
             running.append((outputs[-1], len(wave)))
         self._fence.hold(output for output, _ in running)
         places = np.argsort([pair for part in parts for pair in part])
-        return mx.concatenate(outputs)[mx.array(places)].reshape(*indices.shape, -1)
+        return mx.concatenate(outputs)[mx.array(places)].reshape(*shape, -1)
 
 
 def _launch(experts: ExpertFunction, x: mx.array, slots: list[int], shape: tuple[int, ...]) -> mx.array:

@@ -1,7 +1,9 @@
 """load(): an mlx-lm model whose experts stay on disk."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess, spare_memory
+from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess, slot_nbytes, spare_memory
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.early import Early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
+from flashmoe_mlx.lookahead import Lookahead
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.residents import load_residents, save_residents
+from flashmoe_mlx.staging import Staging, needs_staging
 
 # What the families call the number of routed experts a token uses.
 _TOP_K_KEYS = (
@@ -31,6 +37,11 @@ _TOP_K_KEYS = (
     "moe_top_k",
     "moe_k",
 )
+
+# What their blocks call the parts next to a switch layer that can be computed or asked before it.
+_SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp")
+_ROUTERS = ("gate", "router")
+_STAGED_EXPERTS = 32  # a token's, twice: those it needs, and those read ahead
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Streaming:
         trunk_nbytes (int): bytes of memory for everything but routed experts.
         slots_nbytes (int): bytes of memory for routed experts.
         experts_nbytes (int): bytes that all routed experts would take.
+        pools (tuple[Pool, ...]): the slots of the layers that are not all in memory.
     """
 
     counters: Counters
@@ -52,6 +64,15 @@ class Streaming:
     trunk_nbytes: int
     slots_nbytes: int
     experts_nbytes: int
+    pools: tuple[Pool, ...]
+
+    def save_residents(self, path: str | Path) -> None:
+        """Write which experts are in memory, for a ``warm_start`` of the next run.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        save_residents(path, self.pools)
 
     def memory(self) -> str:
         """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
@@ -132,6 +153,7 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
+    _start_early(model)
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
 
@@ -157,7 +179,8 @@ def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str
 
 def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, native_top_k: int) -> Streaming:
     """Replace every switch layer of a lazily loaded model by a streamed one."""
-    switches = {path: module for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))}
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
+    switches = dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
     if not switches:
         raise ValueError(
             f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
@@ -182,16 +205,55 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
     fence = Fence(counters)
+    streamed = [share for share in shares if not share.all_resident]
+    staging = None
+    if streamed and needs_staging():
+        staging = Staging(max(slot_nbytes(share.tables[0]) for share in streamed), _STAGED_EXPERTS)
     replaced: list[tuple[str, nn.Module]] = []
+    places: dict[str, tuple[ExpertTable, Pool]] = {}
     for share in shares:
         if share.all_resident:
             replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
             continue
-        pool = Pool(share.slots, share.tables[0], reader, counters)
-        for table in share.tables:
-            replaced.append((table.layer, StreamedSwitchGLU(switches[table.layer], table, pool, fence)))
-    model.update_modules(tree_unflatten(replaced))
-    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables))
+        pool = Pool(share.slots, share.tables[0], reader, counters, staging)
+        places |= {table.layer: (table, pool) for table in share.tables}
+    layers = {
+        table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()
+    }
+    if config.lookahead:
+        _look_ahead(model, layers, {table.layer: places.get(table.layer) for table in tables}, top_k)
+    model.update_modules(tree_unflatten([*replaced, *layers.items()]))
+    if config.warm_start is not None:
+        load_residents(config.warm_start, places)
+    pools = tuple({id(pool): pool for _, pool in places.values()}.values())
+    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools)
+
+
+def _look_ahead(
+    model: nn.Module,
+    layers: Mapping[str, StreamedSwitchGLU],
+    places: Mapping[str, tuple[ExpertTable, Pool] | None],
+    top_k: int,
+) -> None:
+    """Give each streamed layer the router of the next, where that is streamed and has a router by itself."""
+    modules = dict(model.named_modules())
+    for path, following in pairwise(places):
+        place = places[following]
+        block = modules[following.rpartition(".")[0]]
+        router = next((block[name] for name in _ROUTERS if isinstance(block.get(name), nn.Module)), None)
+        if path in layers and place is not None and router is not None:
+            layers[path].lookahead = Lookahead(router, top_k, *place)
+
+
+def _start_early(model: nn.Module) -> None:
+    """Let each streamed layer start its block's shared expert."""
+    for _, block in model.named_modules():
+        streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
+        name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
+        if streamed is not None and name is not None:
+            early = Early(block[name])
+            block.update_modules({name: early})
+            streamed.start_early = early.start
 
 
 def _nbytes(module: nn.Module) -> int:

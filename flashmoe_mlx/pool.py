@@ -1,12 +1,34 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slab import Slab
+from flashmoe_mlx.staging import Staging
+
+Key = tuple[str, int]
+"""A layer and the number of one of its experts."""
+
+
+class Landing(NamedTuple):
+    """Where the bytes of experts go: ``buffers`` for the parts of each, and the staging ``places`` these lie in."""
+
+    slots: Sequence[int]
+    buffers: Sequence[Sequence[memoryview]]
+    places: Sequence[int]
+
+
+class Arrival(NamedTuple):
+    """Experts that are being read ahead; ``wait`` returns when they have been."""
+
+    keys: Sequence[Key]
+    landing: Landing
+    wait: Callable[[], None]
 
 
 class Pool:
@@ -19,29 +41,53 @@ class Pool:
         table (ExpertTable): tells the parts of an expert, their shapes and dtypes.
         reader (Reader): brings the bytes.
         counters (Counters): where hits and misses are added up.
+        staging (Staging, optional): where bytes land whose slots are out of the host's reach. Default: ``None``, they
+            land in the slots.
     """
 
-    def __init__(self, slots: int, table: ExpertTable, reader: Reader, counters: Counters):
+    def __init__(
+        self, slots: int, table: ExpertTable, reader: Reader, counters: Counters, staging: Staging | None = None
+    ):
         self.slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
-        self._landings = [[slab.landing(slot) for slab in self.slabs.values()] for slot in range(slots)]
+        self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
+        self._rows = [[slab.landing(slot) for slab in self.slabs.values()] for slot in range(slots)]
         self._reader = reader
         self._counters = counters
-        self._slot_of: OrderedDict[tuple[str, int], int] = OrderedDict()  # (layer, expert), oldest first
+        self._staging = staging
+        self._slot_of: OrderedDict[Key, int] = OrderedDict()  # oldest first
         self._free = list(range(slots))
+        self._arrival: Arrival | None = None
 
-    def waves(self, table: ExpertTable, experts: Sequence[int]) -> list[list[int]]:
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of an expert on disk."""
+        return sum(self._sizes)
+
+    @property
+    def residents(self) -> list[Key]:
+        """The experts that are here, the least recently used first."""
+        return list(self._slot_of)
+
+    def waves(self, table: ExpertTable, experts: Sequence[int], together: bool) -> list[list[int]]:
         """Divide the experts that a call of a layer needs into what is fetched and computed at once.
 
-        If all of them fit, that is everything. Otherwise those that are here come first, and waves are half the
-        pool, so that one can be read while the one before is computed.
+        Those that are here come first, so that they are computed while others are read, unless all that fit must be
+        computed together. What does not fit comes in waves of half the pool: one is read while another is computed.
+
+        Args:
+            table (ExpertTable): the layer's.
+            experts (Sequence[int]): different ones.
+            together (bool): make it one wave, if all of them fit.
         """
-        if len(experts) <= self.slots:
+        self._arrive(table, experts)
+        fit = len(experts) <= self.slots
+        if together and fit:
             return [list(experts)]
         hits = [expert for expert in experts if (table.layer, expert) in self._slot_of]
         misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
-        size = max(1, self.slots // 2)
-        waves = [misses[first : first + size] for first in range(0, len(misses), size)]
+        size = len(misses) if fit else max(1, self.slots // 2)
+        waves = [misses[first : first + size] for first in range(0, len(misses), max(1, size))]
         return [hits, *waves] if hits else waves
 
     def fetch(self, table: ExpertTable, experts: Sequence[int]) -> dict[int, int]:
@@ -60,31 +106,122 @@ class Pool:
         Raises:
             OSError: an expert could not be read. Then none of the missing ones is here.
         """
+        self._arrive(table, experts)
+        missing = self._missing(table, experts)
+        self._counters.hits += len(experts) - len(missing)
+        self._counters.misses += len(missing)
+        self._fill(table, missing)
+        return {expert: self._slot_of[table.layer, expert] for expert in experts}
+
+    def expect(self, table: ExpertTable, experts: Sequence[int], busy: int) -> None:
+        """Begin to read what a layer may need next, in the background.
+
+        Args:
+            table (ExpertTable): the layer's.
+            experts (Sequence[int]): a guess. What does not fit beside the busy ones is left out.
+            busy (int): how many of the experts fetched last an unfinished graph may read; no other may be read by one.
+        """
+        if self._arrival is not None:
+            return
+        missing = self._missing(table, experts)
+        room = self.slots - busy - (len(experts) - len(missing))
+        if self._staging is not None:
+            room = min(room, self._staging.free // 2)  # the other half is for what turns out to be needed
+        missing = missing[: max(0, room)]
+        if missing:
+            landing = self._land(self._vacate(len(missing)))
+            wait = self._reader.start(_reads(table, missing, landing))
+            self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
+
+    def load(self, table: ExpertTable, experts: Sequence[int]) -> None:
+        """Read experts of a layer before anything is computed, without counting hits and misses.
+
+        Raises:
+            OSError: an expert could not be read.
+        """
+        self._fill(table, self._missing(table, experts))
+
+    def _missing(self, table: ExpertTable, experts: Sequence[int]) -> list[int]:
+        """Those that are not here; the others count as used now."""
         missing = []
         for expert in experts:
             if (table.layer, expert) in self._slot_of:
                 self._slot_of.move_to_end((table.layer, expert))
             else:
                 missing.append(expert)
-        self._counters.hits += len(experts) - len(missing)
-        self._counters.misses += len(missing)
-        if missing:
-            self._fill(table, missing)
-        return {expert: self._slot_of[table.layer, expert] for expert in experts}
+        return missing
 
     def _fill(self, table: ExpertTable, experts: Sequence[int]) -> None:
-        while len(self._free) < len(experts):
+        slots = self._vacate(len(experts))
+        size = self._staging.free if self._staging is not None else len(experts)
+        try:
+            for first in range(0, len(experts), max(1, size)):
+                landing = self._land(slots[first : first + size])
+                try:
+                    self._reader.read(_reads(table, experts[first : first + size], landing))
+                    self._settle(landing)
+                finally:
+                    self._leave(landing)
+        except BaseException:
+            self._free += slots  # after a failed read they are still free
+            raise
+        self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
+
+    def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
+        """Take in what was read ahead. What is not needed now leaves first; what failed is not here."""
+        if self._arrival is None:
+            return
+        (keys, landing, wait), self._arrival = self._arrival, None
+        try:
+            wait()
+            self._settle(landing)
+        except OSError:  # whoever needs it reads it again, and is told
+            self._free += landing.slots
+            return
+        finally:
+            self._leave(landing)
+        self._slot_of.update(zip(keys, landing.slots, strict=True))
+        wanted = {(table.layer, expert) for expert in needed}
+        wasted = [key for key in keys if key not in wanted]
+        for key in wasted:
+            self._slot_of.move_to_end(key, last=False)
+        self._counters.lookahead_wasted += len(wasted)
+        self._counters.lookahead_used += len(keys) - len(wasted)
+
+    def _vacate(self, count: int) -> list[int]:
+        """Take that many slots, from experts if need be."""
+        while len(self._free) < count:
             _, slot = self._slot_of.popitem(last=False)
             self._free.append(slot)
             self._counters.evictions += 1
-        slots = self._free[-len(experts) :]
-        self._reader.read(
-            read
-            for expert, slot in zip(experts, slots, strict=True)
-            for read in zip(table.spans[expert], self._landings[slot], strict=True)
-        )
-        for slot in slots:
-            for slab in self.slabs.values():
-                slab.settle(slot)
-        del self._free[-len(experts) :]  # only now: after a failed read the slots are still free
-        self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
+        cut = len(self._free) - count
+        slots, self._free = self._free[cut:], self._free[:cut]
+        return slots
+
+    def _land(self, slots: Sequence[int]) -> Landing:
+        if self._staging is None:
+            return Landing(slots, [self._rows[slot] for slot in slots], [])
+        taken = [self._staging.take(self._sizes) for _ in slots]
+        return Landing(slots, [buffers for _, buffers in taken], [place for place, _ in taken])
+
+    def _settle(self, landing: Landing) -> None:
+        """Make slots of what has landed."""
+        if self._staging is None:
+            for slot in landing.slots:
+                for slab in self.slabs.values():
+                    slab.settle(slot)
+            return
+        for slot, place in zip(landing.slots, landing.places, strict=True):
+            self._staging.copy(place, self._sizes, [slab.address(slot) for slab in self.slabs.values()])
+        self._staging.finish()
+
+    def _leave(self, landing: Landing) -> None:
+        for place in landing.places:
+            assert self._staging is not None
+            self._staging.give_back(place)
+
+
+def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:
+    """Each part of each expert and where it goes."""
+    for expert, buffers in zip(experts, landing.buffers, strict=True):
+        yield from zip(table.spans[expert], buffers, strict=True)

@@ -1,5 +1,6 @@
 """Memory for experts: dense arrays whose rows files are read into, in place."""
 
+import ctypes
 from math import prod
 
 import mlx.core as mx
@@ -27,6 +28,10 @@ class Slab:
         slots (int): rows.
         shape (tuple[int, ...]): of one row.
         stored (mx.Dtype): of the bytes in the file; the array's is :func:`computed_dtype` of it.
+
+    Attributes:
+        array (mx.array): what to compute with.
+        landing_nbytes (int): bytes of a row as the file has them.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype):
@@ -38,16 +43,20 @@ class Slab:
         self._stored = stored
         self._bytes = memoryview(words).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
         self._row_nbytes = row_nbytes(shape, stored)
-        self._landing_nbytes = prod(shape) * stored.size
+        self.landing_nbytes = prod(shape) * stored.size
 
     def landing(self, slot: int) -> memoryview:
         """Where the file's bytes for ``slot`` go: its row, or the row's end if they are to be widened."""
         end = (slot + 1) * self._row_nbytes
-        return self._bytes[end - self._landing_nbytes : end]
+        return self._bytes[end - self.landing_nbytes : end]
+
+    def address(self, slot: int) -> int:
+        """Where the row of ``slot`` is in memory."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._bytes)) + slot * self._row_nbytes
 
     def settle(self, slot: int) -> None:
         """Widen what was read into ``slot`` to the array's dtype, in place and exactly."""
-        if self._landing_nbytes == self._row_nbytes:
+        if self.landing_nbytes == self._row_nbytes:
             return
         row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
         if self._stored == mx.bfloat16:  # the upper half of a float32

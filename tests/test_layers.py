@@ -72,10 +72,11 @@ def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
             assert mx.array_equal(logprobs, wanted)
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("threads", [1, 16])
 @pytest.mark.parametrize("slots", [4, 7])  # a token's experts exactly, and a few more
 def test_slow_jittering_reader(
-    threads: int, slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+    lookahead: bool, threads: int, slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads that end late and in any order, while mlx-lm decodes a token ahead."""
     random = Random(slots)
@@ -89,8 +90,21 @@ def test_slow_jittering_reader(
     monkeypatch.setattr(Reader, "_read", slow_read)
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_5_moe")
-    model = streamed(folder, config=Config(read_threads=threads))
+    model = streamed(folder, config=Config(read_threads=threads, lookahead=lookahead))
     assert_same(run(model, tokens=8), run(resident(folder), tokens=8))
+    assert (model.streaming.counters.lookahead_used > 0) == (lookahead and slots > 4)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.25, 0.75])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3", "mixtral", "gpt_oss"])  # two kinds of routers
+def test_lookahead(family: str, fraction: float, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess changes when experts are read, and nothing else."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 12)
+    folder = checkpoint(family)
+    model = streamed(folder, fraction, config=Config(lookahead=True))
+    assert_same(run(model, tokens=16), run(resident(folder), tokens=16))
+    counters = model.streaming.counters
+    assert counters.lookahead_used + counters.lookahead_wasted > 0
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])

@@ -1,8 +1,10 @@
 """Whatever is asked of a pool, it keeps what was used last and holds the right bytes."""
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +16,7 @@ from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.staging import Staging
 from tests.disk import content, write_experts
 
 LAYERS, EXPERTS = 3, 6
@@ -31,9 +34,23 @@ def tables(file: Path) -> list[ExpertTable]:
     return write_experts(file, LAYERS, EXPERTS)
 
 
-def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable]) -> Pool:
+class HostStaging(Staging):
+    """Staging without a GPU: the driver's copy is the C library's."""
+
+    def __init__(self, place_nbytes: int, places: int):
+        self._memory = (ctypes.c_char * (place_nbytes * places))()
+        super().__init__(place_nbytes, places)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if name == "cuMemHostAlloc":
+            arguments[0]._obj.value = ctypes.addressof(self._memory)
+        elif name == "cuMemcpyHtoDAsync_v2":
+            ctypes.memmove(*arguments[:3])
+
+
+def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], staging: Staging | None = None) -> Pool:
     counters = Counters()
-    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters)
+    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, staging)
 
 
 def holds(pool: Pool, slot: int, layer: int, expert: int) -> bool:
@@ -51,7 +68,7 @@ def test_least_recently_used_leaves_first(
     model: OrderedDict[tuple[int, int], int] = OrderedDict()  # (layer, expert) -> slot, least recently used first
     for layer, wanted in calls:
         present = {expert for expert in wanted if (layer, expert) in model}
-        waves = pool.waves(tables[layer], sorted(wanted))
+        waves = pool.waves(tables[layer], sorted(wanted), together=True)
         assert sorted(expert for wave in waves for expert in wave) == sorted(wanted)
         if len(wanted) <= slots:
             assert waves == [sorted(wanted)]
@@ -74,8 +91,84 @@ def test_least_recently_used_leaves_first(
 def test_more_experts_than_slots_come_in_halves(file: Path, tables: list[ExpertTable]) -> None:
     pool = make_pool(4, file, tables)
     pool.fetch(tables[0], [2])
-    assert pool.waves(tables[0], [0, 1, 2, 3, 4, 5]) == [[2], [0, 1], [3, 4], [5]]
-    assert pool.waves(tables[0], [0, 1, 2, 3]) == [[0, 1, 2, 3]]
+    assert pool.waves(tables[0], [0, 1, 2, 3, 4, 5], together=True) == [[2], [0, 1], [3, 4], [5]]
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=True) == [[0, 1, 2, 3]]
+
+
+def test_hits_come_first_if_they_may(file: Path, tables: list[ExpertTable]) -> None:
+    pool = make_pool(4, file, tables)
+    pool.fetch(tables[0], [1, 2])
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=False) == [[1, 2], [0, 3]]
+    assert pool.waves(tables[0], [0, 3], together=False) == [[0, 3]]
+    assert pool.waves(tables[0], [1, 2], together=False) == [[1, 2]]
+    assert pool.waves(tables[1], [1, 2], together=False) == [[1, 2]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    slots=st.integers(1, 8),
+    calls=st.lists(st.tuples(CALL, CALL), max_size=20),
+    staged=st.booleans(),
+)
+def test_expected_experts_take_no_busy_slot(
+    slots: int,
+    calls: list[tuple[tuple[int, set[int]], tuple[int, set[int]]]],
+    staged: bool,
+    file: Path,
+    tables: list[ExpertTable],
+) -> None:
+    """Whatever is read ahead: what a call computes with stays where it is until the next, and every slot is right."""
+    pool = make_pool(slots, file, tables, HostStaging(44, 5) if staged else None)
+    for (layer, wanted), (next_layer, guess) in calls:
+        busy: dict[int, int] = {}
+        for wave in pool.waves(tables[layer], sorted(wanted), together=False):
+            if len(busy) + len(wave) > slots:
+                busy = {}  # a layer waits for what was computed before
+            fetched = pool.fetch(tables[layer], wave)
+            busy |= fetched
+        pool.expect(tables[next_layer], sorted(guess), busy=len(busy))
+        if pool._arrival is not None:
+            pool._arrival.wait()  # whatever it writes is written
+        assert all(holds(pool, slot, layer, expert) for expert, slot in busy.items())
+    pool.waves(tables[0], [], together=False)
+    assert all(holds(pool, slot, int(key[0]), key[1]) for key, slot in pool._slot_of.items())
+    assert sorted([*pool._slot_of.values(), *pool._free]) == list(range(slots))
+    assert pool._staging is None or pool._staging.free == 5
+
+
+def test_lookahead_is_counted(file: Path, tables: list[ExpertTable]) -> None:
+    counters = Counters()
+    pool = Pool(4, tables[0], Reader([str(file)], 1, counters), counters)
+    pool.fetch(tables[0], [0])
+    pool.expect(tables[1], [1, 2], busy=1)
+    pool.fetch(tables[1], [1, 3])
+    assert (counters.lookahead_used, counters.lookahead_wasted) == (1, 1)
+    assert (counters.hits, counters.misses, counters.bytes_read) == (1, 2, 4 * 44)
+    pool.fetch(tables[1], [4])  # what was of no use leaves first
+    assert pool.residents == [("0", 0), ("1", 1), ("1", 3), ("1", 4)]
+
+
+def test_failed_lookahead_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "experts.bin"
+    tables = write_experts(file, 1, 8)
+    pool = make_pool(3, file, tables)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: tables[0].spans[5][0].offset + 1])
+    for _ in range(3):
+        pool.expect(tables[0], [4, 5], busy=0)
+        assert pool.fetch(tables[0], [4]).keys() == {4}  # the failure of another is no harm
+        pool.expect(tables[0], [5], busy=0)
+        with pytest.raises(OSError, match="truncated"):
+            pool.fetch(tables[0], [5])
+    file.write_bytes(whole)
+    assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [4, 5, 6]).items())
+
+
+def test_staging(file: Path, tables: list[ExpertTable]) -> None:
+    """More experts than staging has places for, by way of memory that the host does not compute with."""
+    pool = make_pool(6, file, tables, HostStaging(44, 2))
+    fetched = pool.fetch(tables[0], [0, 1, 2, 3, 4])
+    assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
 
 
 def test_counters(file: Path, tables: list[ExpertTable]) -> None:
@@ -99,7 +192,7 @@ def test_failed_read_leaves_a_working_pool(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="truncated"):
             pool.fetch(tables[0], [4, 5])
         # The two oldest have left, and neither of the new ones is here.
-        assert pool.waves(tables[0], range(8))[0] == [2]
+        assert pool.waves(tables[0], range(8), together=True)[0] == [2]
     file.write_bytes(whole)
     fetched = pool.fetch(tables[0], [4, 5, 6])
     assert sorted(fetched.values()) == [0, 1, 2]

@@ -1,0 +1,37 @@
+"""Another process that holds memory, so that a small model is larger than what is left."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+_HOLD = """
+import mmap, sys
+from pathlib import Path
+Path("/proc/self/oom_score_adj").write_text("900")  # whoever runs out of memory, this leaves first
+memory = mmap.mmap(-1, int(sys.argv[1]))
+for page in range(0, len(memory), mmap.PAGESIZE):
+    memory[page] = 1
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def ballast(leave: int) -> Iterator[int]:
+    """Leave ``leave`` bytes of memory to everything else, page cache included (Linux only). Yields the bytes held."""
+    nbytes = psutil.virtual_memory().available - leave
+    if nbytes < 0:
+        raise SystemExit(f"less than {leave / 1e9:.1f} GB of memory are free already")
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(nbytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        if process.stdout.readline() != "held\n":
+            raise SystemExit(f"no {nbytes / 1e9:.1f} GB of memory could be held")
+        try:
+            yield nbytes
+        finally:
+            process.kill()

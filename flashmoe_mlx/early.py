@@ -1,0 +1,40 @@
+"""A layer of the trunk that is begun before its turn, while experts are read."""
+
+import weakref
+
+import mlx.core as mx
+import mlx.nn as nn
+
+FEW_TOKENS = 8  # of a call that decodes; in a longer one the device has enough to do
+
+
+class Early(nn.Module):
+    """A layer that may be started before whoever needs its output calls it, such as a block's shared expert.
+
+    Args:
+        layer (nn.Module): takes one array and returns one.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self._input: weakref.ref[mx.array] | None = None
+        self._output: mx.array | None = None
+
+    def start(self, x: mx.array) -> None:
+        """Begin to compute, if ``x`` is a few tokens, ``[..., hidden]``, and the layer has not been called with it."""
+        if x.size <= FEW_TOKENS * x.shape[-1] and not self._has_seen(x):
+            self._output = self(x)
+            mx.async_eval(self._output)  # type: ignore[no-untyped-call]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """What the layer makes of ``x``, or made of it when it was started with this same array."""
+        started, self._output = self._output, None
+        if started is not None and self._has_seen(x):
+            return started
+        self._input = weakref.ref(x)
+        y: mx.array = self.layer(x)
+        return y
+
+    def _has_seen(self, x: mx.array) -> bool:
+        return self._input is not None and self._input() is x

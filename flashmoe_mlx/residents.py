@@ -1,0 +1,64 @@
+"""The set of experts in memory, kept in a file from one run to the next."""
+
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.pool import Pool
+
+
+def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
+    """Write which experts are in slots, the least recently used first; the file changes as a whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    experts: dict[str, list[int]] = defaultdict(list)
+    for pool in pools:
+        for layer, expert in pool.residents:
+            experts[layer].append(expert)
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"experts": experts}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Pool]]) -> None:
+    """Read the experts that a file names into slots, as many as fit; the most recently used are the last to leave.
+
+    Args:
+        path (str or Path): what :func:`save_residents` wrote. If there is none yet, nothing happens.
+        tables (Mapping): each streamed layer's table and pool.
+
+    Raises:
+        ValueError: the file is damaged or another model's.
+        OSError: an expert could not be read.
+    """
+    try:
+        experts = json.loads(Path(path).read_text())["experts"]
+        named = {(str(layer), int(number)) for layer, numbers in experts.items() for number in numbers}
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no list of experts in memory: remove it, and it is written anew") from error
+    for layer, number in named:
+        if layer in tables and not 0 <= number < tables[layer][0].experts:
+            raise ValueError(
+                f"{path} names expert {number} of {layer}, which has {tables[layer][0].experts}: it is "
+                "another model's. Remove it or give another --warm-start"
+            )
+    for layer, numbers in experts.items():
+        if layer in tables:
+            table, pool = tables[layer]
+            pool.load(table, numbers[-pool.slots :])

@@ -1,0 +1,75 @@
+"""A layer that is started early runs once, whoever calls it first."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from flashmoe_mlx.early import FEW_TOKENS, Early
+from flashmoe_mlx.layers import StreamedSwitchGLU
+from tests.conftest import WriteFamily
+from tests.oracle import streamed
+
+
+class Counting(nn.Module):
+    """Doubles, and counts how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.calls += 1
+        return 2 * x
+
+
+@pytest.fixture
+def early() -> Early:
+    return Early(Counting())
+
+
+X = mx.ones((1, FEW_TOKENS, 4))
+
+
+def test_started_and_called(early: Early) -> None:
+    for calls in (1, 2):
+        x = X + calls
+        early.start(x)
+        assert mx.array_equal(early(x), 2 * x)
+        assert early.layer.calls == calls
+
+
+def test_called_and_started(early: Early) -> None:
+    y = early(X)
+    early.start(X)
+    assert mx.array_equal(y, 2 * X)
+    assert early.layer.calls == 1
+
+
+def test_called_with_something_else(early: Early) -> None:
+    early.start(X)
+    assert mx.array_equal(early(X + 1), 2 * X + 2)
+    assert mx.array_equal(early(X), 2 * X)
+    assert early.layer.calls == 3
+
+
+def test_a_prompt_is_not_started(early: Early) -> None:
+    early.start(mx.ones((1, FEW_TOKENS + 1, 4)))
+    assert early.layer.calls == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3"])
+def test_shared_experts_are_started(family: str, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model each of them is started once a token, and computed once."""
+    model = streamed(checkpoint(family))
+    layers = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitchGLU)]
+    shared = [m for _, m in model.named_modules() if isinstance(m, Early)]
+    assert 0 < len(shared) == len(layers)
+    computed: list[mx.array] = []
+    launched: list[mx.array] = []
+    kind = type(shared[0].layer)
+    call, launch = kind.__call__, mx.async_eval
+    monkeypatch.setattr(kind, "__call__", lambda self, x: computed.append(call(self, x)) or computed[-1])
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: launched.extend(arrays) or launch(*arrays))
+    mx.eval(model(mx.array([[3]])))
+    started = [y for y in launched if any(y is each for each in computed)]
+    assert len(started) == len(shared)
