@@ -9,8 +9,9 @@ everything is a median. Budgets are shares of all experts. Cold, the page cache 
 token. With ``--leave``, another process takes all memory but so much; mlx-lm is measured before, and its own way to run
 a model that is larger than memory is tried as well.
 
-``predicted_tps`` is what bytes explain: mlx-lm's time with all in memory, and the bytes that the device delivered at
-the rate at which it delivers random experts. The last line is JSON.
+``predicted_tps`` is what bytes explain: mlx-lm's time with all in memory, and all bytes that were read, at the rate at
+which the reader brings random experts from the device or, for what that did not deliver, from the page cache. The last
+line is JSON.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from benchmarks.ballast import ballast
 from benchmarks.exact import load_resident
 from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import Span, find_folder
+from flashmoe_mlx.checkpoint import Span, find_folder, read_config
 from flashmoe_mlx.config import Config, parse_size
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.reader import Reader
@@ -70,24 +71,27 @@ def seconds_per_token(
         yield (time.perf_counter() - begin) / turn
 
 
-def device_rate(files: list[Path], expert_nbytes: int, experts: int) -> float:
-    """Bytes a second in which the reader brings a layer's experts, nine pieces each, when no cache has them."""
+def read_rate(files: list[Path], expert_nbytes: int, experts: int, cold: bool) -> float:
+    """Bytes a second at which the reader brings experts, in nine pieces each, from the device or the page cache."""
     pieces = [expert_nbytes * unit // 54 for unit in (16, 1, 1) * 3]
-    buffers = [[memoryview(bytearray(piece)) for piece in pieces] for _ in range(experts)]
+    buffers = [memoryview(bytearray(piece)) for piece in pieces * experts]
     reader = Reader(map(str, files), Config().read_threads, Counters())
     rates = []
     for _ in range(24):
-        for file in files:
-            evict(file)
         reads = []
-        for pieces_of_expert in buffers:
-            for buffer in pieces_of_expert:
-                file = random.choice(files)
-                offset = random.randrange(file.stat().st_size - buffer.nbytes)
-                reads.append((Span(str(file), offset, buffer.nbytes), buffer))
+        for buffer in buffers:
+            file = random.choice(files)
+            reads.append(
+                (Span(str(file), random.randrange(file.stat().st_size - buffer.nbytes), buffer.nbytes), buffer)
+            )
+        if cold:
+            for file in files:
+                evict(file)
+        else:
+            reader.read(reads)
         begin = time.perf_counter()
         reader.read(reads)
-        rates.append(sum(buffer.nbytes for _, buffer in reads) / (time.perf_counter() - begin))
+        rates.append(sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - begin))
     return median(rates)
 
 
@@ -115,6 +119,7 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=8, help="tokens a turn (default: 8)")
     parser.add_argument("--cold", action="store_true", help="read from the disk (Linux only): turns of a single token")
     parser.add_argument("--leave", type=parse_size, help="memory left by another process, e.g. 5GB (Linux only)")
+    parser.add_argument("--experts-per-token", type=int, help="for both; of a model that calls it num_experts_per_tok")
     parser.add_argument("--lookahead", action="store_true", help="read ahead what the next router may choose")
     parser.add_argument("--record", action="store_true", help="append the figures to results/decode.csv")
     args = parser.parse_args()
@@ -129,10 +134,17 @@ def main() -> None:
 
     streamed, tokenizer = flashmoe_mlx.load(args.model)
     streaming = streamed.streaming
-    rate = device_rate(files, streaming.pools[0].expert_nbytes, streaming.experts_per_token)
+    expert_nbytes, top_k = streaming.pools[0].expert_nbytes, args.experts_per_token or streaming.experts_per_token
+    layers = len(streamed.layers)
     del streamed
+    rates = {name: read_rate(files, expert_nbytes, top_k, name == "device") for name in ("device", "cache")}
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True)
-    resident = load_resident(args.model)
+    config: dict[str, Any] = {}
+    if args.experts_per_token is not None:
+        config = {"num_experts_per_tok": top_k}
+        if text_config := read_config(find_folder(args.model)).get("text_config"):
+            config = {"text_config": text_config | config}
+    resident = load_resident(args.model, **config)
     theirs = seconds_per_token(resident, prompt, args.turn, before_turn)
     resident_seconds = [next(theirs) for _ in range(args.turns // 2)][1:]
     if args.leave is not None:
@@ -144,6 +156,7 @@ def main() -> None:
             streamed, _ = flashmoe_mlx.load(
                 args.model,
                 ram_budget=int(budget * streaming.experts_nbytes),
+                experts_per_token=args.experts_per_token,
                 config=Config(lookahead=args.lookahead),
             )
             counters = streamed.streaming.counters
@@ -158,9 +171,12 @@ def main() -> None:
             tokens, our_seconds = args.turns * args.turn, args.turn * sum(pair[1] for pair in pairs)
             if args.leave is None:
                 resident_seconds += [pair[0] for pair in pairs]
-            predicted = median(pair[0] for pair in pairs) + delivered / tokens / rate
+            cached = max(0, after["bytes_read"] - delivered)
+            predicted = median(pair[0] for pair in pairs)
+            predicted += (delivered / rates["device"] + cached / rates["cache"]) / tokens
             run = {
                 "budget": budget,
+                "ms_per_layer": round(1e3 * median(pair[1] for pair in pairs) / layers, 3),
                 "tps": round(1 / median(pair[1] for pair in pairs), 2),
                 "ratio": round(median(a / b for a, b in pairs), 3),
                 "predicted_tps": round(1 / predicted, 2),
@@ -175,23 +191,31 @@ def main() -> None:
             runs.append(run)
             print(
                 f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s (bytes predict {run['predicted_tps']}), "
-                f"{run['ratio']:.3f} of mlx-lm's, {run['hit_rate']:.1%} hits, {run['mb_per_token']} MB a token, "
-                f"{run['device_mb_per_token']} from the device; {run['read_share']:.0%} of the time in reads, "
-                f"{run['sync_share']:.0%} waiting for routers",
+                f"{run['ms_per_layer']} ms a layer, {run['ratio']:.3f} of mlx-lm's, {run['hit_rate']:.1%} hits, "
+                f"{run['mb_per_token']} MB a token, {run['device_mb_per_token']} from the device; "
+                f"{run['read_share']:.0%} of the time in reads, {run['sync_share']:.0%} waiting for routers",
                 flush=True,
             )
             del streamed, ours
         lazily = mlx_lm_alone(args.model) if args.leave is not None else None
     common = {
         "model": Path(args.model).name,
+        "layers": layers,
+        "expert_mb": round(expert_nbytes / 1e6, 2),
+        "experts_per_token": top_k,
         "cold": args.cold,
         "leave_gb": args.leave and args.leave / 1e9,
         "lookahead": args.lookahead,
         "resident_tps": round(1 / median(resident_seconds), 2),
-        "device_gbps": round(rate / 1e9, 2),
+        "resident_ms_per_layer": round(1e3 * median(resident_seconds) / layers, 3),
+        "device_gbps": round(rates["device"] / 1e9, 2),
+        "cache_gbps": round(rates["cache"] / 1e9, 2),
         "mlx_lm_lazily": lazily,
     }
-    print(f"mlx-lm, all in memory: {common['resident_tps']:.2f} tok/s; device: {common['device_gbps']} GB/s")
+    print(
+        f"mlx-lm, all in memory: {common['resident_tps']:.2f} tok/s; device: {common['device_gbps']} GB/s, page cache: "
+        f"{common['cache_gbps']}"
+    )
     if lazily:
         print(f"mlx-lm with the memory that is left: {lazily}")
     if args.record:

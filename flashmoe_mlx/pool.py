@@ -11,6 +11,8 @@ from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slab import Slab
 from flashmoe_mlx.staging import Staging
 
+_STAGED_AT_ONCE = 5  # experts; half of what a token of the 397B model needs
+
 Key = tuple[str, int]
 """A layer and the number of one of its experts."""
 
@@ -153,18 +155,20 @@ class Pool:
 
     def _fill(self, table: ExpertTable, experts: Sequence[int]) -> None:
         slots = self._vacate(len(experts))
-        size = self._staging.free if self._staging is not None else len(experts)
+        step = len(experts) if self._staging is None else min(_STAGED_AT_ONCE, self._staging.free)
+        landings: list[Landing] = []
         try:
-            for first in range(0, len(experts), max(1, size)):
-                landing = self._land(slots[first : first + size])
-                try:
-                    self._reader.read(_reads(table, experts[first : first + size], landing))
-                    self._settle(landing)
-                finally:
-                    self._leave(landing)
+            for first in range(0, len(experts), max(1, step)):
+                if self._staging is not None and self._staging.free < step:
+                    self._leave(landings)
+                landings.append(self._land(slots[first : first + step]))
+                self._reader.read(_reads(table, experts[first : first + step], landings[-1]))
+                self._settle(landings[-1])  # on its way to the GPU while the next are read
         except BaseException:
             self._free += slots  # after a failed read they are still free
             raise
+        finally:
+            self._leave(landings)
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
     def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
@@ -179,7 +183,7 @@ class Pool:
             self._free += landing.slots
             return
         finally:
-            self._leave(landing)
+            self._leave([landing])
         self._slot_of.update(zip(keys, landing.slots, strict=True))
         wanted = {(table.layer, expert) for expert in needed}
         wasted = [key for key in keys if key not in wanted]
@@ -213,12 +217,14 @@ class Pool:
             return
         for slot, place in zip(landing.slots, landing.places, strict=True):
             self._staging.copy(place, self._sizes, [slab.address(slot) for slab in self.slabs.values()])
-        self._staging.finish()
 
-    def _leave(self, landing: Landing) -> None:
-        for place in landing.places:
-            assert self._staging is not None
-            self._staging.give_back(place)
+    def _leave(self, landings: list[Landing]) -> None:
+        """Wait until the bytes are where they belong, and free the places they came through."""
+        if self._staging is not None:
+            self._staging.finish()
+            for landing in landings:
+                self._staging.give_back(landing.places)
+            landings.clear()
 
 
 def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:

@@ -71,9 +71,9 @@ class Staging:
         """Wait for all copies."""
         self._call("cuStreamSynchronize", self._stream)
 
-    def give_back(self, place: int) -> None:
-        """Say that a place is free again."""
-        self._free.append(place)
+    def give_back(self, places: Sequence[int]) -> None:
+        """Say that places are free again."""
+        self._free += places
 
     def _call(self, name: str, *arguments: Any) -> None:
         function: Callable[..., int] = getattr(_driver(), name)
