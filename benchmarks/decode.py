@@ -19,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ from benchmarks.record import record
 from flashmoe_mlx.checkpoint import Span, find_folder, read_config
 from flashmoe_mlx.config import Config, parse_size
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.reader import Reader
 
 _MLX_LM = """
@@ -136,6 +138,9 @@ def main() -> None:
     streaming = streamed.streaming
     expert_nbytes, top_k = streaming.pools[0].expert_nbytes, args.experts_per_token or streaming.experts_per_token
     layers = len(streamed.layers)
+    full = Path(tempfile.mkdtemp()) / "residents.json"  # pools begin full, as they are after a while
+    tables = [m._table for m in streamed.modules() if isinstance(m, StreamedSwitchGLU)]
+    full.write_text(json.dumps({"experts": {table.layer: list(range(table.experts)) for table in tables}}))
     del streamed
     rates = {name: read_rate(files, expert_nbytes, top_k, name == "device") for name in ("device", "cache")}
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True)
@@ -157,7 +162,7 @@ def main() -> None:
                 args.model,
                 ram_budget=int(budget * streaming.experts_nbytes),
                 experts_per_token=args.experts_per_token,
-                config=Config(lookahead=args.lookahead),
+                config=Config(lookahead=args.lookahead, warm_start=str(full)),
             )
             counters = streamed.streaming.counters
             ours = seconds_per_token(streamed, prompt, args.turn, before_turn)
