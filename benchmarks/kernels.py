@@ -146,14 +146,20 @@ def seconds(ways: dict[str, Step], hidden: int, rotation: list[mx.array], rounds
             mx.eval(launch(way, x, rotation, scores))
             call = (time.perf_counter() - begin) / len(rotation)
 
-            alone = seconds_alone(way, x, rotation[:16], scores)
+            alone = seconds_alone(way, x, rotation, scores)
             if turn:  # the first warms up
                 times[name].append([call, alone])
     return {name: [median(each) for each in zip(*pairs, strict=True)] for name, pairs in times.items()}
 
 
 def seconds_alone(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.array) -> float:
-    """The time of a step when all of them wait behind other work. Raises SystemExit if the host never gets ahead."""
+    """The time of a step when all of them wait behind other work: what 32 steps more take."""
+    few, many = (seconds_behind(way, x, rotation[:steps], scores) for steps in (8, 40))
+    return (many - few) / 32
+
+
+def seconds_behind(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.array) -> float:
+    """How long after other work the last step ends. Raises SystemExit if the host never gets ahead of the GPU."""
     for negations in (64, 128, 256):
         ahead = mx.zeros((2**28,))
         for _ in range(negations):
@@ -165,7 +171,7 @@ def seconds_alone(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.a
         begin = time.perf_counter()
         mx.eval(last)
         if begin - built > 5e-4:
-            return (time.perf_counter() - begin) / len(rotation)
+            return time.perf_counter() - begin
     raise SystemExit("the GPU was idle before all steps were built, however much other work it had first")
 
 

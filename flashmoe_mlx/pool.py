@@ -53,7 +53,8 @@ class Pool:
         self.slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
         self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
-        self._rows = [[slab.landing(slot) for slab in self.slabs.values()] for slot in range(slots)]
+        landing_slots = range(slots) if staging is None else ()
+        self._rows = [[slab.landing(slot) for slab in self.slabs.values()] for slot in landing_slots]
         self._reader = reader
         self._counters = counters
         self._staging = staging

@@ -1,10 +1,13 @@
 """Memory for experts: dense arrays whose rows files are read into, in place."""
 
 import ctypes
+from functools import cached_property
 from math import prod
 
 import mlx.core as mx
 import numpy as np
+
+from flashmoe_mlx.staging import device_address, needs_staging
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
@@ -37,11 +40,10 @@ class Slab:
     def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype):
         dtype = computed_dtype(stored)
         # Python's memoryview knows no bfloat16, so the memory is made of plain words of that size.
-        words = mx.zeros((slots, *shape), _WORDS[dtype.size])
-        self.array = words.view(dtype)
-        mx.eval(words, self.array)
+        self._words = mx.zeros((slots, *shape), _WORDS[dtype.size])
+        self.array = self._words.view(dtype)
+        mx.eval(self._words, self.array)
         self._stored = stored
-        self._bytes = memoryview(words).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
         self._row_nbytes = row_nbytes(shape, stored)
         self.landing_nbytes = prod(shape) * stored.size
 
@@ -50,9 +52,20 @@ class Slab:
         end = (slot + 1) * self._row_nbytes
         return self._bytes[end - self.landing_nbytes : end]
 
+    @cached_property
+    def _bytes(self) -> memoryview:
+        """The memory, for the host; MLX moves it there if it is a GPU's own."""
+        return memoryview(self._words).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
+
+    @cached_property
+    def _address(self) -> int:
+        if needs_staging():
+            return device_address(self._words)
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
+
     def address(self, slot: int) -> int:
-        """Where the row of ``slot`` is in memory."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._bytes)) + slot * self._row_nbytes
+        """Where the row of ``slot`` is, for a copy; the device's address if the memory is its own."""
+        return self._address + slot * self._row_nbytes
 
     def settle(self, slot: int) -> None:
         """Widen what was read into ``slot`` to the array's dtype, in place and exactly."""

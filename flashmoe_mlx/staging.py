@@ -11,8 +11,9 @@ import mlx.core as mx
 class Staging:
     """Page-locked memory in equal places, and copies from there to memory of the GPU.
 
-    MLX's own arrays can be written by the host too: their pages then travel one by one when a kernel reads them, at
-    10 GB/s, and as slowly back when the host writes again. A copy from page-locked memory moves 50 GB/s.
+    The host can write MLX's arrays, which MLX moves to managed memory for it: the pages then travel one by one when a
+    kernel reads them, at 10 GB/s, and as slowly back when the host writes again. A copy from page-locked memory to the
+    GPU's own moves 50 GB/s.
 
     It calls the driver, because MLX has no copy into a part of an array that exists.
 
@@ -84,6 +85,20 @@ class Staging:
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def device_address(array: mx.array) -> int:
+    """Where an array is in the GPU's memory. It stays there as long as the host does not look into it."""
+    tell = mx.fast.cuda_kernel(
+        name="address",
+        input_names=["array"],
+        output_names=["address"],
+        source="address[0] = reinterpret_cast<unsigned long long>(array);",
+    )
+    (address,) = tell(  # type: ignore[operator]
+        inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.uint64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
+    )
+    return int(address.item())
 
 
 def needs_staging() -> bool:
