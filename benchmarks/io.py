@@ -2,7 +2,7 @@
 
     python -m benchmarks.io --rounds 200
     python -m benchmarks.io --rounds 30 --cold
-    python -m benchmarks.io --rounds 50 --experts 64 --neighbours
+    python -m benchmarks.io --rounds 50 --experts 32 --neighbours
 
 Warm reads come from the page cache. Cold ones come from the device: the file's pages are evicted before each batch, and
 ``device_share`` says how many of the bytes read the device delivered, by the kernel's own count.
@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
+    if not 0 < args.experts <= SLOT_BYTES // max(SIZES):
+        parser.error(f"--experts is {args.experts}: 1 to {SLOT_BYTES // max(SIZES)} of the largest fit in the slots")
     threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)  # the ceiling's: as many copy
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -210,7 +212,8 @@ def main() -> None:
                 print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}  {:15.0%}".format(*runs[-1].values()), flush=True)
     if args.record:
         for run in runs:
-            record("io", run | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
+            batch = {"experts": args.experts, "neighbours": args.neighbours}
+            record("io", run | batch | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
     first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
     chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}
     print(json.dumps(chosen | {"ceiling": ceiling, "threads": args.threads, "runs": runs}))
