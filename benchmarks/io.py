@@ -2,12 +2,14 @@
 
     python -m benchmarks.io --rounds 200
     python -m benchmarks.io --rounds 30 --cold
+    python -m benchmarks.io --rounds 50 --experts 32 --neighbours
 
 Warm reads come from the page cache. Cold ones come from the device: the file's pages are evicted before each batch, and
 ``device_share`` says how many of the bytes read the device delivered, by the kernel's own count.
 
 The ceiling is a C program that makes the same reads, of a file's spans into MLX's memory, on as many threads. Both read
-batches of random experts in turn, so noise hits both. The last line is JSON: its first figures are those of Qwen's
+batches of random experts in turn, so noise hits both; with ``--neighbours`` experts that lie side by side, as prefill
+reads them. The last line is JSON: its first figures are those of Qwen's
 1.77 MB experts in nine pieces, its ``ratio`` is the median of what reader and ceiling did one right after the other.
 """
 
@@ -36,7 +38,6 @@ from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slab import Slab
 
-EXPERTS = 10  # that one layer reads in one decode step
 UNITS = (16, 1, 1) * 3  # an expert with 4-bit weights, bfloat16 scales and biases in groups of 64
 SIZES = tuple(unit * sum(UNITS) for unit in (7424, 32768, 131072))  # 0.4, 1.77 and 7.08 MB
 SLOT_BYTES = 256_000_000  # more than a CPU's cache, as in use
@@ -115,38 +116,43 @@ def device_bytes() -> int:
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
-def compare(path: Path, sizes: Sequence[int], prepare: Any, threads: int, rounds: int, cold: bool) -> dict[str, float]:
+def compare(path: Path, sizes: Sequence[int], prepare: Any, args: argparse.Namespace) -> dict[str, float]:
     """Reader and ceiling in turn: the median GB/s of each, and of the ratio within a round."""
     spans, slots = layout(path, sizes)
-    reader = Reader([str(path)], threads, Counters())
+    reader = Reader([str(path)], args.threads, Counters())
 
     def batch() -> Reads:
-        experts, places = random.sample(range(len(spans)), EXPERTS), random.sample(range(len(slots)), EXPERTS)
-        return [r for e, p in zip(experts, places, strict=True) for r in zip(spans[e], slots[p], strict=True)]
+        first = random.randrange(len(spans) - args.experts + 1)
+        neighbours = range(first, first + args.experts)
+        experts = neighbours if args.neighbours else random.sample(range(len(spans)), args.experts)
+        places = random.sample(range(len(slots)), args.experts)
+        pairs = list(zip(experts, places, strict=True))
+        return [(spans[expert][part], slots[place][part]) for part in range(len(sizes)) for expert, place in pairs]
 
     def reader_run(reads: Reads) -> Callable[[], None]:
         return lambda: reader.read(reads)
 
+    nbytes = args.experts * sum(sizes)
     sides = {"reader_gbps": reader_run, "ceiling_gbps": prepare}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     delivered = 0
-    for number in range(rounds):
+    for number in range(args.rounds):
         for name in sorted(sides, reverse=bool(number % 2)):
             reads = batch()
             run = sides[name](reads)
-            if cold:
+            if args.cold:
                 evict(path)
                 delivered -= device_bytes()
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
-            if cold:
+            if args.cold:
                 delivered += device_bytes()
             if number < 2:
                 check(path, reads)
-    gbps = {name: EXPERTS * sum(sizes) / 1e9 / median(each) for name, each in seconds.items()}
+    gbps = {name: nbytes / 1e9 / median(each) for name, each in seconds.items()}
     ratio = median(c / r for r, c in zip(seconds["reader_gbps"], seconds["ceiling_gbps"], strict=True))
-    figures = gbps | {"ratio": ratio, "device_share": delivered / (2 * rounds * EXPERTS * sum(sizes))}
+    figures = gbps | {"ratio": ratio, "device_share": delivered / (2 * args.rounds * nbytes)}
     return {name: round(value, 3) for name, value in figures.items()}
 
 
@@ -180,9 +186,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=Config().read_threads)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--size", type=int, default=800, help="MB of the file")
+    parser.add_argument("--experts", type=int, default=10, help="in a batch; 10 is one layer's in a decode step")
+    parser.add_argument("--neighbours", action="store_true", help="experts of a batch lie side by side, as in prefill")
     parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
+    if not 0 < args.experts <= SLOT_BYTES // max(SIZES):
+        parser.error(f"--experts is {args.experts}: 1 to {SLOT_BYTES // max(SIZES)} of the largest fit in the slots")
     threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)  # the ceiling's: as many copy
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -197,12 +207,13 @@ def main() -> None:
         for size in SIZES:
             pieces = [size * units // sum(UNITS) for units in UNITS]
             for kind, sizes in (("scattered", pieces), ("contiguous", [size])):
-                figures = compare(path, sizes, prepare, args.threads, args.rounds, args.cold)
+                figures = compare(path, sizes, prepare, args)
                 runs.append({"expert_mb": round(size / 1e6, 2), "layout": kind} | figures)
                 print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}  {:15.0%}".format(*runs[-1].values()), flush=True)
     if args.record:
         for run in runs:
-            record("io", run | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
+            batch = {"experts": args.experts, "neighbours": args.neighbours}
+            record("io", run | batch | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
     first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
     chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}
     print(json.dumps(chosen | {"ceiling": ceiling, "threads": args.threads, "runs": runs}))

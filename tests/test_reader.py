@@ -1,7 +1,9 @@
 """Every byte arrives or an OSError does, and then no thread is still writing."""
 
 import errno
+import fcntl
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.reader import Reader
 
-LARGE = 1 << 18  # bytes from which on threads share the work
+LARGE = 1 << 18  # bytes; threads share the work
 DATA = np.random.default_rng(0).bytes(8 * LARGE)
 
 Preadv = Callable[..., int]
@@ -114,6 +116,133 @@ def test_partly_cached(threads: int, cached: int, file: Path, monkeypatch: pytes
     reads = plan(file, SIZES * 3)
     reader.read(reads)
     assert complete(reads)
+
+
+def neighbours(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
+    """Reads that follow one another in the file."""
+    offsets = [13 + sum(sizes[:number]) for number in range(len(sizes))]
+    spans = [Span(str(file), offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    return [(span, memoryview(bytearray(b"\xaa" * span.nbytes))) for span in spans]
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The sizes of the buffers of each preadv from now on."""
+    calls: list[list[int]] = []
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], *where: int) -> int:
+        calls.append([len(buffer) for buffer in buffers])
+        return preadv(fd, buffers, *where)
+
+    monkeypatch.setattr(os, "preadv", read)
+    return calls
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_neighbours_are_read_at_once(ahead: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], 2, counters)
+    calls = record_calls(monkeypatch)
+    first, second = neighbours(file, [100, 7, 0, 5000]), neighbours(file, [40] * 10)
+    reads = first + second
+    reader.start(reads)() if ahead else reader.read(reads)
+    assert complete(reads)
+    assert calls == [[100, 7, 0, 5000], [40] * 10]
+    assert counters.bytes_read == 5507
+
+
+def test_what_is_not_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = file.with_name("other")
+    other.write_bytes(DATA)
+    reader = Reader([str(file), str(other)], 1, Counters())
+    calls = record_calls(monkeypatch)
+    one, two, three = neighbours(file, [100, 50, 10])
+    apart = [one, three]  # a gap
+    backwards = [two, one]
+    overlap = [one, (Span(str(file), 100, 50), memoryview(bytearray(50)))]
+    elsewhere = [one, (Span(str(other), two[0].offset, 50), memoryview(bytearray(50)))]
+    for reads in (apart, backwards, overlap, elsewhere):
+        calls.clear()
+        reader.read(reads)
+        assert complete(reads)
+        assert len(calls) == 2
+    calls.clear()
+    large = neighbours(file, [LARGE] * 7)
+    reader.read(large)
+    assert complete(large)
+    assert calls == [[LARGE] * 4, [LARGE] * 3]  # 1 MiB
+    calls.clear()
+    many = neighbours(file, [1] * (os.sysconf("SC_IOV_MAX") + 5))
+    reader.read(many)  # the OS refuses more buffers
+    assert complete(many)
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("cached", [0, 1, 99, 100, 101, 107, 5106])
+def test_partly_cached_neighbours(cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the page cache ends inside a buffer, between two or with the last byte but one."""
+    reader = Reader([str(file)], 2, Counters())
+    preadv = os.preadv
+    rest: list[int] = []
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if not flags:
+            rest.append(sum(map(len, buffers)))
+            return preadv(fd, buffers, offset)
+        if not cached:
+            raise BlockingIOError
+        some = bytearray(cached)
+        preadv(fd, [some], offset)
+        for buffer in buffers:
+            buffer[: len(some)] = some[: len(buffer)]
+            some = some[len(buffer) :]
+        return cached
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = neighbours(file, [100, 7, 0, 5000])
+    reader.read(reads)
+    assert complete(reads)
+    assert rest == [5107 - cached]
+
+
+def test_truncated_within_neighbours(file: Path) -> None:
+    reads = neighbours(file, [100, 7, 5000])
+    reader = Reader([str(file)], 2, Counters())
+    os.truncate(file, 13 + 5107 - 2)
+    with pytest.raises(OSError, match="ends 2 bytes too early"):
+        reader.read(reads)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("size", [100, LARGE])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_device_has_as_many_reads_as_there_are_threads(
+    ahead: bool, size: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader([str(file)], 8, Counters())
+    preadv = os.preadv
+    barrier = threading.Barrier(8, timeout=5)
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        barrier.wait()  # for seven others
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, [size] * 16)
+    reader.start(reads)() if ahead else reader.read(reads)
+    assert complete(reads)
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_no_readahead_on_macos(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, *call: calls.append((os.fstat(fd).st_ino, *call)))
+    monkeypatch.setattr(sys, "platform", platform)
+    Reader([str(file)], 1, Counters())
+    assert calls == ([(file.stat().st_ino, 45, 0)] if platform == "darwin" else [])  # F_RDAHEAD, off
 
 
 @pytest.mark.parametrize("threads", [1, 8])
