@@ -112,23 +112,26 @@ class Reader:
     def _copy(self, reads: deque[_Read], batch: "_Batch") -> None:
         """Make one read after another until none is left, but leave to others what is not in the page cache."""
         for read in _taken(reads):
-            path, offset, nbytes, buffers = read
-            try:
-                done = os.preadv(self._files[path], buffers, offset, _ONLY_CACHED) if self._knows_cached else 0
-            except BlockingIOError:  # nothing is
-                done = 0
-            except OSError as error:
-                raise _explained(error, read) from error
-            if done == nbytes:
-                continue
-            if self._knows_cached:
-                batch.cold.append((read, done))
-            else:
-                self._finish(read, done)
-        # The device need not be asked sooner: Linux lets it begin what was not in the page cache.
+            self._read(read, batch.cold)
+        # Only now, since the reads above have already made the device begin what is not in the page cache.
         batch.submit(min(self._waiters, len(batch.cold)), self._finish_all, batch.cold)
 
+    def _read(self, read: _Read, cold: deque[tuple[_Read, int]]) -> None:
+        """Make a read; if not all of it is in the page cache, add it to ``cold``."""
+        if not self._knows_cached:
+            return self._finish(read, 0)
+        path, offset, nbytes, buffers = read
+        try:
+            done = os.preadv(self._files[path], buffers, offset, _ONLY_CACHED)
+        except BlockingIOError:  # nothing is
+            done = 0
+        except OSError as error:
+            raise _explained(error, read) from error
+        if done < nbytes:
+            cold.append((read, done))
+
     def _finish_all(self, cold: deque[tuple[_Read, int]]) -> None:
+        """Wait for the device, one read after another until none is left."""
         for read, done in _taken(cold):
             self._finish(read, done)
 
