@@ -229,6 +229,7 @@ class Pool:
 
 
 def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:
-    """Each part of each expert and where it goes."""
-    for expert, buffers in zip(experts, landing.buffers, strict=True):
-        yield from zip(table.spans[expert], buffers, strict=True)
+    """Each part of each expert and where it goes; part by part, because those of neighbours follow one another."""
+    for part in range(len(table.parts)):
+        for expert, buffers in zip(experts, landing.buffers, strict=True):
+            yield table.spans[expert][part], buffers[part]

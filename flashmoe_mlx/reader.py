@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from flashmoe_mlx.checkpoint import Span
@@ -164,8 +164,12 @@ class _Batch:
 
     def wait(self) -> None:
         """Return when all reads are made, or raise what the first one that failed did."""
-        for job in self._jobs:  # a job may add others before it ends
-            job.result()
+        ended: set[Future[None]] = set()
+        while jobs := set(self._jobs) - ended:  # a job may add others before it ends
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+            ended |= done
 
     def stop(self) -> None:
         """Return when no thread touches a buffer any more; what nobody has begun is given up."""
