@@ -12,7 +12,15 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess, spare_memory
+from flashmoe_mlx.budget import (
+    experts_nbytes,
+    free_memory,
+    plan,
+    prefill_step_size,
+    prefill_token_nbytes,
+    refuse_excess,
+    spare_memory,
+)
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
@@ -44,6 +52,9 @@ class Streaming:
         trunk_nbytes (int): bytes of memory for everything but routed experts.
         slots_nbytes (int): bytes of memory for routed experts.
         experts_nbytes (int): bytes that all routed experts would take.
+        prefill_step_size (int): tokens of a prompt to process at a time with the memory that was free. The commands
+            use it; from Python pass it on, e.g. to ``mlx_lm.generate(...,
+            prefill_step_size=model.streaming.prefill_step_size)``, because mlx-lm's own default is always 2048.
     """
 
     counters: Counters
@@ -52,6 +63,7 @@ class Streaming:
     trunk_nbytes: int
     slots_nbytes: int
     experts_nbytes: int
+    prefill_step_size: int
 
     def memory(self) -> str:
         """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
@@ -178,6 +190,11 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     shares = plan(tables, ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget))
+    down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
+    token_nbytes = prefill_token_nbytes(
+        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=_itemsize(model)
+    )
+    step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
@@ -191,8 +208,14 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         for table in share.tables:
             replaced.append((table.layer, StreamedSwitchGLU(switches[table.layer], table, pool, fence)))
     model.update_modules(tree_unflatten(replaced))
-    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables))
+    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), step_size)
 
 
 def _nbytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for _, parameter in tree_flatten(module.parameters()))
+
+
+def _itemsize(module: nn.Module) -> int:
+    """Bytes of a value as it is computed: those of the largest parameter that is not integers."""
+    floats = [array for _, array in tree_flatten(module.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
+    return int(max(floats, key=lambda array: array.size).itemsize)
