@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--step", type=int, default=2048, help="tokens at a time, as mlx-lm's --prefill-step-size")
+    parser.add_argument("--step", type=int, help="tokens at a time (default: what streaming chooses at budget 0)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0, 0.25, 1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="append the figures to results/prefill.csv")
@@ -63,6 +63,7 @@ def main() -> None:
 
     resident = load_resident(args.model)
     streamed, tokenizer = flashmoe_mlx.load(args.model)
+    args.step = args.step or streamed.streaming.prefill_step_size
     experts_nbytes = streamed.streaming.experts_nbytes
     prompt = np.random.default_rng(0).integers(0, len(tokenizer.vocab), args.tokens).tolist()
     table = next(m._table for m in streamed.modules() if isinstance(m, StreamedSwitchGLU))

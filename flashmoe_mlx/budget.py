@@ -1,8 +1,10 @@
 """How many slots the memory allows, and which layers share them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import mlx.core as mx
 import psutil
@@ -11,6 +13,7 @@ from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.slab import row_nbytes
 
 _SHARED_SLOTS = 32  # of a pool that serves many layers: room for a few tokens' experts of one layer
+_CHUNKS = (512, 8192)  # the fewest and the most tokens of a prompt at a time
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,50 @@ def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
             f"{_gb(slots_nbytes)} for experts and {_gb(trunk_nbytes)} for the trunk do not fit into the {_gb(free)} "
             f"that are free: choose a ram_budget below {_gb(free - trunk_nbytes)}"
         )
+
+
+def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
+    """How many tokens of a prompt to process at a time: a power of two from 512 to 8192.
+
+    Each chunk of a prompt reads the experts it needs once, so larger chunks read less in all. Their activations may
+    take a quarter of the free memory: the rest is the KV cache's and the OS page cache's.
+
+    Args:
+        free_nbytes (int): bytes that trunk and slots leave.
+        token_nbytes (int): bytes of activations per token, see :func:`prefill_token_nbytes`.
+    """
+    fewest, tokens = _CHUNKS
+    while tokens > fewest and tokens * token_nbytes > free_nbytes // 4:
+        tokens //= 2
+    return tokens
+
+
+def prefill_token_nbytes(
+    config: Mapping[str, Any], *, top_k: int, hidden: int, intermediate: int, itemsize: int
+) -> int:
+    """Bytes of activations that each token of a chunk needs, at the layer that needs most. An upper bound, of
+
+    - ``top_k * (4 * hidden + 3 * intermediate)`` values for the routed experts, which mlx-lm sorts by expert: their
+      inputs, gate, up, activation and outputs, and the outputs again in the order of waves, of tokens, and weighted;
+    - ``16 * hidden`` for the trunk: residual stream, norms, projections, shared expert;
+    - ``2 * heads * 8192`` for attention scores and their softmax, which MLX writes out for heads of 256 dimensions and
+      on a CPU; a context of four times 8192 takes the whole of the free memory instead of a quarter, at worst;
+    - without Metal one state of a GatedDeltaNet layer, because mlx-lm keeps that of every token of a chunk there.
+
+    Args:
+        config (Mapping): config.json.
+        top_k (int): experts a token uses.
+        hidden (int): width of the model.
+        intermediate (int): width of an expert.
+        itemsize (int): bytes of a value as it is computed.
+    """
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or hidden // 64
+    values = top_k * (4 * hidden + 3 * intermediate) + 16 * hidden + 2 * heads * _CHUNKS[1]
+    if not mx.metal.is_available():
+        state = [config.get(f"linear_{name}", 0) for name in ("num_value_heads", "key_head_dim", "value_head_dim")]
+        values += prod(state)
+    return values * itemsize
 
 
 def _gb(nbytes: int) -> str:

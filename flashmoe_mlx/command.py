@@ -1,10 +1,17 @@
-"""What all commands share: mlx-lm's parsers with our flags, and errors that are one line."""
+"""What all commands share: mlx-lm's parsers with our flags, our load() for mlx-lm's, and errors that are one line."""
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+import mlx_lm
+
+from flashmoe_mlx.checkpoint import find_folder, read_config
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.model import Streaming, load
 
 
 def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +36,28 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         help="Reads under way at once (default: 16)",
     )
     group.add_argument(
+        "--lookahead",
+        action="store_true",
+        default=None,
+        help="Read what the next layer's router would choose now while this layer computes. The output is the same",
+    )
+    group.add_argument(
+        "--warm-start",
+        metavar="FILE",
+        help="Begin with the experts in memory that the last run with this file ended with",
+    )
+    group.add_argument(
         "--config",
         metavar="NAME",
         help="A preset of the model's family, 'exact' or 'flash', or a .toml file. It sets the sampling flags too; "
         "flags given here win",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        type=int,
+        metavar="N",
+        help="Prompt tokens to process at a time. More read the experts fewer times and need more memory "
+        "(default: what a quarter of the free memory holds, from 512 to 8192)",
     )
 
 
@@ -66,3 +91,55 @@ def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str)
     parser.add_argument("--model", help="The path of a model folder, or a Hugging Face repo")
     add_streaming_arguments(parser)
     return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+    """The command line, and the settings that it chooses.
+
+    Args:
+        parser: from :func:`extend_parser`. It gets a preset's sampling as defaults.
+        argv: the command line without the program's name, or ``None`` for ``sys.argv[1:]``.
+
+    Raises:
+        FileNotFoundError: the model's folder or the config file is missing.
+        ValueError: no model, or an unknown or impossible setting.
+        OSError: the model's repository could not be downloaded.
+    """
+    args = parser.parse_args(argv)
+    if args.model is None:
+        raise ValueError("--model is missing: give a model folder or a Hugging Face repo")
+    if args.prefill_step_size is not None and args.prefill_step_size < 1:
+        raise ValueError(f"prefill_step_size is {args.prefill_step_size}: it must be a whole number from 1 on")
+    config = Config()
+    if args.config is not None:
+        config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
+        parser.set_defaults(**config.sampling)
+        args = parser.parse_args(argv)
+    own = ("ram_budget", "experts_per_token", "read_threads", "lookahead", "warm_start")
+    return args, config.override(**{name: getattr(args, name) for name in own})
+
+
+def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tuple[Any, ...]]:
+    """What takes the place of ``load`` in one of mlx-lm's commands: ours, except for a draft model."""
+
+    def load_streamed(path: str, **options: Any) -> tuple[Any, ...]:
+        if path == getattr(args, "draft_model", None):
+            return tuple(mlx_lm.load(path, **options))  # small, and rarely a Mixture of Experts
+        loaded = load(path, config=config, **options)
+        if config.ram_budget == "auto":
+            print(f"ram budget auto: {loaded[0].streaming.memory()}", file=sys.stderr)
+        return loaded
+
+    return load_streamed
+
+
+def finish(streaming: Streaming, config: Config, verbose: bool = True) -> None:
+    """What every run ends with: the ``Experts:`` line unless it is to be silent, and the file for the next warm start.
+
+    Raises:
+        OSError: that file cannot be written.
+    """
+    if verbose:
+        print(streaming.summary())
+    if config.warm_start is not None:
+        streaming.save_residents(config.warm_start)

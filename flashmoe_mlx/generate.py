@@ -5,24 +5,21 @@ python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
-from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import mlx_lm
 
-from flashmoe_mlx.checkpoint import find_folder, read_config
-from flashmoe_mlx.command import extend_parser, one_line_errors
-from flashmoe_mlx.config import Config
-from flashmoe_mlx.model import load
+from flashmoe_mlx.cache_prompt import RestoredPrompt
+from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
 from flashmoe_mlx.progress import PromptProgress
 
 EPILOG = """examples:
   python -m flashmoe_mlx.generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"
   python -m flashmoe_mlx.generate --model ./model --ram-budget 12GB --config exact --prompt - < question.txt
+  python -m flashmoe_mlx.generate --prompt-cache-file manual.safetensors --prompt "What is a heron?"
 """
 
 
@@ -45,33 +42,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     """mlx_lm.generate's own main(), with our parser and our load()."""
     args = parser.parse_args(argv)
-    if args.model is None and (args.config or not args.prompt_cache_file):
-        raise ValueError("--model is missing: give a model folder or a Hugging Face repo")
-    config = Config()
-    if args.config is not None:
-        config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
-        parser.set_defaults(**config.sampling)
-        args = parser.parse_args(argv)
-    config = config.override(
-        ram_budget=args.ram_budget, experts_per_token=args.experts_per_token, read_threads=args.read_threads
-    )
-    streamed = []
+    restored = None
+    if args.prompt_cache_file is not None:
+        restored = RestoredPrompt.load(args.prompt_cache_file)
+        parser.set_defaults(model=restored.metadata["model"])
+    args, config = parse_arguments(parser, argv)
+    if restored is not None and args.draft_model is not None:
+        raise ValueError(f"{restored.path} holds no state of a draft model: leave out --draft-model")
 
-    def load_streamed(path: str, **options: Any) -> tuple[Any, ...]:
-        if path == args.draft_model:
-            return tuple(mlx_lm.load(path, **options))  # small, and rarely a Mixture of Experts
-        loaded = load(path, config=config, **options)
-        streamed.append(loaded[0].streaming)
-        if config.ram_budget == "auto":
-            print(f"ram budget auto: {streamed[-1].memory()}", file=sys.stderr)
-        return loaded
+    def load_prompt_cache(file: str, return_metadata: bool) -> tuple[list[Any], dict[str, str]]:
+        assert restored is not None and return_metadata
+        return restored.cache, restored.metadata | {"model": restored.same_model(args.model)}
 
-    parsed = SimpleNamespace(parse_args=lambda: args)
-    generate = partial(mlx_lm.generate, prompt_progress_callback=PromptProgress())
-    with mock.patch.multiple(_mlx_generate(), setup_arg_parser=lambda: parsed, load=load_streamed, generate=generate):
+    def generate(model: Any, tokenizer: Any, prompt: Any, *, prefill_step_size: int | None, **options: Any) -> str:
+        if restored is not None:
+            restored.refuse_other_model(model, args.adapter_path)
+        step = prefill_step_size or model.streaming.prefill_step_size
+        progress = PromptProgress()
+        text: str = mlx_lm.generate(
+            model, tokenizer, prompt, prefill_step_size=step, prompt_progress_callback=progress, **options
+        )
+        finish(model.streaming, config, args.verbose)
+        return text
+
+    with mock.patch.multiple(
+        _mlx_generate(),
+        setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
+        load_prompt_cache=load_prompt_cache,
+        load=streamed_load(args, config),
+        generate=generate,
+    ):
         _mlx_generate().main()
-    if args.verbose:
-        print(streamed[0].summary())
 
 
 def _mlx_generate() -> ModuleType:

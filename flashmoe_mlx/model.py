@@ -14,7 +14,16 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from flashmoe_mlx.budget import experts_nbytes, plan, refuse_excess, slot_nbytes, spare_memory
+from flashmoe_mlx.budget import (
+    experts_nbytes,
+    free_memory,
+    plan,
+    prefill_step_size,
+    prefill_token_nbytes,
+    refuse_excess,
+    slot_nbytes,
+    spare_memory,
+)
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
@@ -56,6 +65,9 @@ class Streaming:
         slots_nbytes (int): bytes of memory for routed experts.
         experts_nbytes (int): bytes that all routed experts would take.
         pools (tuple[Pool, ...]): the slots of the layers that are not all in memory.
+        prefill_step_size (int): tokens of a prompt to process at a time with the memory that was free. The commands
+            use it; from Python pass it on, e.g. to ``mlx_lm.generate(...,
+            prefill_step_size=model.streaming.prefill_step_size)``, because mlx-lm's own default is always 2048.
     """
 
     counters: Counters
@@ -65,6 +77,7 @@ class Streaming:
     slots_nbytes: int
     experts_nbytes: int
     pools: tuple[Pool, ...]
+    prefill_step_size: int
 
     def save_residents(self, path: str | Path) -> None:
         """Write which experts are in memory, for a ``warm_start`` of the next run.
@@ -201,6 +214,11 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     shares = plan(tables, ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget))
+    down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
+    token_nbytes = prefill_token_nbytes(
+        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=_itemsize(model)
+    )
+    step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
@@ -226,7 +244,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     if config.warm_start is not None:
         load_residents(config.warm_start, places)
     pools = tuple({id(pool): pool for _, pool in places.values()}.values())
-    return Streaming(counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools)
+    return Streaming(
+        counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools, step_size
+    )
 
 
 def _look_ahead(
@@ -258,3 +278,9 @@ def _start_early(model: nn.Module) -> None:
 
 def _nbytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for _, parameter in tree_flatten(module.parameters()))
+
+
+def _itemsize(module: nn.Module) -> int:
+    """Bytes of a value as it is computed: those of the largest parameter that is not integers."""
+    floats = [array for _, array in tree_flatten(module.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
+    return int(max(floats, key=lambda array: array.size).itemsize)

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_tokenizer
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
-from flashmoe_mlx import generate
+from flashmoe_mlx import budget, generate
 from flashmoe_mlx.progress import PromptProgress
 from tests.oracle import streamed
 
@@ -90,12 +90,33 @@ def test_toml_file(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: P
     assert "3 experts per token instead of 4" in run(capsys, "--model", str(folder), "--config", str(config))
 
 
+def test_chunks(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is read in chunks as the memory allows or the user says, and gives the same tokens."""
+    steps: list[int] = []
+
+    def shown(self: PromptProgress, processed: int, total: int) -> None:
+        steps.append(processed)
+
+    monkeypatch.setattr(PromptProgress, "__call__", shown)
+    whole = run(capsys, "--model", str(folder), "--verbose", "False")
+    first, read, total = steps
+    assert (first, read) == (0, total - 1)
+    steps.clear()
+    assert run(capsys, "--model", str(folder), "--verbose", "False", "--prefill-step-size", "5") == whole
+    assert steps[:3] == [0, 5, 10]
+    steps.clear()
+    monkeypatch.setattr(budget, "_CHUNKS", (4, 4))
+    assert run(capsys, "--model", str(folder), "--verbose", "False") == whole
+    assert steps[:3] == [0, 4, 8]
+
+
 def test_every_flag_of_mlx_lm() -> None:
     stock = {
         option for action in generate._mlx_generate().setup_arg_parser()._actions for option in action.option_strings
     }
     ours = {option for action in generate.setup_arg_parser()._actions for option in action.option_strings}
-    assert ours - stock == {"--ram-budget", "--experts-per-token", "--read-threads", "--config"}
+    own = {"--ram-budget", "--experts-per-token", "--read-threads", "--lookahead", "--warm-start", "--config"}
+    assert ours - stock == own
     assert stock <= ours
 
 
@@ -111,7 +132,8 @@ def test_every_flag_of_mlx_lm() -> None:
         (["--model", "MODEL", "--config", "fastest"], "choose from exact, flash"),
         (["--model", "MODEL", "--config", "nowhere.toml"], "no such config file"),
         (["--model", "MODEL", "--read-threads", "0"], "read_threads is 0"),
-        (["--model", "MODEL", "--prompt-cache-file", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--model", "MODEL", "--prefill-step-size", "0"], "prefill_step_size is 0"),
+        (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], folder: Path, argv: list[str], words: str) -> None:
@@ -154,3 +176,15 @@ def test_progress(file: io.StringIO, shown: bool, folder: Path) -> None:
     )
     assert ("Prompt" in file.getvalue()) == shown
     assert not file.getvalue().rpartition("\r")[2].strip()  # and it is wiped off
+
+
+def test_lookahead_and_warm_start(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither changes the text; what was in memory at the end of a run is there when the next begins."""
+    model = ("--model", str(folder), "--ram-budget", "1MB", "--warm-start", str(tmp_path / "residents.json"))
+    plain = run(capsys, "--model", str(folder)).split("Prompt:")[0]
+    first = run(capsys, *model, "--lookahead")
+    second = run(capsys, *model)
+    assert plain == first.split("Prompt:")[0] == second.split("Prompt:")[0]
+    assert "read ahead were used" in first
+    shares = [float(STATISTICS.search(each)["share"]) for each in (run(capsys, *model[:4]), second)]
+    assert shares[0] < shares[1]

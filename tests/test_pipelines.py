@@ -39,6 +39,15 @@ def test_generate(models: Models) -> None:
     assert text
 
 
+@pytest.mark.parametrize("step", [1, 5, None])
+def test_chunks(models: Models, step: int | None) -> None:
+    """However many tokens of a prompt are read at a time, the tokens after it are the same."""
+    model, oracle, tokenizer = models
+    step = step or model.streaming.prefill_step_size
+    text = mlx_lm.generate(model, tokenizer, TEXT, max_tokens=32, prefill_step_size=step)
+    assert text == mlx_lm.generate(oracle, tokenizer, TEXT, max_tokens=32)
+
+
 def test_stream_generate(models: Models) -> None:
     model, oracle, tokenizer = models
     actual, expected = (
