@@ -9,8 +9,6 @@ import psutil
 
 _HOLD = """
 import mmap, sys
-from pathlib import Path
-Path("/proc/self/oom_score_adj").write_text("900")  # whoever runs out of memory, this leaves first
 memory = mmap.mmap(-1, int(sys.argv[1]))
 for page in range(0, len(memory), mmap.PAGESIZE):
     memory[page] = 1
@@ -33,5 +31,7 @@ def ballast(leave: int) -> Iterator[int]:
             raise SystemExit(f"no {nbytes / 1e9:.1f} GB of memory could be held")
         try:
             yield nbytes
+            if process.poll() is not None:
+                raise SystemExit("the process that held memory was killed, so the figures are of a larger machine")
         finally:
             process.kill()

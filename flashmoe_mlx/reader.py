@@ -42,9 +42,8 @@ class Reader:
 
     def __init__(self, paths: Iterable[str], threads: int, counters: Counters):
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
-        if sys.platform == "darwin":  # experts lie anywhere: what follows one is not what is read next
-            for file in self._files.values():
-                fcntl.fcntl(file, _F_RDAHEAD, 0)
+        for file in self._files.values():
+            _expect_random_reads(file)
         self._waiters = threads  # for the device
         self._copiers = min(threads, _MOST_COPIERS, os.cpu_count() or 1) - 1  # besides the calling thread
         self._threads = ThreadPoolExecutor(threads, "expert-reader")
@@ -213,6 +212,14 @@ def _without(done: int, buffers: list[memoryview]) -> list[memoryview]:
             return [buffer[done:], *buffers[number + 1 :]]
         done -= buffer.nbytes
     return []
+
+
+def _expect_random_reads(file: int) -> None:
+    """Keep the OS from reading on after a span: other experts would take the page cache, and the device's time."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(file, _F_RDAHEAD, 0)
+    elif hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def _tells_cached(file: int) -> bool:
