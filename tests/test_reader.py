@@ -237,12 +237,14 @@ def test_the_device_has_as_many_reads_as_there_are_threads(
 
 
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_no_readahead_on_macos(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_readahead(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(fcntl, "fcntl", lambda fd, *call: calls.append((os.fstat(fd).st_ino, *call)))
+    for module, name in ((fcntl, "fcntl"), (os, "posix_fadvise")):
+        monkeypatch.setattr(module, name, lambda fd, *call: calls.append((os.fstat(fd).st_ino, *call)), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_RANDOM", 1, raising=False)
     monkeypatch.setattr(sys, "platform", platform)
     Reader([str(file)], 1, Counters())
-    assert calls == ([(file.stat().st_ino, 45, 0)] if platform == "darwin" else [])  # F_RDAHEAD, off
+    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]  # 45 is F_RDAHEAD
 
 
 @pytest.mark.parametrize("threads", [1, 8])
