@@ -173,6 +173,7 @@ def main() -> None:
                 pairs.append((next(theirs) if args.leave is None else median(resident_seconds), next(ours)))
             delivered = device_bytes() - delivered
             after = {name: value - getattr(before, name) for name, value in vars(counters).items()}
+            routed = after["hits"] + after["misses"]
             tokens, our_seconds = args.turns * args.turn, args.turn * sum(pair[1] for pair in pairs)
             if args.leave is None:
                 resident_seconds += [pair[0] for pair in pairs]
@@ -185,7 +186,7 @@ def main() -> None:
                 "tps": round(1 / median(pair[1] for pair in pairs), 2),
                 "ratio": round(median(a / b for a, b in pairs), 3),
                 "predicted_tps": round(1 / predicted, 2),
-                "hit_rate": round(after["hits"] / max(1, after["hits"] + after["misses"]), 3),
+                "hit_rate": round(after["hits"] / routed, 3) if routed else 1.0,
                 "mb_per_token": round(after["bytes_read"] / 1e6 / tokens, 2),
                 "device_mb_per_token": round(delivered / 1e6 / tokens, 2),
                 "read_share": round(after["read_seconds"] / our_seconds, 3),

@@ -12,7 +12,7 @@ from benchmarks.record import RESULTS
 
 def main() -> None:
     with (RESULTS / "decode.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if line["cold"] == "False"]
+        lines = [line for line in csv.DictReader(file) if line["model"] == "bench" and line["lookahead"] == "False"]
     latest = [line for line in lines if (line["commit"], line["model"]) == (lines[-1]["commit"], lines[-1]["model"])]
     latest.sort(key=lambda line: float(line["budget"]))
     budgets = [100 * float(line["budget"]) for line in latest]
