@@ -6,19 +6,18 @@ python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we kno
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 import mlx.nn as nn
 from mlx_lm import cache_prompt as mlx_cache_prompt
 from mlx_lm.generate import generate_step
-from mlx_lm.models import cache as mlx_cache
 
 from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
 from flashmoe_mlx.progress import PromptProgress
+from flashmoe_mlx.prompt_cache import cache_path, cache_settings, save_prompt_cache
 
 EPILOG = """examples:
   python -m flashmoe_mlx.cache_prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt
@@ -59,7 +58,7 @@ def _cache_prompt(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     def save(file: str, cache: list[Any], metadata: dict[str, str]) -> None:
         folder = Path(args.model).expanduser()
         name = str(folder.resolve()) if folder.is_dir() else args.model  # continued from wherever the user is then
-        save_prompt_cache(path, cache, metadata | {"model": name} | _settings(models[0], args.adapter_path))
+        save_prompt_cache(path, cache, metadata | {"model": name} | cache_settings(models[0], args.adapter_path))
 
     with mock.patch.multiple(
         mlx_cache_prompt,
@@ -70,118 +69,6 @@ def _cache_prompt(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     ):
         mlx_cache_prompt.main()
     finish(models[0].streaming, config)
-
-
-def cache_path(name: str) -> Path:
-    """The file of that name; ``.safetensors`` is added where it is missing, as MLX knows its files by it."""
-    return Path(name if name.endswith(".safetensors") else f"{name}.safetensors").expanduser()
-
-
-def save_prompt_cache(path: Path, cache: list[Any], metadata: dict[str, str]) -> None:
-    """mlx-lm's ``save_prompt_cache``; whatever interrupts it, ``path`` is the old file or the new one.
-
-    Args:
-        path (Path): ends in ``.safetensors``.
-        cache (list): the model's, one item a layer.
-        metadata (dict[str, str]): what to keep with it.
-
-    Raises:
-        OSError: the file cannot be made.
-        RuntimeError: it cannot be written, e.g. because the disk is full.
-    """
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
-    try:
-        mlx_cache.save_prompt_cache(str(unfinished), cache, metadata)
-        _fsync(unfinished)
-        unfinished.replace(path)
-        _fsync(path.parent)  # the new name too must outlive a power cut
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class RestoredPrompt:
-    """A prompt's state from a file that a cache_prompt command wrote, mlx-lm's or ours.
-
-    Args:
-        path (Path): the file.
-        cache (list): the model's cache, one item a layer.
-        metadata (dict[str, str]): mlx-lm's ``model`` and ``tokenizer_config``; ours adds the settings that the state
-            depends on.
-    """
-
-    path: Path
-    cache: list[Any]
-    metadata: dict[str, str]
-
-    @classmethod
-    def load(cls, name: str) -> Self:
-        """Read a file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, cut off, or something else than a prompt cache.
-        """
-        path = cache_path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such prompt cache: {path}. Make it with flashmoe_mlx.cache_prompt")
-        try:
-            cache, metadata = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
-        except Exception as error:  # mlx-lm unpacks what it finds, and stumbles in any way over what is no cache
-            raise ValueError(f"{path} is damaged or not a prompt cache: {error}. Make it again") from error
-        if not {"model", "tokenizer_config"} <= set(metadata):
-            raise ValueError(f"{path} does not name its model: only files of a cache_prompt command can be continued")
-        return cls(path, cache, metadata)
-
-    def same_model(self, model: str) -> str:
-        """``model``, if it is another way to write the one the file is of.
-
-        Raises:
-            ValueError: it is another model.
-        """
-        own = self.metadata["model"]
-        folders = Path(model).expanduser(), Path(own).expanduser()
-        if model == own or (all(f.is_dir() for f in folders) and folders[0].samefile(folders[1])):
-            return model
-        raise ValueError(f"{self.path} was made with model {own}, not {model}: leave out --model or make it again")
-
-    def refuse_other_model(self, model: nn.Module, adapter_path: str | None) -> None:
-        """Refuse to continue with what would not have computed this state.
-
-        Args:
-            model (nn.Module): the one that is to continue, from :func:`flashmoe_mlx.load`.
-            adapter_path (str, optional): its LoRA adapters.
-
-        Raises:
-            ValueError: it has other layers, or a setting differs.
-        """
-        layers = len(mlx_cache.make_prompt_cache(model))
-        if len(self.cache) != layers:
-            raise ValueError(f"{self.path} is of {len(self.cache)} layers, and the model has {layers}: make it again")
-        for name, now in _settings(model, adapter_path).items():
-            then = self.metadata.get(name, now)  # mlx-lm's own files do not say
-            if then != now:
-                raise ValueError(
-                    f"{self.path} was made with {name} {then or 'none'}, and now it is {now or 'none'}: "
-                    "continue with the same or make it again"
-                )
-
-
-def _settings(model: nn.Module, adapter_path: str | None) -> dict[str, str]:
-    """What the state depends on besides the model's name; the size of its experts tells one in the same place apart."""
-    return {
-        "experts_per_token": str(model.streaming.experts_per_token),
-        "experts_nbytes": str(model.streaming.experts_nbytes),
-        "adapter_path": "" if adapter_path is None else str(Path(adapter_path).resolve()),
-    }
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from unittest import mock
 
 import mlx_lm
 
-from flashmoe_mlx.cache_prompt import RestoredPrompt
 from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
 from flashmoe_mlx.progress import PromptProgress
+from flashmoe_mlx.prompt_cache import RestoredPrompt
 
 EPILOG = """examples:
   python -m flashmoe_mlx.generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"

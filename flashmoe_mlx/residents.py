@@ -1,12 +1,11 @@
 """The set of experts in memory, kept in a file from one run to the next."""
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from flashmoe_mlx.atomic import replacing
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
 
@@ -21,17 +20,8 @@ def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
     for pool in pools:
         for layer, expert in pool.residents:
             experts[layer].append(expert)
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"experts": experts}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(Path(path)) as unfinished:
+        unfinished.write_text(json.dumps({"experts": experts}))
 
 
 def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Pool]]) -> None:

@@ -15,7 +15,8 @@ from mlx_lm.models.cache import save_prompt_cache as mlx_save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from flashmoe_mlx import budget, cache_prompt, generate
+from flashmoe_mlx import budget, cache_prompt, generate, prompt_cache
+from flashmoe_mlx.prompt_cache import RestoredPrompt
 from tests.conftest import WriteFamily
 from tests.oracle import resident, streamed
 
@@ -79,7 +80,7 @@ def test_restored_is_uninterrupted(checkpoint: WriteFamily, family: str, tmp_pat
     file = save(folder, tmp_path / "manual.safetensors", "--prefill-step-size", "7")
     tokenizer = load_tokenizer(folder)
     model, oracle = streamed(folder), resident(folder)
-    actual = question_logits(streamed(folder), cache_prompt.RestoredPrompt.load(str(file)).cache)
+    actual = question_logits(streamed(folder), RestoredPrompt.load(str(file)).cache)
     assert mx.array_equal(actual, question_logits(model, read_manual(model, tokenizer)))
     assert mx.array_equal(actual, question_logits(oracle, read_manual(oracle, tokenizer)))
     assert not mx.array_equal(actual, question_logits(oracle, make_prompt_cache(oracle)))  # the manual matters
@@ -196,7 +197,7 @@ def test_interrupted(
         Path(name).write_text("half")
         raise interruption
 
-    monkeypatch.setattr(cache_prompt.mlx_cache, "save_prompt_cache", write_half)
+    monkeypatch.setattr(prompt_cache.mlx_cache, "save_prompt_cache", write_half)
     failure(capsys, lambda: save(folder, file), code)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
 

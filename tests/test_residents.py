@@ -64,7 +64,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     file = tmp_path / "residents.json"
     save_residents(file, [])
     before = file.read_bytes()
-    monkeypatch.setattr(json, "dump", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
         save_residents(file, [])
     assert file.read_bytes() == before
