@@ -180,9 +180,11 @@ class Pool:
         try:
             wait()
             self._settle(landing)
-        except OSError:  # whoever needs it reads it again, and is told
+        except BaseException as error:
             self._free += landing.slots
-            return
+            if isinstance(error, OSError):  # whoever needs it reads it again, and is told
+                return
+            raise
         finally:
             self._leave([landing])
         self._slot_of.update(zip(keys, landing.slots, strict=True))
