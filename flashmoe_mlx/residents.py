@@ -32,14 +32,17 @@ def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Poo
         tables (Mapping): each streamed layer's table and pool.
 
     Raises:
+        FileNotFoundError: there is no folder for it.
         ValueError: the file is damaged or another model's.
         OSError: an expert could not be read.
     """
     try:
         experts = json.loads(Path(path).read_text())["experts"]
         named = {(str(layer), int(number)) for layer, numbers in experts.items() for number in numbers}
-    except FileNotFoundError:
-        return
+    except FileNotFoundError as error:
+        if Path(path).absolute().parent.is_dir():
+            return
+        raise FileNotFoundError(f"no folder for {path}: make it, or the run's end cannot write there") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no list of experts in memory: remove it, and it is written anew") from error
     for layer, number in named:

@@ -49,6 +49,12 @@ def test_damaged_file(text: str, checkpoint: WriteFamily, tmp_path: Path) -> Non
         streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(file)))
 
 
+def test_no_folder(checkpoint: WriteFamily, tmp_path: Path) -> None:
+    """Said before a long run, not after it."""
+    with pytest.raises(FileNotFoundError, match="no folder for"):
+        streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(tmp_path / "missing" / "residents.json")))
+
+
 def test_file_of_another_model(checkpoint: WriteFamily, tmp_path: Path) -> None:
     file = tmp_path / "residents.json"
     model = streamed(checkpoint("qwen3_5_moe"))
