@@ -44,4 +44,5 @@ class Lookahead:
             pool (Pool): of the layer that is being computed.
             busy (int): how many of its experts an unfinished graph may read.
         """
-        self._pool.expect(self._table, experts, busy if pool is self._pool else 0)
+        known = [expert for expert in experts if expert < self._table.experts]  # LongCat's router knows empty ones too
+        self._pool.expect(self._table, known, busy if pool is self._pool else 0)

@@ -16,6 +16,7 @@ from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.reader import Reader
 from tests.conftest import WriteFamily
+from tests.families import FAMILIES
 from tests.oracle import PROMPT, assert_same, resident, run, streamed
 
 OTHER_PROMPT = [(7 * i + 3) % 320 for i in range(17)]
@@ -95,16 +96,18 @@ def test_slow_jittering_reader(
     assert (model.streaming.counters.lookahead_used > 0) == (lookahead and slots > 4)
 
 
-@pytest.mark.parametrize("fraction", [0, 0.25, 0.75])
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3", "mixtral", "gpt_oss"])  # two kinds of routers
+@pytest.mark.parametrize("fraction", [0, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lookahead(family: str, fraction: float, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guess changes when experts are read, and nothing else."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 12)
     folder = checkpoint(family)
     model = streamed(folder, fraction, config=Config(lookahead=True))
-    assert_same(run(model, tokens=16), run(resident(folder), tokens=16))
+    assert_same(run(model, tokens=8), run(resident(folder), tokens=8))
     counters = model.streaming.counters
-    assert counters.lookahead_used + counters.lookahead_wasted > 0
+    assert any(layer.lookahead for layer in model.modules() if isinstance(layer, StreamedSwitchGLU)) == (
+        counters.lookahead_used + counters.lookahead_wasted > 0
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
