@@ -20,10 +20,11 @@ class Early(nn.Module):
         self.layer = layer
         self._input: weakref.ref[mx.array] | None = None
         self._output: mx.array | None = None
+        self._useful = True
 
     def start(self, x: mx.array) -> None:
         """Begin to compute, if ``x`` is a few tokens, ``[..., hidden]``, and the layer has not been called with it."""
-        if x.size <= FEW_TOKENS * x.shape[-1] and not self._has_seen(x):
+        if self._useful and x.size <= FEW_TOKENS * x.shape[-1] and not self._has_seen(x):
             self._output = self(x)
             mx.async_eval(self._output)  # type: ignore[no-untyped-call]
 
@@ -32,6 +33,7 @@ class Early(nn.Module):
         started, self._output = self._output, None
         if started is not None and self._has_seen(x):
             return started
+        self._useful &= started is None  # a block that gives it another array would have it computed twice
         self._input = weakref.ref(x)
         y: mx.array = self.layer(x)
         return y

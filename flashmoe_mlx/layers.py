@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
@@ -73,12 +74,14 @@ class StreamedSwitchGLU(nn.Module):
         fence (Fence): the model's.
 
     Attributes:
+        hidden (int): width of the experts' input. A block may project its own to it.
         start_early (Callable, optional): launches what needs ``x`` and no experts, before experts are read.
         lookahead (Lookahead, optional): guesses what the next layer will need.
     """
 
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
         super().__init__()
+        self.hidden: int = (switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2).output_dims
         self.start_early: Callable[[mx.array], None] | None = None
         self.lookahead: Lookahead | None = None
         switch.update(tree_unflatten([(name, slab.array) for name, slab in pool.slabs.items()]))

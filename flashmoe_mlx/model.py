@@ -166,7 +166,7 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
-    _start_early(model)
+    _start_early(model, _hidden(loaded_config))
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
 
@@ -238,8 +238,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     layers = {
         table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()
     }
-    if config.lookahead:
-        _look_ahead(model, layers, {table.layer: places.get(table.layer) for table in tables}, top_k)
+    if config.lookahead and top_k:
+        ordered = {table.layer: places.get(table.layer) for table in tables}
+        _look_ahead(model, layers, ordered, top_k, _hidden(checkpoint.config))
     model.update_modules(tree_unflatten([*replaced, *layers.items()]))
     if config.warm_start is not None:
         load_residents(config.warm_start, places)
@@ -254,6 +255,7 @@ def _look_ahead(
     layers: Mapping[str, StreamedSwitchGLU],
     places: Mapping[str, tuple[ExpertTable, Pool] | None],
     top_k: int,
+    hidden: int | None,
 ) -> None:
     """Give each streamed layer the router of the next, where that is streamed and has a router by itself."""
     modules = dict(model.named_modules())
@@ -261,16 +263,21 @@ def _look_ahead(
         place = places[following]
         block = modules[following.rpartition(".")[0]]
         router = next((block[name] for name in _ROUTERS if isinstance(block.get(name), nn.Module)), None)
-        if path in layers and place is not None and router is not None:
+        if path in layers and layers[path].hidden == hidden and place is not None and router is not None:
             layers[path].lookahead = Lookahead(router, top_k, *place)
 
 
-def _start_early(model: nn.Module) -> None:
+def _hidden(config: Mapping[str, Any]) -> int | None:
+    """Width of the model, which the input of shared experts and routers has."""
+    return (config.get("text_config") or config).get("hidden_size")
+
+
+def _start_early(model: nn.Module, hidden: int | None) -> None:
     """Let each streamed layer start its block's shared expert."""
     for _, block in model.named_modules():
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
-        if streamed is not None and name is not None:
+        if streamed is not None and streamed.hidden == hidden and name is not None:
             early = Early(block[name])
             block.update_modules({name: early})
             streamed.start_early = early.start

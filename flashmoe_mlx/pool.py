@@ -133,7 +133,12 @@ class Pool:
         missing = missing[: max(0, room)]
         if missing:
             landing = self._land(self._vacate(len(missing)))
-            wait = self._reader.start(_reads(table, missing, landing))
+            try:
+                wait = self._reader.start(_reads(table, missing, landing))
+            except BaseException:
+                self._free += landing.slots
+                self._leave([landing])
+                raise
             self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
 
     def load(self, table: ExpertTable, experts: Sequence[int]) -> None:

@@ -72,8 +72,8 @@ class Reader:
             nbytes += read[2]
             (small if read[2] < _LARGE else large).append(read)
         batch = _Batch(self._threads, large)
-        batch.submit(min(self._copiers, len(large)), self._copy, large, batch)
         try:
+            batch.submit(min(self._copiers, len(large)), self._copy, large, batch)
             self._copy(small, batch)
             self._copy(large, batch)
             batch.wait()
@@ -95,7 +95,11 @@ class Reader:
         queue = deque(_merged(reads))
         nbytes = sum(read[2] for read in queue)
         batch = _Batch(self._ahead, queue)
-        batch.submit(min(max(1, self._copiers), len(queue)), self._copy, queue, batch)
+        try:
+            batch.submit(min(max(1, self._copiers), len(queue)), self._copy, queue, batch)
+        except BaseException:
+            batch.stop()
+            raise
 
         def finish() -> None:
             begin = time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from operator import index
 from pathlib import Path
 
 from flashmoe_mlx.atomic import replacing
@@ -11,7 +12,9 @@ from flashmoe_mlx.pool import Pool
 
 
 def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
-    """Write which experts are in slots, the least recently used first; the file changes as a whole or not at all.
+    """Write which experts are in slots, of each layer the least recently used first.
+
+    The file changes as a whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -25,7 +28,7 @@ def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
 
 
 def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Pool]]) -> None:
-    """Read the experts that a file names into slots, as many as fit; the most recently used are the last to leave.
+    """Read the experts that a file names into slots, of each layer the most recently used that fit.
 
     Args:
         path (str or Path): what :func:`save_residents` wrote. If there is none yet, nothing happens.
@@ -37,19 +40,20 @@ def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Poo
         OSError: an expert could not be read.
     """
     try:
-        experts = json.loads(Path(path).read_text())["experts"]
-        named = {(str(layer), int(number)) for layer, numbers in experts.items() for number in numbers}
+        content = json.loads(Path(path).read_text())["experts"]
+        experts = {layer: list(dict.fromkeys(map(index, numbers))) for layer, numbers in content.items()}
     except FileNotFoundError as error:
         if Path(path).absolute().parent.is_dir():
             return
         raise FileNotFoundError(f"no folder for {path}: make it, or the run's end cannot write there") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no list of experts in memory: remove it, and it is written anew") from error
-    for layer, number in named:
-        if layer in tables and not 0 <= number < tables[layer][0].experts:
+    for layer, numbers in experts.items():
+        count = tables[layer][0].experts if layer in tables else 0
+        if unknown := [number for number in numbers if layer in tables and not 0 <= number < count]:
             raise ValueError(
-                f"{path} names expert {number} of {layer}, which has {tables[layer][0].experts}: it is "
-                "another model's. Remove it or give another --warm-start"
+                f"{path} names expert {unknown[0]} of {layer}, which has {count}: it is another model's. "
+                "Remove it or give another --warm-start"
             )
     for layer, numbers in experts.items():
         if layer in tables:

@@ -4,10 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from flashmoe_mlx.config import Config
 from flashmoe_mlx.early import FEW_TOKENS, Early
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from tests.conftest import WriteFamily
-from tests.oracle import streamed
+from tests.families import FAMILIES
+from tests.oracle import assert_same, resident, run, streamed
 
 
 class Counting(nn.Module):
@@ -50,6 +52,17 @@ def test_called_with_something_else(early: Early) -> None:
     assert mx.array_equal(early(X + 1), 2 * X + 2)
     assert mx.array_equal(early(X), 2 * X)
     assert early.layer.calls == 3
+    early.start(X + 2)  # the block gives it other arrays than the switch layer: no more in vain
+    assert early.layer.calls == 3
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_experts_of_another_width(lookahead: bool, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block projects the experts' input, its router and shared expert want another one."""
+    monkeypatch.setitem(FAMILIES, "nemotron_h latent", FAMILIES["nemotron_h"] | {"moe_latent_size": 64})
+    folder = checkpoint("nemotron_h latent")
+    model = streamed(folder, config=Config(lookahead=lookahead))
+    assert_same(run(model, tokens=4), run(resident(folder), tokens=4))
 
 
 def test_a_prompt_is_not_started(early: Early) -> None:

@@ -164,6 +164,23 @@ def test_failed_lookahead_is_read_again(tmp_path: Path) -> None:
     assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [4, 5, 6]).items())
 
 
+def test_interrupted_lookahead_loses_no_slots(
+    file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(4, file, tables, HostStaging(44, 4))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.expect(tables[0], [1, 2], busy=0)
+    assert pool._staging is not None
+    assert (len(pool._free), pool._staging.free) == (4, 4)
+    assert len(pool.fetch(tables[0], [1, 2, 3, 4])) == 4
+
+
 def test_staging(file: Path, tables: list[ExpertTable]) -> None:
     """More experts than staging has places for, by way of memory that the host does not compute with."""
     pool = make_pool(6, file, tables, HostStaging(44, 2))

@@ -41,7 +41,9 @@ def test_the_most_recent_stay(checkpoint: WriteFamily, tmp_path: Path) -> None:
         assert after == before[-len(after) :]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"experts": 3}', '{"experts": {"a": ["b"]}}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"experts": 3}', '{"experts": {"a": ["1"]}}', '{"experts": {"a": [1.5]}}', "\0"]
+)
 def test_damaged_file(text: str, checkpoint: WriteFamily, tmp_path: Path) -> None:
     file = tmp_path / "residents.json"
     file.write_text(text)
