@@ -48,14 +48,14 @@ def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Poo
         raise FileNotFoundError(f"no folder for {path}: make it, or the run's end cannot write there") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no list of experts in memory: remove it, and it is written anew") from error
-    for layer, numbers in experts.items():
-        count = tables[layer][0].experts if layer in tables else 0
-        if unknown := [number for number in numbers if layer in tables and not 0 <= number < count]:
+    known = {layer: numbers for layer, numbers in experts.items() if layer in tables}
+    for layer, numbers in known.items():
+        count = tables[layer][0].experts
+        if unknown := [number for number in numbers if not 0 <= number < count]:
             raise ValueError(
                 f"{path} names expert {unknown[0]} of {layer}, which has {count}: it is another model's. "
                 "Remove it or give another --warm-start"
             )
-    for layer, numbers in experts.items():
-        if layer in tables:
-            table, pool = tables[layer]
-            pool.load(table, numbers[-pool.slots :])
+    for layer, numbers in known.items():
+        table, pool = tables[layer]
+        pool.load(table, numbers[-pool.slots :])
