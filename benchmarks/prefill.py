@@ -3,8 +3,9 @@
     python -m benchmarks.prefill --model FOLDER --tokens 256
 
 ``bytes_ratio`` is what streaming read over the bytes of the distinct experts that the prompt is routed to, as mlx-lm's
-own model tells them; 1 means that each was read once. "One at a time" is how an engine without prefill reads a prompt.
-The last line is JSON.
+own model tells them; 1 means that each was read once. ``predicted_tps`` is what bytes allow while reads hide behind the
+computation, or it behind them: the slower of mlx-lm's time and the bytes at the rate of the reader from the page cache.
+"One at a time" is how an engine without prefill reads a prompt. The last line is JSON.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 import flashmoe_mlx
+from benchmarks.decode import read_rate
 from benchmarks.exact import load_resident
 from benchmarks.record import record
+from flashmoe_mlx.checkpoint import find_folder
 from flashmoe_mlx.layers import StreamedSwitchGLU
 
 
@@ -69,6 +72,8 @@ def main() -> None:
     table = next(m._table for m in streamed.modules() if isinstance(m, StreamedSwitchGLU))
     expert_nbytes = sum(span.nbytes for span in table.spans[0])  # those of other layers are as large
     needed_nbytes = distinct_experts(resident, prompt, args.step) * expert_nbytes
+    files = list(find_folder(args.model).glob("*.safetensors"))
+    rate = read_rate(files, expert_nbytes, experts=16, cold=False)
     one_at_a_time = args.tokens / 20 * seconds(streamed, prompt[:20], 1)  # of a part, for patience
 
     runs: list[dict[str, Any]] = []
@@ -81,18 +86,22 @@ def main() -> None:
             (seconds(resident, prompt, args.step), seconds(streamed, prompt, args.step)) for _ in range(args.rounds)
         ]
         nbytes = counters.bytes_read - nbytes
+        their_seconds = median(theirs for theirs, _ in pairs)
         run = {
             "budget": budget,
             "tps": round(args.tokens / median(ours for _, ours in pairs), 1),
+            "predicted_tps": round(args.tokens / max(their_seconds, nbytes / args.rounds / rate), 1),
             "ratio": round(median(theirs / ours for theirs, ours in pairs), 3),
             "bytes_ratio": round(nbytes / (args.rounds * needed_nbytes), 3),
-            "resident_tps": round(args.tokens / median(theirs for theirs, _ in pairs), 1),
+            "gb_read": round(nbytes / args.rounds / 1e9, 3),
+            "resident_tps": round(args.tokens / their_seconds, 1),
             "one_at_a_time_tps": round(args.tokens / one_at_a_time, 1),
         }
         runs.append(run)
         print(
-            f"budget {budget:4.0%}: {run['tps']} tok/s, {run['ratio']:.3f} of mlx-lm's, "
-            f"{run['bytes_ratio']:.2f} times the experts it needs read"
+            f"budget {budget:4.0%}: {run['tps']} tok/s (bytes allow {run['predicted_tps']}), "
+            f"{run['ratio']:.3f} of mlx-lm's, {run['gb_read']} GB read, {run['bytes_ratio']:.2f} times the experts it needs",
+            flush=True,
         )
     print(f"mlx-lm, all in memory: {run['resident_tps']} tok/s; one token at a time: {run['one_at_a_time_tps']} tok/s")
     if args.record:
