@@ -100,7 +100,8 @@ def main() -> None:
         runs.append(run)
         print(
             f"budget {budget:4.0%}: {run['tps']} tok/s (bytes allow {run['predicted_tps']}), "
-            f"{run['ratio']:.3f} of mlx-lm's, {run['gb_read']} GB read, {run['bytes_ratio']:.2f} times the experts it needs",
+            f"{run['ratio']:.3f} of mlx-lm's, {run['gb_read']} GB read, "
+            f"{run['bytes_ratio']:.2f} times the experts it needs",
             flush=True,
         )
     print(f"mlx-lm, all in memory: {run['resident_tps']} tok/s; one token at a time: {run['one_at_a_time_tps']} tok/s")
