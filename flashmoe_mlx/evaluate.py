@@ -186,8 +186,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             ]
             top_k = [row.setting.experts_per_token for row in line]
             axes.errorbar(top_k, values, margins, marker="o", capsize=2, label=f"{bits or 'own'} bits")
-    panels[0].set(xlabel="experts per token", ylabel="divergence from the reference (nats)", ylim=(0, None))
-    panels[1].set(xlabel="experts per token", ylabel="same likeliest token (%)", ylim=(None, 100.5))
+    ticks = sorted({row.setting.experts_per_token for row in rows})
+    panels[0].set(
+        xlabel="experts per token", xticks=ticks, ylabel="divergence from the reference (nats)", ylim=(0, None)
+    )
+    panels[1].set(xlabel="experts per token", xticks=ticks, ylabel="same likeliest token (%)", ylim=(None, 100.5))
     panels[1].legend(frameon=False)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

@@ -57,7 +57,7 @@ class LogprobsFile:
 
     def __init__(self, path: Path, identity: dict[str, str]):
         try:
-            file = safe_open(path, framework="numpy")
+            file: Any = safe_open(path, framework="numpy")
             found = file.metadata() or {}
             if _TENSOR not in file.keys():  # noqa: SIM118 - not a dict
                 raise ValueError(f"{path} holds no log probabilities: give another file")

@@ -58,8 +58,24 @@ def share(successes: int, total: int) -> Estimate:
     return Estimate(p, max(0.0, centre - margin), min(1.0, centre + margin))
 
 
-def compare(logprobs: mx.array, reference: mx.array, target: int) -> list[float]:
-    """What one position says; a line of the table that :meth:`Quality.of` takes.
+class Line(NamedTuple):
+    """What :func:`compare` finds at one position.
+
+    Args:
+        nll (float): negative log probability of the token that came, in nats.
+        reference_nll (float): the reference's.
+        kld (float): divergence from the reference, in nats.
+        agrees (float): 1 if both like the same token best, else 0.
+    """
+
+    nll: float
+    reference_nll: float
+    kld: float
+    agrees: float
+
+
+def compare(logprobs: mx.array, reference: mx.array, target: int) -> Line:
+    """What one position says.
 
     The divergence is ``sum p_ref (log p_ref - log p)`` over the vocabulary, in nats (Kullback and Leibler, 1951, Annals
     of Mathematical Statistics 22, 79).
@@ -69,15 +85,12 @@ def compare(logprobs: mx.array, reference: mx.array, target: int) -> list[float]
         reference (mx.array): the same of the reference.
         target (int): the token that came.
 
-    Returns:
-        list: the negative log probability of the target, the reference's, the divergence, and 1 if both like the same
-        token best, else 0.
     """
     # Where the reference gives no probability at all, nothing is lost, and inf - inf would be nan.
     terms = mx.where(reference == -mx.inf, 0, mx.exp(reference) * (reference - logprobs))
     same = mx.argmax(logprobs) == mx.argmax(reference)
     line = mx.stack([-logprobs[target], -reference[target], terms.sum(), same.astype(mx.float32)])
-    return np.asarray(line).tolist()
+    return Line(*(float(figure) for figure in np.asarray(line)))
 
 
 @dataclass(frozen=True)
@@ -103,20 +116,16 @@ class Quality:
     agreement: Estimate
 
     @classmethod
-    def of(cls, lines: Sequence[Sequence[float]]) -> Self:
-        """From what :func:`compare` returned for each position, in order.
-
-        Args:
-            lines: at least one.
-        """
-        nll, reference_nll, kld, same = np.asarray(lines, dtype=np.float64).T
+    def of(cls, lines: Sequence[Line]) -> Self:
+        """From the lines of all positions, in order; there is at least one."""
+        nll, reference_nll, kld, agrees = np.asarray(lines, dtype=np.float64).T
         return cls(
             positions=len(nll),
             perplexity=_exp(mean(nll)),
             perplexity_ratio=_exp(mean(nll - reference_nll)),
             kld=mean(kld),
             kld_p99=float(np.percentile(kld, 99)),
-            agreement=share(int(same.sum()), len(same)),
+            agreement=share(int(agrees.sum()), len(agrees)),
         )
 
 
