@@ -25,6 +25,9 @@ BITS = (8, 4, 3, 2)
 EXPERTS = (6, 4, 2)
 FLASH_MOE = 4  # experts a token that it uses, instead of 10 of its model
 
+HEADINGS = ("bits", "experts", "perplexity", "/ reference's", "KLD, nats", "KLD 99%", "top-1", "recall", "calls parse")
+HEADINGS += ("calls right",)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,38 +53,28 @@ def main() -> None:
 def report(rows: Sequence[Row], native: int, parameters: int, text: str) -> str:
     """The page about the rows, of which the first is the reference's own setting."""
     first = rows[0]
-    cells = [
-        "| bits | experts | perplexity | / reference's | KLD, nats | KLD 99% | top-1 | recall | calls parse | calls right |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *map(_line, rows),
-    ]
-    fewer = _find(rows, BITS[0], FLASH_MOE)
-    rounded = _find(rows, 2, native)
-    both = _find(rows, 2, FLASH_MOE)
-    return "\n".join(
-        [
-            "# What fewer experts and fewer bits cost",
-            "",
-            f"`{first.setting.model}`, {parameters / 1e6:.0f} million parameters: **a small network, trained for a short "
-            "time.** A large one has more to spare; the figures show which way things go, not how far they go there.",
-            "",
-            f"The reference is the model as it is, with its own {native} experts a token. {first.quality.positions} tokens "
-            f"of `{Path(text).name}`, one a step. Bits are those of the experts, rounded to the nearest; the trunk keeps "
-            "its own. In brackets 95% intervals: blocks of 16 tokens for means, Wilson's for shares.",
-            "",
-            f"- **Flash-MoE's {FLASH_MOE} experts** instead of {native}: {_damage(fewer)}",
-            f"- **2 bits by rounding to the nearest**, all {native} experts: {_damage(rounded)}",
-            f"- **Both**: {_damage(both)}",
-            "",
-            *cells,
-            "",
-            "![Divergence and agreement over experts per token](quality.svg)",
-            "",
-            f"Made on {date.today().isoformat()} with `python -m benchmarks.quality`; machine, versions and commit are in "
-            "`quality.csv`.",
-            "",
-        ]
-    )
+    lines = "\n".join(map(_line, rows))
+    return f"""# What fewer experts and fewer bits cost
+
+`{first.setting.model}`, {parameters / 1e6:.0f} million parameters. **This network is small**: the figures show what
+happens to it, and a larger one has to be measured itself.
+
+The reference is the model as it is, with its own {native} experts a token. {first.quality.positions} tokens of
+`{Path(text).name}`, one a step. Bits are those of the experts, rounded to the nearest; the trunk keeps its own. In
+brackets 95% intervals: from blocks of 16 tokens for means, Wilson's for shares.
+
+- **Flash-MoE's {FLASH_MOE} experts** instead of {native}: {_damage(_find(rows, BITS[0], FLASH_MOE))}
+- **2 bits by rounding to the nearest**, all {native} experts: {_damage(_find(rows, 2, native))}
+- **Both**: {_damage(_find(rows, 2, FLASH_MOE))}
+
+| {" | ".join(HEADINGS)} |
+|{" --- |" * len(HEADINGS)}
+{lines}
+
+![Divergence and agreement over experts per token](quality.svg)
+
+Made on {date.today().isoformat()} by `python -m benchmarks.quality`; machine, versions and commit are in `quality.csv`.
+"""
 
 
 def _find(rows: Sequence[Row], bits: int, experts: int) -> Row:
@@ -90,8 +83,11 @@ def _find(rows: Sequence[Row], bits: int, experts: int) -> Row:
 
 def _damage(row: Row) -> str:
     quality, marks = row.quality, row.marks
-    parts = [f"perplexity times {_cell(quality.perplexity_ratio)}, divergence {_cell(quality.kld)} nats a token"]
-    parts.append(f"another likeliest token at {100 * (1 - quality.agreement.value):.1f}% of the positions")
+    parts = [
+        f"perplexity times {_cell(quality.perplexity_ratio)}",
+        f"divergence {_cell(quality.kld)} nats a token",
+        f"the same likeliest token at {_percent(quality.agreement)} of the positions",
+    ]
     if marks.recall is not None:
         parts.append(f"{_percent(marks.recall)} of the answers recalled")
     if marks.calls_parse is not None:

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub.constants import HF_HOME
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
@@ -25,7 +26,6 @@ from flashmoe_mlx.command import one_line_errors
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.evaluation import Row, Setting, Text, measure, open_reference
 from flashmoe_mlx.model import load
-from flashmoe_mlx.quality import Estimate
 from flashmoe_mlx.requantize import expert_bits, requantize
 from flashmoe_mlx.tasks import Task, read_tasks
 
@@ -178,28 +178,21 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for bits in dict.fromkeys(row.setting.bits for row in rows):
         line = [row for row in rows if (row.setting.bits, row.setting.ram_budget) == (bits, first)]
         line.sort(key=lambda row: row.setting.experts_per_token)
+        top_k = [row.setting.experts_per_token for row in line]
         for axes, name, scale in zip(panels, ("kld", "agreement"), (1, 100), strict=True):
-            figures = [getattr(row.quality, name) for row in line]
-            values = [scale * figure.value for figure in figures]
-            margins = [
-                [scale * abs(end - f.value) for f, end in zip(figures, ends, strict=True)] for ends in _ends(figures)
-            ]
-            top_k = [row.setting.experts_per_token for row in line]
-            axes.errorbar(top_k, values, margins, marker="o", capsize=2, label=f"{bits or 'own'} bits")
+            value, low, high = scale * np.array([getattr(row.quality, name) for row in line]).T
+            axes.errorbar(
+                top_k, value, (value - low, high - value), marker="o", capsize=2, label=f"{bits or 'own'} bits"
+            )
     ticks = sorted({row.setting.experts_per_token for row in rows})
-    panels[0].set(
-        xlabel="experts per token", xticks=ticks, ylabel="divergence from the reference (nats)", ylim=(0, None)
-    )
-    panels[1].set(xlabel="experts per token", xticks=ticks, ylabel="same likeliest token (%)", ylim=(None, 100.5))
+    panels[0].set(ylabel="divergence from the reference (nats)", ylim=(0, None))
+    panels[1].set(ylabel="same likeliest token (%)", ylim=(None, 100.5))
     panels[1].legend(frameon=False)
     for axes in panels:
+        axes.set(xlabel="experts per token", xticks=ticks)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
-
-
-def _ends(figures: Sequence[Estimate]) -> tuple[list[float], list[float]]:
-    return [figure.low for figure in figures], [figure.high for figure in figures]
 
 
 def _refuse_nonsense(args: argparse.Namespace) -> None:
