@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = evaluate(args)
         _print_table(rows)
         if args.plot is not None:
-            draw(rows, Path(args.plot))
+            draw(rows, Path(args.plot).expanduser())
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
@@ -137,13 +137,13 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     _refuse_nonsense(args)
     folder = find_folder(args.model)
     reference_folder = folder if args.reference is None else find_folder(args.reference)
-    tasks = [] if args.tasks is None else read_tasks(Path(args.tasks))
+    tasks = [] if args.tasks is None else read_tasks(Path(args.tasks).expanduser())
     model, tokenizer = load(str(folder), lazy=True)[:2]  # reads no weights
     native = model.streaming.native_experts_per_token
     del model
     _refuse_tasks(tasks, tokenizer, folder)
     for top_k in args.experts_per_token or []:
-        if top_k > native:
+        if top_k > native > 0:
             raise ValueError(f"experts_per_token is {top_k}, and {folder} was trained with {native}")
     text = None if args.text is None else _read_text(args, tokenizer, load_tokenizer(reference_folder))
     own_bits = expert_bits(folder)
@@ -152,7 +152,8 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         for bits in args.bits or [own_bits]
     }
     grid = product(copies.items(), args.experts_per_token or [native], args.ram_budget)
-    settings = [Setting(folder.name, copy, bits, top_k, budget) for (bits, copy), top_k, budget in grid]
+    name = Path(args.model).name or folder.resolve().name  # a repo's folder is called by its commit
+    settings = [Setting(name, copy, bits, top_k, budget) for (bits, copy), top_k, budget in grid]
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(args.reference_cache or Path(temporary) / "reference.safetensors").expanduser()
         reference = None if text is None else open_reference(reference_folder, text, path)

@@ -20,8 +20,8 @@ _TENSOR = "logprobs"
 def logprobs(model: nn.Module, tokens: Sequence[int], context: int) -> Iterator[mx.array]:
     """Show a model the text and ask at each position for the next token's probabilities.
 
-    One token a step, as in generation: in a wide batch the experts of all tokens would be computed by other kernels,
-    and what is cut from each token's experts would not meet the state it leaves behind.
+    One token a step, so that what is measured is what generation does. A wide batch goes other ways: other kernels, and
+    the experts in waves.
 
     Args:
         model (nn.Module): from ``load`` or mlx-lm.
