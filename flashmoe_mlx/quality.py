@@ -55,7 +55,8 @@ def share(successes: int, total: int) -> Estimate:
     p, z2 = successes / total, _Z**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     margin = _Z * sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return Estimate(p, max(0.0, centre - margin), min(1.0, centre + margin))
+    # At 0 and at 1 an end is p itself, which rounding must not push to the other side.
+    return Estimate(p, max(0.0, min(p, centre - margin)), min(1.0, max(p, centre + margin)))
 
 
 class Line(NamedTuple):

@@ -139,6 +139,13 @@ def test_wilson_interval(successes: int, total: int, low: float, high: float) ->
     assert share(successes, total) == pytest.approx((successes / total, low, high), abs=5e-5)
 
 
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_a_share_lies_in_its_interval(total: int, part: float) -> None:
+    for successes in (0, int(part * total), total):
+        value, low, high = share(successes, total)
+        assert 0 <= low <= value <= high <= 1
+
+
 def test_logprobs_are_mlx_lms_a_token_a_step(folder: Path) -> None:
     model = load_resident(str(folder))
     expected = []
