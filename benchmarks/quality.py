@@ -1,0 +1,132 @@
+"""What fewer experts and fewer bits do to a trained model: writes results/quality.csv, quality.md and quality.svg.
+
+    python -m benchmarks.quality --model FOLDER --text FILE --tasks FILE
+
+All combinations of the model's own number of experts, 6, 4 and 2 with experts of 8, 4, 3 and 2 bits, rounded to the
+nearest. Needs matplotlib. The last line is JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.utils import load_model
+
+from benchmarks.record import RESULTS, record
+from flashmoe_mlx import evaluate
+from flashmoe_mlx.evaluation import Row
+from flashmoe_mlx.model import load
+from flashmoe_mlx.quality import Estimate
+
+BITS = (8, 4, 3, 2)
+EXPERTS = (6, 4, 2)
+FLASH_MOE = 4  # experts a token that it uses, instead of 10 of its model
+
+HEADINGS = ("bits", "experts", "perplexity", "/ reference's", "KLD, nats", "KLD 99%", "top-1", "recall", "calls parse")
+HEADINGS += ("calls right",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", required=True, help="that the model was not trained on")
+    parser.add_argument("--tasks", required=True)
+    parser.add_argument("--max-positions", default="2048")
+    parser.add_argument("--cache-dir", default="build/quality")
+    args = parser.parse_args()
+
+    native = load(str(args.model), lazy=True)[0].streaming.native_experts_per_token
+    argv = ["--model", str(args.model), "--text", args.text, "--tasks", args.tasks, "--cache-dir", args.cache_dir]
+    argv += ["--max-positions", args.max_positions, "--bits", *map(str, BITS)]
+    argv += ["--experts-per-token", str(native), *(str(count) for count in EXPERTS if count < native)]
+    rows = evaluate.evaluate(evaluate.setup_arg_parser().parse_args(argv))
+    for row in rows:
+        record("quality", row.columns())
+    evaluate.draw(rows, RESULTS / "quality.svg")
+    (RESULTS / "quality.md").write_text(report(rows, native, _parameters(args.model), args.text))
+    print(json.dumps({"rows": [row.columns() for row in rows]}))
+
+
+def report(rows: Sequence[Row], native: int, parameters: int, text: str) -> str:
+    """The page about the rows, of which the first is the reference's own setting."""
+    first = rows[0]
+    lines = "\n".join(map(_line, rows))
+    return f"""# What fewer experts and fewer bits cost
+
+`{first.setting.model}`, {parameters / 1e6:.0f} million parameters. **This network is small**: the figures show what
+happens to it, and a larger one has to be measured itself.
+
+The reference is the model as it is, with its own {native} experts a token. {first.quality.positions} tokens of
+`{Path(text).name}`, one a step. Bits are those of the experts, rounded to the nearest; the trunk keeps its own. In
+brackets 95% intervals: from blocks of 16 tokens for means, Wilson's for shares.
+
+- **Flash-MoE's {FLASH_MOE} experts** instead of {native}: {_damage(_find(rows, BITS[0], FLASH_MOE))}
+- **2 bits by rounding to the nearest**, all {native} experts: {_damage(_find(rows, 2, native))}
+- **Both**: {_damage(_find(rows, 2, FLASH_MOE))}
+
+| {" | ".join(HEADINGS)} |
+|{" --- |" * len(HEADINGS)}
+{lines}
+
+![Divergence and agreement over experts per token](quality.svg)
+
+Made on {date.today().isoformat()} by `python -m benchmarks.quality`; machine, versions and commit are in `quality.csv`.
+"""
+
+
+def _find(rows: Sequence[Row], bits: int, experts: int) -> Row:
+    return next(r for r in rows if (r.setting.bits, r.setting.experts_per_token) == (bits, experts))
+
+
+def _damage(row: Row) -> str:
+    quality, marks = row.quality, row.marks
+    parts = [
+        f"perplexity times {_cell(quality.perplexity_ratio)}",
+        f"divergence {_cell(quality.kld)} nats a token",
+        f"the same likeliest token at {_percent(quality.agreement)} of the positions",
+    ]
+    if marks.recall is not None:
+        parts.append(f"{_percent(marks.recall)} of the answers recalled")
+    if marks.calls_parse is not None:
+        parts.append(f"{_percent(marks.calls_parse)} of the tool calls parse")
+    return ", ".join(parts) + "."
+
+
+def _line(row: Row) -> str:
+    quality, marks = row.quality, row.marks
+    cells = [str(row.setting.bits), str(row.setting.experts_per_token)]
+    cells += [_cell(quality.perplexity), _cell(quality.perplexity_ratio), _cell(quality.kld), f"{quality.kld_p99:.3g}"]
+    cells += [_percent(share) for share in (quality.agreement, marks.recall, marks.calls_parse, marks.calls_right)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(figure: Estimate) -> str:
+    value, low, high = (f"{number:.4g}" for number in figure)
+    return f"{value} ({low} to {high})"
+
+
+def _percent(figure: Estimate | None) -> str:
+    if figure is None:
+        return ""
+    value, low, high = (f"{100 * number:.1f}" for number in figure)
+    return f"{value}% ({low} to {high})"
+
+
+def _parameters(folder: Path) -> int:
+    """Weights of a model; quantized ones count as what they stand for."""
+    model, _ = load_model(folder, lazy=True)
+    count = 0
+    for _, module in model.named_modules():
+        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+        if "scales" in own:
+            count += own["scales"].size * module.group_size
+        else:
+            count += sum(array.size for array in own.values())
+    return count
+
+
+if __name__ == "__main__":
+    main()
