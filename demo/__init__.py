@@ -1,0 +1,1 @@
+"""The demo model: a pocket dictionary that calls tools, and everything that makes it."""

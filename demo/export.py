@@ -1,0 +1,44 @@
+"""Make the demo model of what training saved: quantise it to 8 bits with mlx-lm.
+
+    python -m demo.export build/trained
+
+reads the bfloat16 weights from that folder and writes ``demo/model/model.safetensors``, beside the tokenizer and the
+chat template, and the quantisation into ``demo/model/config.json``. ``--float FOLDER`` writes the model as it was
+trained, for comparison.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
+
+from demo.tokenizer import MODEL
+
+BITS, GROUP = 8, 64
+
+
+def main() -> None:
+    """Quantise and save."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("trained", type=Path, help="folder with the trained weights")
+    parser.add_argument("--to", type=Path, default=MODEL, help="folder to write to (default: demo/model)")
+    parser.add_argument("--float", type=Path, help="folder for the model before quantisation")
+    options = parser.parse_args()
+    config = {key: value for key, value in load_config(MODEL).items() if not key.startswith("quantization")}
+    with tempfile.TemporaryDirectory() as name:
+        whole = options.float or Path(name)
+        whole.mkdir(parents=True, exist_ok=True)
+        for file in (*MODEL.glob("token*.json"), MODEL / "chat_template.jinja", *options.trained.glob("model*")):
+            shutil.copy(file, whole)
+        (whole / "config.json").write_text(json.dumps(config, indent=2))
+        model, _ = load_model(whole, lazy=False)
+    model, config = quantize_model(model, config, GROUP, BITS, quant_predicate=model.quant_predicate)
+    save_model(options.to, model)
+    save_config(config, options.to / "config.json")
+
+
+if __name__ == "__main__":
+    main()
