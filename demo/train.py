@@ -90,7 +90,9 @@ class Weights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._exact = [p.detach().clone() for p in model.parameters()]
-        self._used = list(model.to(dtype).parameters())
+        self._used = list(model.parameters())
+        for used in self._used:  # but no buffer: rotary frequencies stay exact
+            used.data = used.data.to(dtype)
         for exact in self._exact:
             exact.grad = torch.zeros_like(exact)
         groups = [
