@@ -252,7 +252,10 @@ WRITTEN = (
             "I have {amount} {from_currency}. How many {to_currency} is that?",
             "How many {to_currency} do I get for {amount} {from_currency}?",
         ),
-        ("Change {amount} {from_currency} into {to_currency}, please.", "What are {amount} {from_currency} worth in {to_currency}?"),
+        (
+            "Change {amount} {from_currency} into {to_currency}, please.",
+            "What are {amount} {from_currency} worth in {to_currency}?",
+        ),
         ("amount", "from_currency", "to_currency"),
     ),
     Tool(
@@ -354,7 +357,10 @@ WRITTEN = (
             "destination": lambda rng, pools: pools.city(rng),
             "date": lambda rng, pools: pools.date(rng),
         },
-        lambda rng, pools, values: {"flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{pools.number(rng)}", "price": pools.number(rng)},
+        lambda rng, pools, values: {
+            "flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{pools.number(rng)}",
+            "price": pools.number(rng),
+        },
         "Flight {flight} from {origin} to {destination} costs {price}.",
         (
             "Find flights from {origin} to {destination} on {date}.",
@@ -364,14 +370,21 @@ WRITTEN = (
             "On {date} I fly from {origin} to {destination}. What flights are there?",
             "Are there flights from {origin} to {destination} on {date}?",
         ),
-        ("Which flights go from {origin} to {destination} on {date}?", "Get me from {origin} to {destination} by plane on {date}."),
+        (
+            "Which flights go from {origin} to {destination} on {date}?",
+            "Get me from {origin} to {destination} by plane on {date}.",
+        ),
         ("origin", "destination", "date"),
     ),
     Tool(
         "get_stock_price",
         "The price of a share.",
         {"symbol": _text("Symbol of the share")},
-        {"symbol": lambda rng, pools: "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4)))},
+        {
+            "symbol": lambda rng, pools: "".join(
+                rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4))
+            )
+        },
         lambda rng, pools, values: {"price": pools.decimal(rng), "currency": rng.choice(CURRENCIES)},
         "{symbol} is at {price} {currency}.",
         (
@@ -406,7 +419,10 @@ WRITTEN = (
             "We are {people} and want to eat at {restaurant} at {time}.",
             "I need a table at {restaurant} at {time} for {people} people.",
         ),
-        ("Can we get a table for {people} at {restaurant} at {time}?", "Please reserve {restaurant} for {people} guests at {time}."),
+        (
+            "Can we get a table for {people} at {restaurant} at {time}?",
+            "Please reserve {restaurant} for {people} guests at {time}.",
+        ),
         ("restaurant", "people", "time"),
     ),
     Tool(
@@ -428,8 +444,12 @@ WRITTEN = (
     ),
 )
 
-_ACTIONS = "create update fetch open set remove check start stop find send order save load move rename count rate".split()
-_PARAMETERS = "id name title owner path color size level limit tag note status target source group code label key".split()
+_ACTIONS = (
+    "create update fetch open set remove check start stop find send order save load move rename count rate".split()
+)
+_PARAMETERS = (
+    "id name title owner path color size level limit tag note status target source group code label key".split()
+)
 
 
 def made_up(rng: random.Random, pools: Pools) -> Tool:
