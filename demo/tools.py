@@ -15,16 +15,127 @@ from typing import Any
 Values = dict[str, Any]
 Schema = dict[str, Any]
 
-CURRENCIES = "USD EUR GBP JPY CHF SEK NOK DKK CAD AUD NZD INR BRL ZAR MXN PLN CZK TRY KRW CNY".split()
-LANGUAGES = "French German Spanish Italian Norwegian Swedish Danish Dutch Polish Finnish Greek Turkish".split()
-SKIES = "sunny cloudy rainy windy foggy snowy clear stormy overcast misty".split()
-FIRST_NAMES = (
-    "Ann Bob Carl Dora Eva Frank Greta Hans Ida Jan Kari Liam Maya Nils Olga Paul Rosa Sven Tina Uma Vera Will Yara Zoe "
-    "Ada Ben Chloe David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olive Peter Ruth Sam Tom Victor Wendy"
-).split()
-DAYS = "today tomorrow Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr pl pr sh sk sl st th tr".split()
-_VOWELS = "a e i o u ai ea ei io oo ou".split()
+CURRENCIES = [
+    "USD",
+    "EUR",
+    "GBP",
+    "JPY",
+    "CHF",
+    "SEK",
+    "NOK",
+    "DKK",
+    "CAD",
+    "AUD",
+    "NZD",
+    "INR",
+    "BRL",
+    "ZAR",
+    "MXN",
+    "PLN",
+    "CZK",
+    "TRY",
+    "KRW",
+    "CNY",
+]
+LANGUAGES = [
+    "French",
+    "German",
+    "Spanish",
+    "Italian",
+    "Norwegian",
+    "Swedish",
+    "Danish",
+    "Dutch",
+    "Polish",
+    "Finnish",
+    "Greek",
+    "Turkish",
+]
+SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear", "stormy", "overcast", "misty"]
+FIRST_NAMES = [
+    "Ann",
+    "Bob",
+    "Carl",
+    "Dora",
+    "Eva",
+    "Frank",
+    "Greta",
+    "Hans",
+    "Ida",
+    "Jan",
+    "Kari",
+    "Liam",
+    "Maya",
+    "Nils",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sven",
+    "Tina",
+    "Uma",
+    "Vera",
+    "Will",
+    "Yara",
+    "Zoe",
+    "Ada",
+    "Ben",
+    "Chloe",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olive",
+    "Peter",
+    "Ruth",
+    "Sam",
+    "Tom",
+    "Victor",
+    "Wendy",
+]
+DAYS = ["today", "tomorrow", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_ONSETS = [
+    "b",
+    "c",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "z",
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "kr",
+    "pl",
+    "pr",
+    "sh",
+    "sk",
+    "sl",
+    "st",
+    "th",
+    "tr",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ei", "io", "oo", "ou"]
 _CODAS = ["", "", "", "l", "m", "n", "r", "s", "t", "x", "ck", "nd", "rk", "st"]
 
 
@@ -444,12 +555,46 @@ WRITTEN = (
     ),
 )
 
-_ACTIONS = (
-    "create update fetch open set remove check start stop find send order save load move rename count rate".split()
-)
-_PARAMETERS = (
-    "id name title owner path color size level limit tag note status target source group code label key".split()
-)
+_ACTIONS = [
+    "create",
+    "update",
+    "fetch",
+    "open",
+    "set",
+    "remove",
+    "check",
+    "start",
+    "stop",
+    "find",
+    "send",
+    "order",
+    "save",
+    "load",
+    "move",
+    "rename",
+    "count",
+    "rate",
+]
+_PARAMETERS = [
+    "id",
+    "name",
+    "title",
+    "owner",
+    "path",
+    "color",
+    "size",
+    "level",
+    "limit",
+    "tag",
+    "note",
+    "status",
+    "target",
+    "source",
+    "group",
+    "code",
+    "label",
+    "key",
+]
 
 
 def made_up(rng: random.Random, pools: Pools) -> Tool:

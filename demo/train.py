@@ -198,12 +198,9 @@ def train(
                 seconds = time.monotonic() - logged[1]
                 log.writerow([step, f"{time.monotonic() - begun:.1f}", tokens, *(f"{m:.4f}" for m in means.values())])
                 file.flush()
-                print(
-                    f"step {step} at {time.monotonic() - begun:.0f} s: "
-                    + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-                    + f", {seconds / (step - logged[0]) * 1000:.0f} ms a step, {(tokens - logged[2]) / seconds:.0f} tokens/s",
-                    flush=True,
-                )
+                speed = (tokens - logged[2]) / seconds
+                values = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                print(f"step {step} at {time.monotonic() - begun:.0f} s: {values}, {speed:.0f} tokens/s", flush=True)
                 logged = step, time.monotonic(), tokens
             if int(4 * progress) > saved:
                 saved = int(4 * progress)
