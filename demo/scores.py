@@ -21,7 +21,9 @@ _BATCH = 32768
 _USED = 0.1  # of an even share of the tokens makes an expert count as used
 
 
-def scores(model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Recipe, size: int) -> dict[str, float]:
+def scores(
+    model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Recipe, size: int
+) -> dict[str, float]:
     """Recall of training words, perplexity of held-out words, calls of tools for held-out cities, and use of experts.
 
     Args:

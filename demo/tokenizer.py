@@ -47,7 +47,11 @@ def train(plan: Recipe, size: int, template: str) -> PreTrainedTokenizerFast:
     )
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False, chat_template=template
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        chat_template=template,
     )
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(_CONTROL) - len(_TAGS),

@@ -15,16 +15,127 @@ from typing import Any
 Values = dict[str, Any]
 Schema = dict[str, Any]
 
-CURRENCIES = "USD EUR GBP JPY CHF SEK NOK DKK CAD AUD NZD INR BRL ZAR MXN PLN CZK TRY KRW CNY".split()
-LANGUAGES = "French German Spanish Italian Norwegian Swedish Danish Dutch Polish Finnish Greek Turkish".split()
-SKIES = "sunny cloudy rainy windy foggy snowy clear stormy overcast misty".split()
-FIRST_NAMES = (
-    "Ann Bob Carl Dora Eva Frank Greta Hans Ida Jan Kari Liam Maya Nils Olga Paul Rosa Sven Tina Uma Vera Will Yara Zoe "
-    "Ada Ben Chloe David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olive Peter Ruth Sam Tom Victor Wendy"
-).split()
-DAYS = "today tomorrow Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr pl pr sh sk sl st th tr".split()
-_VOWELS = "a e i o u ai ea ei io oo ou".split()
+CURRENCIES = [
+    "USD",
+    "EUR",
+    "GBP",
+    "JPY",
+    "CHF",
+    "SEK",
+    "NOK",
+    "DKK",
+    "CAD",
+    "AUD",
+    "NZD",
+    "INR",
+    "BRL",
+    "ZAR",
+    "MXN",
+    "PLN",
+    "CZK",
+    "TRY",
+    "KRW",
+    "CNY",
+]
+LANGUAGES = [
+    "French",
+    "German",
+    "Spanish",
+    "Italian",
+    "Norwegian",
+    "Swedish",
+    "Danish",
+    "Dutch",
+    "Polish",
+    "Finnish",
+    "Greek",
+    "Turkish",
+]
+SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear", "stormy", "overcast", "misty"]
+FIRST_NAMES = [
+    "Ann",
+    "Bob",
+    "Carl",
+    "Dora",
+    "Eva",
+    "Frank",
+    "Greta",
+    "Hans",
+    "Ida",
+    "Jan",
+    "Kari",
+    "Liam",
+    "Maya",
+    "Nils",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sven",
+    "Tina",
+    "Uma",
+    "Vera",
+    "Will",
+    "Yara",
+    "Zoe",
+    "Ada",
+    "Ben",
+    "Chloe",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olive",
+    "Peter",
+    "Ruth",
+    "Sam",
+    "Tom",
+    "Victor",
+    "Wendy",
+]
+DAYS = ["today", "tomorrow", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_ONSETS = [
+    "b",
+    "c",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "z",
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "kr",
+    "pl",
+    "pr",
+    "sh",
+    "sk",
+    "sl",
+    "st",
+    "th",
+    "tr",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ei", "io", "oo", "ou"]
 _CODAS = ["", "", "", "l", "m", "n", "r", "s", "t", "x", "ck", "nd", "rk", "st"]
 
 
@@ -252,7 +363,10 @@ WRITTEN = (
             "I have {amount} {from_currency}. How many {to_currency} is that?",
             "How many {to_currency} do I get for {amount} {from_currency}?",
         ),
-        ("Change {amount} {from_currency} into {to_currency}, please.", "What are {amount} {from_currency} worth in {to_currency}?"),
+        (
+            "Change {amount} {from_currency} into {to_currency}, please.",
+            "What are {amount} {from_currency} worth in {to_currency}?",
+        ),
         ("amount", "from_currency", "to_currency"),
     ),
     Tool(
@@ -354,7 +468,10 @@ WRITTEN = (
             "destination": lambda rng, pools: pools.city(rng),
             "date": lambda rng, pools: pools.date(rng),
         },
-        lambda rng, pools, values: {"flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{pools.number(rng)}", "price": pools.number(rng)},
+        lambda rng, pools, values: {
+            "flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{pools.number(rng)}",
+            "price": pools.number(rng),
+        },
         "Flight {flight} from {origin} to {destination} costs {price}.",
         (
             "Find flights from {origin} to {destination} on {date}.",
@@ -364,14 +481,21 @@ WRITTEN = (
             "On {date} I fly from {origin} to {destination}. What flights are there?",
             "Are there flights from {origin} to {destination} on {date}?",
         ),
-        ("Which flights go from {origin} to {destination} on {date}?", "Get me from {origin} to {destination} by plane on {date}."),
+        (
+            "Which flights go from {origin} to {destination} on {date}?",
+            "Get me from {origin} to {destination} by plane on {date}.",
+        ),
         ("origin", "destination", "date"),
     ),
     Tool(
         "get_stock_price",
         "The price of a share.",
         {"symbol": _text("Symbol of the share")},
-        {"symbol": lambda rng, pools: "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4)))},
+        {
+            "symbol": lambda rng, pools: "".join(
+                rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4))
+            )
+        },
         lambda rng, pools, values: {"price": pools.decimal(rng), "currency": rng.choice(CURRENCIES)},
         "{symbol} is at {price} {currency}.",
         (
@@ -406,7 +530,10 @@ WRITTEN = (
             "We are {people} and want to eat at {restaurant} at {time}.",
             "I need a table at {restaurant} at {time} for {people} people.",
         ),
-        ("Can we get a table for {people} at {restaurant} at {time}?", "Please reserve {restaurant} for {people} guests at {time}."),
+        (
+            "Can we get a table for {people} at {restaurant} at {time}?",
+            "Please reserve {restaurant} for {people} guests at {time}.",
+        ),
         ("restaurant", "people", "time"),
     ),
     Tool(
@@ -428,8 +555,46 @@ WRITTEN = (
     ),
 )
 
-_ACTIONS = "create update fetch open set remove check start stop find send order save load move rename count rate".split()
-_PARAMETERS = "id name title owner path color size level limit tag note status target source group code label key".split()
+_ACTIONS = [
+    "create",
+    "update",
+    "fetch",
+    "open",
+    "set",
+    "remove",
+    "check",
+    "start",
+    "stop",
+    "find",
+    "send",
+    "order",
+    "save",
+    "load",
+    "move",
+    "rename",
+    "count",
+    "rate",
+]
+_PARAMETERS = [
+    "id",
+    "name",
+    "title",
+    "owner",
+    "path",
+    "color",
+    "size",
+    "level",
+    "limit",
+    "tag",
+    "note",
+    "status",
+    "target",
+    "source",
+    "group",
+    "code",
+    "label",
+    "key",
+]
 
 
 def made_up(rng: random.Random, pools: Pools) -> Tool:

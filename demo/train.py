@@ -19,9 +19,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5MoeForCa
 
 from demo import recipe
 from demo.batches import Bucket, bucketed, encode, forever
-from demo.recipe import Example, Recipe
+from demo.recipe import Recipe
 from demo.scores import scores
 from demo.tokenizer import MODEL, SEED
+
+_sources: tuple[Recipe, PreTrainedTokenizerFast]  # of a process that writes documents
 
 Document = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
@@ -49,6 +49,7 @@ TOOL_DIALOGUES = 240_000
 PEAK, WARM_UP, DECAY, CLIP = 2e-3, 0.02, 0.1, 1.0
 RESERVE = 40.0  # seconds for scores and the last save
 SHARD = 15_000_000  # bytes
+_JOB = 1000  # documents that a process writes in one go
 TINY = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -61,28 +62,39 @@ TINY = {
 def documents(plan: Recipe, tokenizer: PreTrainedTokenizerFast, scale: float) -> tuple[list[Document], list[Document]]:
     """What is read about words and about tools, written by one process for each core."""
     words = len(plan.entries)
-    jobs: list[tuple[Callable[[int], Example], int, int]] = []
-    for write, count in (
-        (plan.line, LINES * words),
-        (plan.definition, ROUNDS * words),
-        (plan.chat, CHATS),
-        (plan.without_tools, WITHOUT_TOOLS),
-        (plan.tool_dialogue, TOOL_DIALOGUES),
-    ):
+    counts = {
+        "line": LINES * words,
+        "definition": ROUNDS * words,
+        "chat": CHATS,
+        "without_tools": WITHOUT_TOOLS,
+        "tool_dialogue": TOOL_DIALOGUES,
+    }
+    jobs = []
+    for kind, count in counts.items():
         count = int(count * scale)
-        jobs += [(write, start, min(start + 1000, count)) for start in range(0, count, 1000)]
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        written = pool.map(partial(_write, tokenizer), jobs, chunksize=1)
-    about_tools = [job[0] == plan.tool_dialogue for job in jobs]
-    return (
-        list(chain.from_iterable(w for w, tools in zip(written, about_tools, strict=True) if not tools)),
-        list(chain.from_iterable(w for w, tools in zip(written, about_tools, strict=True) if tools)),
-    )
+        jobs += [(kind, start, min(start + _JOB, count)) for start in range(0, count, _JOB)]
+    about_words: list[Document] = []
+    about_tools: list[Document] = []
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _begin, (plan, tokenizer)) as pool:
+        for (kind, _, _), (tokens, counted, lengths) in zip(jobs, pool.imap(_write, jobs), strict=True):
+            ends = np.cumsum(lengths)[:-1]
+            pairs = zip(np.split(tokens, ends), np.split(counted, ends), strict=True)
+            (about_tools if kind == "tool_dialogue" else about_words).extend(pairs)
+    return about_words, about_tools
 
 
-def _write(tokenizer: PreTrainedTokenizerFast, job: tuple[Callable[[int], Example], int, int]) -> list[Document]:
-    write, start, end = job
-    return encode(tokenizer, [write(number) for number in range(start, end)])
+def _begin(plan: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    global _sources
+    _sources = plan, tokenizer
+
+
+def _write(job: tuple[str, int, int]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
+    """Many documents as one, which is quicker to hand over, with their lengths."""
+    kind, start, end = job
+    plan, tokenizer = _sources
+    found = encode(tokenizer, [getattr(plan, kind)(number) for number in range(start, end)])
+    tokens, counted = zip(*found, strict=True)
+    return np.concatenate(tokens), np.concatenate(counted), [len(one) for one in tokens]
 
 
 class Weights:
@@ -90,7 +102,9 @@ class Weights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._exact = [p.detach().clone() for p in model.parameters()]
-        self._used = list(model.to(dtype).parameters())
+        self._used = list(model.parameters())
+        for used in self._used:  # but no buffer: rotary frequencies stay exact
+            used.data = used.data.to(dtype)
         for exact in self._exact:
             exact.grad = torch.zeros_like(exact)
         groups = [
@@ -122,7 +136,9 @@ def losses(model: Qwen3_5MoeForCausalLM, batch: Bucket) -> tuple[Tensor, Tensor]
     loss = nn.functional.cross_entropy(model.lm_head(hidden).float(), tokens[:, 1:].flatten()[positions])
     read = (tokens != model.config.pad_token_id).flatten().float()
     read = read / read.sum()
-    unevenness = torch.stack([_unevenness(logits, read, model.config.num_experts_per_tok) for logits in out.router_logits])
+    unevenness = torch.stack(
+        [_unevenness(logits, read, model.config.num_experts_per_tok) for logits in out.router_logits]
+    )
     return loss, unevenness.sum()
 
 
@@ -182,12 +198,9 @@ def train(
                 seconds = time.monotonic() - logged[1]
                 log.writerow([step, f"{time.monotonic() - begun:.1f}", tokens, *(f"{m:.4f}" for m in means.values())])
                 file.flush()
-                print(
-                    f"step {step} at {time.monotonic() - begun:.0f} s: "
-                    + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-                    + f", {seconds / (step - logged[0]) * 1000:.0f} ms a step, {(tokens - logged[2]) / seconds:.0f} tokens/s",
-                    flush=True,
-                )
+                speed = (tokens - logged[2]) / seconds
+                values = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                print(f"step {step} at {time.monotonic() - begun:.0f} s: {values}, {speed:.0f} tokens/s", flush=True)
                 logged = step, time.monotonic(), tokens
             if int(4 * progress) > saved:
                 saved = int(4 * progress)
