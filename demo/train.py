@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from demo import recipe
 from demo.batches import Bucket, bucketed, encode, forever
@@ -151,6 +152,14 @@ def _unevenness(logits: Tensor, weights: Tensor, count: int) -> Tensor:
     return logits.shape[-1] * (share * (weights @ probabilities)).sum()
 
 
+def convolve(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
+    """The causal depthwise convolution of GatedDeltaNet as shifts and sums: PyTorch's own is slow to differentiate."""
+    length = x.shape[-1]
+    padded = nn.functional.pad(x, (weight.shape[-1] - 1, 0))
+    taps = (padded[..., tap : tap + length] * weight[:, tap, None] for tap in range(weight.shape[-1]))
+    return nn.functional.silu(sum(taps, torch.zeros_like(x)))
+
+
 def rate(progress: float) -> float:
     """The learning rate at a point of the run between 0 and 1: a short rise, then half a cosine down to zero."""
     return PEAK * min(progress / WARM_UP, (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
@@ -238,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = json.loads((MODEL / "config.json").read_text())["text_config"] | (TINY if options.tiny else {})
     config = Qwen3_5MoeTextConfig(**settings)
     config._experts_implementation = "grouped_mm"
+    modeling_qwen3_5_moe.causal_conv1d_fn = convolve
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = Qwen3_5MoeForCausalLM(config).float()
