@@ -146,7 +146,7 @@ def load(
         MemoryError: trunk and budget do not fit into free memory.
         OSError: the repository could not be downloaded, or a file not read.
     """
-    checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision))
+    checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision), trust_remote_code)
     if not isinstance(config, Config):
         config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
@@ -167,6 +167,8 @@ def load(
         model = load_adapters(model, adapter_path)
         model.eval()
     _start_early(model, _hidden(loaded_config))
+    # Said either way: where it is not, transformers asks whoever sits at the terminal.
+    tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
 
