@@ -181,8 +181,12 @@ def refuse_outside(file: Path) -> None:
     homes = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     try:
         real = file.resolve(strict=True)
-    except RuntimeError as error:  # a loop
+    except RuntimeError as error:
         raise ValueError(f"{file} is a link to itself. Download it again") from error
+    except FileNotFoundError as error:
+        if not file.is_symlink():
+            raise
+        raise ValueError(f"{file} is a link to nothing. Download it again") from error
     if real.parent not in homes:
         raise ValueError(f"{file} is a link out of the model's folder, to {real}: put the file itself there")
     if not real.is_file():

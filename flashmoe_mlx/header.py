@@ -161,7 +161,7 @@ _EMPTY = _compile(r"\{ \} \Z")
 _PAIR = _compile("(<string>) : <string>", string=_STRING)
 _MEMBER = _compile(
     r" (?P<name><string>) :"
-    r" (?:\{(?:(?:(?<=\{)|,) <field> ){3}+\}|(?P<metadata>null|\{ (?:<pair>(?: , <pair>)*+)?+ \}))"
+    r" (?:\{(?:(?:(?<=\{)|(?<!\{),) <field> ){3}+\}|(?P<metadata>null|\{ (?:<pair>(?: , <pair>)*+)?+ \}))"
     r" (?P<next>,|\} \Z)",
     field=_FIELD,
     pair=f"{_STRING} : {_STRING}",

@@ -98,6 +98,8 @@ FILES = {
     "entry is a list": no_entry('{"a":["U8",[2],[0,2]]}'),
     "no shape": no_entry('{"a":{"dtype":"U8","data_offsets":[0,2]}}'),
     "dtype twice": no_entry('{"a":{"dtype":"U8","dtype":"U8","data_offsets":[0,2]}}'),
+    "comma before the first field": no_entry('{"a":{,"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'),
+    "comma after the last field": no_entry('{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],}}'),
     "a field too many": no_entry('{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],"x":1}}'),
     "dtype unknown": (one("F128", [1], 0, 16), "'a' has the dtype 'F128', which the format does not know"),
     "dtype of MLX": (one("bfloat16", [1], 0, 2), "'a' has the dtype 'bfloat16', which the format does not know"),
