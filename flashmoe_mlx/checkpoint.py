@@ -84,6 +84,8 @@ class Checkpoint:
         self.config = read_config(folder)
         if not trust_remote_code:
             refuse_code(folder / "config.json", self.config)
+        for link in sorted(file for file in folder.iterdir() if file.is_symlink()):
+            refuse_outside(link)  # mlx-lm and transformers read other files too
         shards = sorted(folder.glob("model*.safetensors"))
         if not shards:
             raise FileNotFoundError(f"no model*.safetensors in {folder}: there are no weights that mlx-lm can load")

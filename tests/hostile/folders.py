@@ -137,6 +137,10 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         _instead("config.json", lambda file: file.symlink_to(file.name)),
         "{folder}/config.json is a link to itself. Download it again",
     ),
+    "tokenizer links out": (
+        _link("tokenizer_config.json", "../elsewhere/x"),
+        _OUT % ("tokenizer_config.json", "elsewhere/x"),
+    ),
     # the index
     "shard above the folder": (_places("../" + FIRST), _PLACE % ("../" + FIRST)),
     "shard in a folder below": (_places("below/" + FIRST), _PLACE % ("below/" + FIRST)),
