@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +94,34 @@ class Manifest:
                 f"expert {expert} of {table.layer}, at offset {span.offset} of {span.path}, is not what the manifest "
                 "has: the file was damaged or changed. Download it again"
             )
+
+
+class FirstReads:
+    """Compares each expert with its digest when it is read for the first time.
+
+    Args:
+        manifest (Manifest): has the digests.
+        tables (Iterable[ExpertTable]): of the layers.
+    """
+
+    def __init__(self, manifest: Manifest, tables: Iterable[ExpertTable]):
+        self._manifest = manifest
+        self._tables = {table.layer: table for table in tables}
+        self._checked: set[tuple[str, int]] = set()
+
+    def concern(self, layer: str, experts: Iterable[int]) -> bool:
+        """Whether any of a layer's experts has not been compared yet."""
+        return any((layer, expert) not in self._checked for expert in experts)
+
+    def check(self, layer: str, expert: int, buffers: Sequence[memoryview]) -> None:
+        """Compare an expert, unless that has been done.
+
+        Raises:
+            OSError: it is not what the manifest has.
+        """
+        if (layer, expert) not in self._checked:
+            self._manifest.refuse_damaged(self._tables[layer], expert, buffers)
+            self._checked.add((layer, expert))
 
 
 def digest(table: ExpertTable, buffers: Sequence[memoryview]) -> str:

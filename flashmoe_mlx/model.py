@@ -31,6 +31,7 @@ from flashmoe_mlx.early import Early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.manifest import FirstReads, Manifest
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
@@ -246,6 +247,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
+    first_reads = None
+    if config.manifest is not None:
+        first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
     fence = Fence(counters)
     streamed = [share for share in shares if not share.all_resident]
     staging = None
@@ -257,7 +261,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         if share.all_resident:
             replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
             continue
-        pool = Pool(share.slots, share.tables[0], reader, counters, staging)
+        pool = Pool(share.slots, share.tables[0], reader, counters, staging, first_reads)
         places |= {table.layer: (table, pool) for table in share.tables}
     layers = {
         table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()
