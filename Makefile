@@ -7,7 +7,7 @@ EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test check
+.PHONY: demo test check fuzz
 
 demo: .venv/installed $(DEMO)/config.json
 	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?" --max-tokens 64
@@ -22,6 +22,11 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[fuzz]"
+	$(BIN)/python -m tests.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
+		-artifact_prefix=build/
 
 $(DEMO)/config.json: | .venv/installed
 	$(BIN)/python -m benchmarks.checkpoints $(DEMO)

@@ -1,17 +1,22 @@
-"""A model folder -> its config and which span of which file holds which tensor. Trusts no header."""
+"""A model folder -> its config and which span of which file holds which tensor. Trusts none of its files."""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx_lm.utils import _download, load_config
-from safetensors import SafetensorError, safe_open
+
+from flashmoe_mlx.header import read_header
+from flashmoe_mlx.trust import refuse_code
+
+INDEX = "model.safetensors.index.json"
 
 DTYPES = {
     "BOOL": mx.bool_,
@@ -62,6 +67,7 @@ class Checkpoint:
 
     Args:
         folder (Path): holds ``model*.safetensors``, as mlx-lm reads them, and their index if there are several.
+        trust_remote_code (bool): take a config that names code to run. Default: ``False``.
 
     Attributes:
         config (dict): config.json, with what generation_config.json adds.
@@ -69,22 +75,29 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: config.json or the safetensors are missing, or a file that the index names.
-        ValueError: config.json or a header is damaged, or files and index disagree.
+        ValueError: config.json or a header is damaged, files and index disagree, a file lies outside the folder, or the
+            config names code to run that is not trusted.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.folder = folder
         self.config = read_config(folder)
+        if not trust_remote_code:
+            refuse_code(folder / "config.json", self.config)
+        for link in sorted(file for file in folder.iterdir() if file.is_symlink()):
+            refuse_outside(link)  # mlx-lm and transformers read other files too
         shards = sorted(folder.glob("model*.safetensors"))
         if not shards:
             raise FileNotFoundError(f"no model*.safetensors in {folder}: there are no weights that mlx-lm can load")
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
-            for name, tensor in _read_header(shard):
+            refuse_outside(shard)
+            first, entries = read_header(shard)
+            for name, dtype, shape, begin, end in entries:
                 if name in self.tensors:
                     both = f"{self.tensors[name].file} and {shard.name}"
                     raise ValueError(f"{folder}: {both} both hold {name}: remove the one that is not this checkpoint's")
-                self.tensors[name] = tensor
+                self.tensors[name] = Tensor(dtype, shape, Span(str(shard), first + begin, end - begin))
         _check_index(folder, self.tensors)
         # mlx-lm drops multi-token-prediction layers, whose numbers repeat those of the model's own layers.
         self._by_tail = {tail(name): name for name in self.tensors if "mtp" not in name.split(".")}
@@ -144,49 +157,61 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is no config.json.
         ValueError: it is damaged, or not a model's.
     """
+    file = folder / "config.json"
     try:
+        refuse_outside(file)
         config: dict[str, Any] = load_config(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no config.json in {folder}: not a model folder") from error
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}. Download it again") from error
+    except (UnicodeDecodeError, JSONDecodeError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error}. Download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{folder / 'config.json'} names no model_type: not a model's config")
+        raise ValueError(f"{file} names no model_type: not a model's config")
     return config
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one safetensors file, by name."""
+def refuse_outside(file: Path) -> None:
+    """A model's files lie in its folder: a link out of it could name any file of the machine.
+
+    The hub's cache may link ``snapshots/<commit>/<name>`` to ``blobs/<hash>`` of the same repository.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a file, or lies elsewhere.
+    """
+    folder = file.parent.resolve()
+    homes = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     try:
-        # The library's own reader refuses what does not add up: sizes, overlaps, holes, truncation.
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not complete: {error}. Download it again") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        tensor = Tensor(entry["dtype"], tuple(entry["shape"]), Span(str(path), 8 + length + begin, end - begin))
-        dtype = DTYPES.get(tensor.dtype)
-        if dtype is not None and prod(tensor.shape) * dtype.size != tensor.span.nbytes:
-            raise ValueError(f"{path} is damaged: {name} has {tensor.span.nbytes} bytes for {list(tensor.shape)}")
-        yield name, tensor
+        real = file.resolve(strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file} is a link to itself. Download it again") from error
+    except FileNotFoundError as error:
+        if not file.is_symlink():
+            raise
+        raise ValueError(f"{file} is a link to nothing. Download it again") from error
+    if real.parent not in homes:
+        raise ValueError(f"{file} is a link out of the model's folder, to {real}: put the file itself there")
+    if not real.is_file():
+        raise ValueError(f"{file} is not a file. Download it again")
+
+
+_PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+")  # a file's name without a path
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Files and index must tell the same story: a stale or missing shard would load as noise."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    index = folder / INDEX
+    if not os.path.lexists(index):
         return
+    refuse_outside(index)
     try:
-        places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        missing = sorted(shard for shard in set(places.values()) if not (folder / shard).is_file())
-    except (ValueError, KeyError, TypeError) as error:
+        places: dict[str, str] = dict(json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"])
+        odd = [shard for shard in places.values() if not _PLAIN.fullmatch(shard)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: {error!r}. Download it again") from error
+    if odd:
+        raise ValueError(f"{index} names the file {odd[0]!r}: it may name files of its own folder only")
+    missing = sorted(shard for shard in set(places.values()) if not (folder / shard).is_file())
     if missing:
         raise FileNotFoundError(f"{folder}: {missing[0]} is missing, and the index needs it. Download it again")
     for name, shard in places.items():
@@ -195,3 +220,12 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in places:
             raise ValueError(f"{folder}: {tensor.file} holds {name}, which is not in the index. Remove the stray file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that has no name twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return entries

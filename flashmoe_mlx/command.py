@@ -47,6 +47,12 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         help="Begin with the experts in memory that the last run with this file ended with",
     )
     group.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="Compare each streamed expert, when it is read for the first time, with what flashmoe_mlx.verify wrote to "
+        "this file",
+    )
+    group.add_argument(
         "--config",
         metavar="NAME",
         help="A preset of the model's family, 'exact' or 'flash', or a .toml file. It sets the sampling flags too; "
@@ -115,7 +121,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
         parser.set_defaults(**config.sampling)
         args = parser.parse_args(argv)
-    own = ("ram_budget", "experts_per_token", "read_threads", "lookahead", "warm_start")
+    own = ("ram_budget", "experts_per_token", "read_threads", "lookahead", "warm_start", "manifest")
     return args, config.override(**{name: getattr(args, name) for name in own})
 
 

@@ -25,6 +25,8 @@ class Config:
         read_threads (int): reads under way at once; copies from the page cache take no more than there are cores.
         lookahead (bool): read what the next layer's router would choose now, while this layer computes.
         warm_start (str, optional): a file with the experts to begin with; see ``Streaming.save_residents``.
+        manifest (str, optional): a file that ``flashmoe_mlx.verify`` wrote; each streamed expert is compared with it
+            when it is read for the first time.
         sampling (Mapping[str, float]): what the command line samples with unless told otherwise; keys ``temp``,
             ``top_p``, ``top_k``, ``min_p``. The Python API leaves sampling to mlx-lm.
 
@@ -37,6 +39,7 @@ class Config:
     read_threads: int = 16
     lookahead: bool = False
     warm_start: str | None = None
+    manifest: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,8 +51,9 @@ class Config:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 on")
         if not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
-        if not isinstance(self.warm_start, str | None):
-            raise ValueError(f"warm_start is {self.warm_start!r}: it must be the path of a file")
+        for name in ("warm_start", "manifest"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be the path of a file")
         if not isinstance(self.sampling, Mapping):
             raise ValueError(f"sampling is {self.sampling!r}: it must be a table, e.g. {{ temp = 0.6 }}")
         _refuse_unknown("sampling", self.sampling, _SAMPLING)

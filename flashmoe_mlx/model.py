@@ -31,6 +31,7 @@ from flashmoe_mlx.early import Early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.manifest import FirstReads, Manifest
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
@@ -146,19 +147,14 @@ def load(
         MemoryError: trunk and budget do not fit into free memory.
         OSError: the repository could not be downloaded, or a file not read.
     """
-    checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision))
+    checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision), trust_remote_code)
     if not isinstance(config, Config):
         config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
     model_config = model_config or {}
     native_top_k, change = _top_k(checkpoint.config | model_config, config.experts_per_token)
-    try:
-        model, loaded_config = load_model(
-            checkpoint.folder, lazy=True, model_config=model_config | change, trust_remote_code=trust_remote_code
-        )
-    except (AssertionError, KeyError, TypeError) as error:  # how mlx-lm's families refuse a setting
-        asked = f" with experts_per_token {config.experts_per_token}" if change else ""
-        raise ValueError(f"mlx-lm cannot build {checkpoint.folder} from its config.json{asked}: {error}") from error
+    asked = f" with experts_per_token {config.experts_per_token}" if change else ""
+    model, loaded_config = load_lazily(checkpoint, model_config | change, trust_remote_code, asked)
     model.streaming = _stream_experts(model, checkpoint, config, native_top_k)
     if not lazy:
         for _, parameter in tree_flatten(model.parameters()):
@@ -167,8 +163,47 @@ def load(
         model = load_adapters(model, adapter_path)
         model.eval()
     _start_early(model, _hidden(loaded_config))
+    # Said either way: where it is not, transformers asks whoever sits at the terminal.
+    tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
+
+
+def load_lazily(
+    checkpoint: Checkpoint, model_config: dict[str, Any], trust_remote_code: bool, asked: str = ""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model of a checkpoint, of which nothing is read yet, and its config.
+
+    Raises:
+        ValueError: mlx-lm cannot build it. ``asked`` tells what it was asked besides.
+    """
+    try:
+        model, config = load_model(
+            checkpoint.folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
+        )
+    except (AssertionError, KeyError, TypeError) as error:  # how mlx-lm's families refuse a setting
+        raise ValueError(f"mlx-lm cannot build {checkpoint.folder} from its config.json{asked}: {error}") from error
+    return model, config
+
+
+def find_experts(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], list[ExpertTable]]:
+    """The switch layers of a lazily loaded model by their paths, in order, and where the experts of each lie.
+
+    Raises:
+        ValueError: there are none, or their bytes cannot be used as they are.
+    """
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
+    switches = dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
+    if not switches:
+        raise ValueError(
+            f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
+            "stream. Run it with mlx_lm.generate"
+        )
+    tables = [
+        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())))
+        for path, switch in switches.items()
+    ]
+    return switches, tables
 
 
 def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str, Any]]:
@@ -192,17 +227,7 @@ def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str
 
 def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, native_top_k: int) -> Streaming:
     """Replace every switch layer of a lazily loaded model by a streamed one."""
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
-    switches = dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
-    if not switches:
-        raise ValueError(
-            f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
-            "stream. Run it with mlx_lm.generate"
-        )
-    tables = [
-        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())))
-        for path, switch in switches.items()
-    ]
+    switches, tables = find_experts(model, checkpoint)
     top_k = config.experts_per_token or native_top_k
     fewest = min(table.experts for table in tables)
     if top_k > fewest:
@@ -222,6 +247,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
 
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters)
+    first_reads = None
+    if config.manifest is not None:
+        first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
     fence = Fence(counters)
     streamed = [share for share in shares if not share.all_resident]
     staging = None
@@ -233,7 +261,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         if share.all_resident:
             replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
             continue
-        pool = Pool(share.slots, share.tables[0], reader, counters, staging)
+        pool = Pool(share.slots, share.tables[0], reader, counters, staging, first_reads)
         places |= {table.layer: (table, pool) for table in share.tables}
     layers = {
         table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()

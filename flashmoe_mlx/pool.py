@@ -1,12 +1,14 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.manifest import FirstReads
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slab import Slab
 from flashmoe_mlx.staging import Staging
@@ -45,10 +47,17 @@ class Pool:
         counters (Counters): where hits and misses are added up.
         staging (Staging, optional): where bytes land whose slots are out of the host's reach. Default: ``None``, they
             land in the slots.
+        first_reads (FirstReads, optional): compares experts with a manifest before they are here. Default: ``None``.
     """
 
     def __init__(
-        self, slots: int, table: ExpertTable, reader: Reader, counters: Counters, staging: Staging | None = None
+        self,
+        slots: int,
+        table: ExpertTable,
+        reader: Reader,
+        counters: Counters,
+        staging: Staging | None = None,
+        first_reads: FirstReads | None = None,
     ):
         self.slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
@@ -58,6 +67,7 @@ class Pool:
         self._reader = reader
         self._counters = counters
         self._staging = staging
+        self._first_reads = first_reads
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # oldest first
         self._free = list(range(slots))
         self._arrival: Arrival | None = None
@@ -168,7 +178,7 @@ class Pool:
                 if self._staging is not None and self._staging.free < step:
                     self._leave(landings)
                 landings.append(self._land(slots[first : first + step]))
-                self._reader.read(_reads(table, experts[first : first + step], landings[-1]))
+                self._read(table, experts[first : first + step], landings[-1])
                 self._settle(landings[-1])  # on its way to the GPU while the next are read
         except BaseException:
             self._free += slots  # after a failed read they are still free
@@ -177,6 +187,24 @@ class Pool:
             self._leave(landings)
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
+    def _read(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> None:
+        """Read experts. What is new to a manifest is compared with it, one expert while the next are read."""
+        if self._first_reads is None or not self._first_reads.concern(table.layer, experts):
+            self._reader.read(_reads(table, experts, landing))
+            return
+        waits: deque[Callable[[], None]] = deque()
+        try:
+            for expert, buffers in zip(experts, landing.buffers, strict=True):
+                waits.append(self._reader.start(zip(table.spans[expert], buffers, strict=True)))
+            for expert, buffers in zip(experts, landing.buffers, strict=True):
+                waits.popleft()()
+                self._first_reads.check(table.layer, expert, buffers)
+        except BaseException:
+            for wait in waits:  # until they are back, threads write to the slots
+                with suppress(OSError):
+                    wait()
+            raise
+
     def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
         """Take in what was read ahead. What is not needed now leaves first; what failed is not here."""
         if self._arrival is None:
@@ -184,6 +212,9 @@ class Pool:
         (keys, landing, wait), self._arrival = self._arrival, None
         try:
             wait()
+            if self._first_reads is not None:
+                for (layer, expert), buffers in zip(keys, landing.buffers, strict=True):
+                    self._first_reads.check(layer, expert, buffers)
             self._settle(landing)
         except BaseException as error:
             self._free += landing.slots

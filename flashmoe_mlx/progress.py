@@ -1,4 +1,4 @@
-"""How far a long prompt has been read, for people who wait."""
+"""How far a long prompt or a large file has been read, for people who wait."""
 
 import sys
 from typing import Any, TextIO
@@ -27,3 +27,8 @@ class PromptProgress:
         if processed >= total:
             self._bar.close()
             self._bar = None
+
+
+def bytes_read(total: int, what: str) -> "tqdm[Any]":
+    """A bar that counts bytes up to ``total``, gone when it is closed; nothing at all if nobody watches a terminal."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=None)

@@ -256,6 +256,7 @@ def test_every_flag_of_mlx_lm() -> None:
         "--read-threads",
         "--lookahead",
         "--warm-start",
+        "--manifest",
         "--config",
         "--prefill-step-size",
     }
