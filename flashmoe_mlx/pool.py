@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.reader import Reader, ReadError
 from flashmoe_mlx.slab import Slab
 from flashmoe_mlx.staging import Staging
 
@@ -50,7 +50,7 @@ class Pool:
     def __init__(
         self, slots: int, table: ExpertTable, reader: Reader, counters: Counters, staging: Staging | None = None
     ):
-        self.slots = slots
+        self._slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
         self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
         landing_slots = range(slots) if staging is None else ()
@@ -60,7 +60,13 @@ class Pool:
         self._staging = staging
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # oldest first
         self._free = list(range(slots))
+        self._withheld: list[tuple[int, Sequence[memoryview]]] = []  # slots or places, while a stuck read may end
         self._arrival: Arrival | None = None
+
+    @property
+    def slots(self) -> int:
+        """How many experts fit."""
+        return self._slots - (len(self._withheld) if self._staging is None else 0)
 
     @property
     def expert_nbytes(self) -> int:
@@ -84,6 +90,7 @@ class Pool:
             together (bool): make it one wave, if all of them fit.
         """
         self._arrive(table, experts)
+        self._reclaim()
         fit = len(experts) <= self.slots
         if together and fit:
             return [list(experts)]
@@ -107,7 +114,7 @@ class Pool:
             dict[int, int]: the slot of each expert.
 
         Raises:
-            OSError: an expert could not be read. Then none of the missing ones is here.
+            ReadError: an expert could not be read. Then none of the missing ones is here.
         """
         self._arrive(table, experts)
         missing = self._missing(table, experts)
@@ -135,18 +142,18 @@ class Pool:
             landing = self._land(self._vacate(len(missing)))
             try:
                 wait = self._reader.start(_reads(table, missing, landing))
+                self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
             except BaseException:
-                self._free += landing.slots
-                self._leave([landing])
+                self._release(landing.slots, [landing])
                 raise
-            self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
 
     def load(self, table: ExpertTable, experts: Sequence[int]) -> None:
         """Read experts of a layer before anything is computed, without counting hits and misses.
 
         Raises:
-            OSError: an expert could not be read.
+            ReadError: an expert could not be read.
         """
+        self._reclaim()
         self._fill(table, self._missing(table, experts))
 
     def _missing(self, table: ExpertTable, experts: Sequence[int]) -> list[int]:
@@ -170,11 +177,10 @@ class Pool:
                 landings.append(self._land(slots[first : first + step]))
                 self._reader.read(_reads(table, experts[first : first + step], landings[-1]))
                 self._settle(landings[-1])  # on its way to the GPU while the next are read
-        except BaseException:
-            self._free += slots  # after a failed read they are still free
-            raise
-        finally:
             self._leave(landings)
+        except BaseException:
+            self._release(slots, landings)
+            raise
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
     def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
@@ -185,13 +191,12 @@ class Pool:
         try:
             wait()
             self._settle(landing)
+            self._leave([landing])
         except BaseException as error:
-            self._free += landing.slots
-            if isinstance(error, OSError):  # whoever needs it reads it again, and is told
+            self._release(landing.slots, [landing])
+            if isinstance(error, ReadError):  # whoever needs it reads it again, and is told
                 return
             raise
-        finally:
-            self._leave([landing])
         self._slot_of.update(zip(keys, landing.slots, strict=True))
         wanted = {(table.layer, expert) for expert in needed}
         wasted = [key for key in keys if key not in wanted]
@@ -203,6 +208,8 @@ class Pool:
     def _vacate(self, count: int) -> list[int]:
         """Take that many slots, from experts if need be."""
         while len(self._free) < count:
+            if not self._slot_of:
+                raise OSError(f"{count} experts need slots, and {len(self._withheld)} wait for reads that are stuck")
             _, slot = self._slot_of.popitem(last=False)
             self._free.append(slot)
             self._counters.evictions += 1
@@ -233,6 +240,28 @@ class Pool:
             for landing in landings:
                 self._staging.give_back(landing.places)
             landings.clear()
+
+    def _release(self, slots: Sequence[int], landings: Sequence[Landing]) -> None:
+        """Free what a failed read was to fill."""
+        if self._staging is None:
+            self._withheld += [(slot, self._rows[slot]) for slot in slots]
+        else:
+            self._free += slots  # the host does not write there
+            self._staging.finish()
+            for landing in landings:
+                self._withheld += zip(landing.places, landing.buffers, strict=True)
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Free what was withheld and is not written to any more."""
+        if not self._withheld:
+            return
+        idle = {number for number, buffers in self._withheld if not self._reader.writes(buffers)}
+        self._withheld = [(number, buffers) for number, buffers in self._withheld if number not in idle]
+        if self._staging is None:
+            self._free += idle
+        else:
+            self._staging.give_back(idle)
 
 
 def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:

@@ -1,7 +1,7 @@
 """Host memory for bytes on their way to an NVIDIA GPU, whose memory files cannot be read into."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -72,7 +72,7 @@ class Staging:
         """Wait for all copies."""
         self._call("cuStreamSynchronize", self._stream)
 
-    def give_back(self, places: Sequence[int]) -> None:
+    def give_back(self, places: Iterable[int]) -> None:
         """Say that places are free again."""
         self._free += places
 
