@@ -36,6 +36,12 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         help="Reads under way at once (default: 16)",
     )
     group.add_argument(
+        "--read-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="What one read may take before the run ends with an error (default: 60)",
+    )
+    group.add_argument(
         "--lookahead",
         action="store_true",
         default=None,
@@ -115,7 +121,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
         parser.set_defaults(**config.sampling)
         args = parser.parse_args(argv)
-    own = ("ram_budget", "experts_per_token", "read_threads", "lookahead", "warm_start")
+    own = ("ram_budget", "experts_per_token", "read_threads", "read_timeout", "lookahead", "warm_start")
     return args, config.override(**{name: getattr(args, name) for name in own})
 
 

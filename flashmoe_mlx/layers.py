@@ -101,7 +101,7 @@ class StreamedSwitchGLU(nn.Module):
             mx.array: ``[..., experts_per_token, hidden]``, computed in the background.
 
         Raises:
-            OSError: an expert could not be read.
+            ReadError: an expert could not be read; the next call works.
         """
         guess = self.lookahead.guess(x) if self.lookahead else None
         asked = [indices] if guess is None else [indices, guess]

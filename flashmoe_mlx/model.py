@@ -213,7 +213,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     ram_budget = spare_memory(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
     shares = plan(tables, ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
-    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget))
+    streamed = [share for share in shares if not share.all_resident]
+    place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_staging() else 0
+    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _STAGED_EXPERTS * place_nbytes)
     down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
     token_nbytes = prefill_token_nbytes(
         checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=_itemsize(model)
@@ -221,12 +223,9 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     counters = Counters()
-    reader = Reader(checkpoint.files, config.read_threads, counters)
+    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
     fence = Fence(counters)
-    streamed = [share for share in shares if not share.all_resident]
-    staging = None
-    if streamed and needs_staging():
-        staging = Staging(max(slot_nbytes(share.tables[0]) for share in streamed), _STAGED_EXPERTS)
+    staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
     replaced: list[tuple[str, nn.Module]] = []
     places: dict[str, tuple[ExpertTable, Pool]] = {}
     for share in shares:

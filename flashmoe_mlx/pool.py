@@ -115,6 +115,8 @@ class Pool:
 
         Raises:
             ReadError: an expert could not be read. Then none of the missing ones is here.
+            OSError: too many slots wait for reads that are stuck.
+            RuntimeError: an NVIDIA GPU's driver refuses a copy.
         """
         self._arrive(table, experts)
         missing = self._missing(table, experts)

@@ -42,14 +42,11 @@ def tables(file: Path) -> list[ExpertTable]:
 class HostStaging(Staging):
     """Staging without a GPU: the driver's copy is the C library's."""
 
-    def __init__(self, place_nbytes: int, places: int):
-        self._memory = (ctypes.c_char * (place_nbytes * places))()
-        super().__init__(place_nbytes, places)
+    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        return (ctypes.c_char * nbytes)()
 
     def _call(self, name: str, *arguments: Any) -> None:
-        if name == "cuMemHostAlloc":
-            arguments[0]._obj.value = ctypes.addressof(self._memory)
-        elif name == "cuMemcpyHtoDAsync_v2":
+        if name == "cuMemcpyHtoDAsync_v2":
             ctypes.memmove(*arguments[:3])
 
 

@@ -386,7 +386,8 @@ def test_changed_file(ahead: bool, change: str, file: Path) -> None:
 @pytest.mark.parametrize("size", [100, LARGE])
 def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request fails in time, its buffer stays taken until the read is back, and others are read meanwhile."""
-    reader = Reader([str(file)], 2, Counters(), timeout=0.2)
+    monkeypatch.setattr(reader_module, "_PATIENCE", 0.05)
+    reader = Reader([str(file)], 2, Counters(), timeout=0.1)
     reader._knows_cached &= knows_cached
     reads, others = plan(file, [size] * 6), plan(file, [size] * 6)
     stuck = id(reads[2][1].obj)
