@@ -16,8 +16,17 @@ def replacing(path: Path) -> Iterator[Path]:
     left beside it is removed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; says which file and why.
     """
+    try:
+        with _replacing(path) as unfinished:
+            yield unfinished
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     _sweep(path)
     unfinished = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.unfinished{path.suffix}")
     # The lock tells others that somebody is still at it. It ends with the process, however that ends.

@@ -43,7 +43,7 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         "--read-timeout",
         type=float,
         metavar="SECONDS",
-        help="What one read may take before the run ends with an error (default: 60)",
+        help="How long a read may bring nothing before the run ends with an error (default: 60)",
     )
     group.add_argument(
         "--lookahead",

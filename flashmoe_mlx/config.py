@@ -23,7 +23,7 @@ class Config:
         experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
             one the model was trained with; fewer read less and change the output.
         read_threads (int): reads under way at once; copies from the page cache take no more than there are cores.
-        read_timeout (float): seconds that one read may take before the request fails.
+        read_timeout (float): seconds that a read may bring nothing before the request fails.
         lookahead (bool): read what the next layer's router would choose now, while this layer computes.
         warm_start (str, optional): a file with the experts to begin with; see ``Streaming.save_residents``.
         sampling (Mapping[str, float]): what the command line samples with unless told otherwise; keys ``temp``,

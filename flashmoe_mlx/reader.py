@@ -61,7 +61,7 @@ class Reader:
         paths (Iterable[str]): the files that will be read; they stay open.
         threads (int): how many reads may be under way at once; as many again for those that were started ahead.
         counters (Counters): where bytes and seconds are added up.
-        timeout (float): seconds that one read may take. Default: 60.
+        timeout (float): seconds without a byte after which a read has failed. Default: 60.
 
     Raises:
         OSError: a file cannot be opened.
@@ -221,10 +221,11 @@ class Reader:
                 short = f"{path} ends {nbytes - job.done} bytes too early: it was truncated. Download it again"
                 raise _failure(read, job.done, short)
             job.done += count
+            job.since = time.perf_counter()
 
 
 class _Job:
-    """What a thread does for a batch: ``read`` is what it may be writing, with ``done`` bytes there, ``since`` when."""
+    """What a thread does for a batch: ``read`` is what it may be writing, with ``done`` bytes there ``since`` when."""
 
     def __init__(self) -> None:
         self.begun = False
