@@ -57,6 +57,8 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
     def generate(model: Any, tokenizer: Any, prompt: Any, *, prefill_step_size: int | None, **options: Any) -> str:
         if restored is not None:
             restored.refuse_other_model(model, args.adapter_path)
+        tokens = len(prompt) + max(0, args.max_tokens)
+        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits)
         step = prefill_step_size or model.streaming.prefill_step_size
         progress = PromptProgress()
         say = mlx_lm.generate if args.verbose else _generate_silently

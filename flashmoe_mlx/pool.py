@@ -1,14 +1,14 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.reader import Reader, ReadError
-from flashmoe_mlx.slab import Slab
+from flashmoe_mlx.slab import Slab, row_nbytes
 from flashmoe_mlx.staging import Staging
 
 _STAGED_AT_ONCE = 5  # experts; half of what a token of the 397B model needs
@@ -45,16 +45,24 @@ class Pool:
         counters (Counters): where hits and misses are added up.
         staging (Staging, optional): where bytes land whose slots are out of the host's reach. Default: ``None``, they
             land in the slots.
+
+    Attributes:
+        slabs (dict[str, Slab]): the memory of the slots, by parameter.
+        planned (int): how many slots it began with.
+        slot_nbytes (int): bytes of a slot.
+        moves (int): how often :meth:`resize` has put other slabs in the place of these.
     """
 
     def __init__(
         self, slots: int, table: ExpertTable, reader: Reader, counters: Counters, staging: Staging | None = None
     ):
+        self.planned = slots
+        self.slot_nbytes = sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+        self.moves = 0
         self._slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
         self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
-        landing_slots = range(slots) if staging is None else ()
-        self._rows = [[slab.landing(slot) for slab in self.slabs.values()] for slot in landing_slots]
+        self._rows = _landings(self.slabs, slots) if staging is None else []
         self._reader = reader
         self._counters = counters
         self._staging = staging
@@ -148,6 +156,32 @@ class Pool:
             except BaseException:
                 self._release(landing.slots, [landing])
                 raise
+
+    def resize(self, slots: int, table: ExpertTable, needed: Sequence[int]) -> None:
+        """Have more slots or fewer, in new memory; if fewer, the experts leave that were used least recently.
+
+        Nothing may be reading a slot, and whoever computes with ``slabs`` has to take the new ones. While a stuck read
+        may write to a slot, nothing happens.
+
+        Args:
+            slots (int): how many.
+            table (ExpertTable): of the layer that is about to fetch.
+            needed (Sequence[int]): the experts that it is about to fetch.
+        """
+        self._arrive(table, needed)
+        self._reclaim()
+        if slots == self._slots or self._withheld:
+            return
+        kept = list(self._slot_of.items())[-slots:]
+        slabs = {name: slab.moved([slot for _, slot in kept], slots) for name, slab in self.slabs.items()}
+        rows = _landings(slabs, slots) if self._staging is None else []
+        slot_of = OrderedDict((key, slot) for slot, (key, _) in enumerate(kept))
+        free = list(range(len(kept), slots))
+        moves = self.moves + 1
+        # At once, because an interrupt that came between would leave experts in slots that are not theirs.
+        self.slabs, self._rows, self._slot_of, self._free, self._slots, self.moves = (
+            slabs, rows, slot_of, free, slots, moves
+        )  # fmt: skip
 
     def load(self, table: ExpertTable, experts: Sequence[int]) -> None:
         """Read experts of a layer before anything is computed, without counting hits and misses.
@@ -264,6 +298,11 @@ class Pool:
             self._free += idle
         else:
             self._staging.give_back(idle)
+
+
+def _landings(slabs: Mapping[str, Slab], slots: int) -> list[list[memoryview]]:
+    """The buffers of each slot."""
+    return [[slab.landing(slot) for slab in slabs.values()] for slot in range(slots)]
 
 
 def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:
