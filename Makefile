@@ -7,7 +7,7 @@ EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test check fuzz
+.PHONY: demo test soak fuzz check
 
 demo: .venv/installed $(DEMO)/config.json
 	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?" --max-tokens 64
@@ -15,6 +15,9 @@ demo: .venv/installed $(DEMO)/config.json
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -q -m soak -s
 
 check: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[check]"

@@ -20,6 +20,8 @@ from mlx_lm.utils import _get_classes, quantize_model, save_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flashmoe_mlx.atomic import replacing
+
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -78,6 +80,7 @@ def write_checkpoint(
         seed (int): of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # written last: without it a folder is no model
     mx.random.seed(seed)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -91,7 +94,8 @@ def write_checkpoint(
     _write_shards(folder, weights, shards)
     tokenizer = _train_tokenizer(config["vocab_size"])
     tokenizer.save_pretrained(folder)
-    save_config(config | {"eos_token_id": tokenizer.eos_token_id}, folder / "config.json")
+    with replacing(folder / "config.json") as unfinished:
+        save_config(config | {"eos_token_id": tokenizer.eos_token_id}, unfinished)
 
 
 def _fill_zeros(model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
+from flashmoe_mlx.atomic import replacing
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,10 +23,11 @@ def record(name: str, figures: dict[str, Any]) -> None:
     line |= {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "python": platform.python_version()}
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
-    first = not path.exists()
-    with path.open("a", newline="") as file:
+    before = path.read_text() if path.exists() else ""
+    with replacing(path) as unfinished, unfinished.open("w", newline="") as file:
+        file.write(before)
         writer = csv.DictWriter(file, line, lineterminator="\n")
-        if first:
+        if not before:
             writer.writeheader()
         writer.writerow(line)
 

@@ -1,18 +1,23 @@
 """How many slots the memory allows, and which layers share them."""
 
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import psutil
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.slab import row_nbytes
 
 _SHARED_SLOTS = 32  # of a pool that serves many layers: room for a few tokens' experts of one layer
+_RESERVE = 32  # of all memory, one part: what stays free, and what MLX may keep for itself
 _CHUNKS = (512, 8192)  # the fewest and the most tokens of a prompt at a time
 
 
@@ -88,6 +93,65 @@ def spare_memory(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:
     return total if total <= room - free // 10 else max(0, room // 2)
 
 
+class Pressure:
+    """Tells how many slots pools may keep while the machine's free memory goes up and down. One for a model.
+
+    Where less than a reserve is free, pools give slots back, all in proportion, until twice the reserve is; once four
+    times the reserve is free, they may have them again.
+
+    Args:
+        pools (Sequence[Pool]): those that follow it.
+        fewest (int): slots that none goes below.
+        probe (Callable, optional): tells the bytes of free memory and of all memory. Default: the machine's.
+        seconds (float): between two looks. Default: 2.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        fewest: int,
+        probe: Callable[[], tuple[int, int]] | None = None,
+        seconds: float = 2,
+    ):
+        self._pools = pools
+        self._fewest = fewest
+        self._probe = probe or _free_and_total
+        self._seconds = seconds
+        self._next = 0.0
+        self._share = 1.0
+
+    def slots(self, pool: Pool) -> int:
+        """How many slots a pool should have now."""
+        now = time.perf_counter()
+        if now >= self._next:
+            self._next = now + self._seconds
+            self._look()
+        return self._wanted(pool)
+
+    def _wanted(self, pool: Pool) -> int:
+        return min(pool.planned, max(self._fewest, int(pool.planned * self._share)))
+
+    def _look(self) -> None:
+        free, total = self._probe()
+        reserve = total // _RESERVE
+        free += sum((pool.slots - self._wanted(pool)) * pool.slot_nbytes for pool in self._pools)  # soon, they follow
+        if free < reserve or (self._share < 1 and free > 4 * reserve):
+            planned = sum(pool.planned * pool.slot_nbytes for pool in self._pools)
+            self._share = min(1.0, max(0.0, self._share + (free - 2 * reserve) / planned))
+
+
+def limit_cache() -> None:
+    """Let MLX give freed memory back to the OS rather than keep it; a part of it stays for the next step's arrays."""
+    limit = psutil.virtual_memory().total // _RESERVE
+    if (before := mx.set_cache_limit(limit)) < limit:
+        mx.set_cache_limit(before)
+
+
+def _free_and_total() -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
 def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
     """Refuse what would have to be swapped.
 
@@ -105,6 +169,45 @@ def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
             f"{_gb(slots_nbytes)} for experts and {_gb(trunk_nbytes)} for the trunk do not fit into the {_gb(free)} "
             f"that are free: choose a ram_budget below {_gb(free - trunk_nbytes)}"
         )
+
+
+def refuse_context(tokens: int, token_nbytes: float) -> None:
+    """Refuse a context whose KV cache would have to be swapped.
+
+    Raises:
+        MemoryError: it is larger than the free memory.
+    """
+    free = free_memory()
+    if tokens * token_nbytes > free:
+        raise MemoryError(
+            f"the KV cache of {tokens:,} tokens needs {_gb(tokens * token_nbytes)} and {_gb(free)} are free: "
+            "shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size) or smaller ones (--kv-bits 8)"
+        )
+
+
+def kv_token_nbytes(config: Mapping[str, Any], layers: int, itemsize: int) -> int:
+    """Bytes that each token of the context needs for good, at least. More only where a family has wider layers.
+
+    Args:
+        config (Mapping): config.json.
+        layers (int): how many remember every token, see :func:`growing_layers`.
+        itemsize (int): bytes of a value as it is computed.
+    """
+    config = config.get("text_config") or config
+    if rank := config.get("kv_lora_rank"):
+        values = rank + config.get("qk_rope_head_dim", 0)
+    else:
+        heads = config.get("num_attention_heads") or 1
+        width = config.get("head_dim") or config.get("hidden_size", 0) // heads
+        values = 2 * (config.get("num_key_value_heads") or heads) * width
+    return int(layers * values * itemsize)
+
+
+def growing_layers(model: nn.Module) -> int:
+    """How many layers of a model remember every token; others have a window or a state."""
+    caches = make_prompt_cache(model)
+    caches = [each for cache in caches for each in (cache.caches if isinstance(cache, CacheList) else [cache])]
+    return sum(type(cache) is KVCache for cache in caches)
 
 
 def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
@@ -151,5 +254,5 @@ def prefill_token_nbytes(
     return values * itemsize
 
 
-def _gb(nbytes: int) -> str:
+def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB"

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx_lm
@@ -12,6 +14,8 @@ import mlx_lm
 from flashmoe_mlx.checkpoint import find_folder, read_config
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.model import Streaming, load
+
+_HEARING = 0.7  # seconds that the main thread has for an interrupt
 
 
 def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,12 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="Reads under way at once (default: 16)",
+    )
+    group.add_argument(
+        "--read-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="How long a read may bring nothing before the run ends with an error (default: 60)",
     )
     group.add_argument(
         "--lookahead",
@@ -71,18 +81,51 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit code 1, Ctrl-C into 130, and a closed pipe into silence."""
     try:
-        yield
-        sys.stdout.flush()
+        with _prompt_interrupts():
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read us has gone; Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending; a second one would only add a traceback
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MLX's own are RuntimeErrors
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _prompt_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process within a second, even if the main thread is inside MLX and does not hear it."""
+    if threading.current_thread() is not threading.main_thread():  # whose signals these are
+        yield
+        return
+    over = threading.Event()
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := os.read(ear, 1):
+            if number[0] == signal.SIGINT and not over.wait(_HEARING):
+                with suppress(OSError, ValueError):
+                    sys.stdout.flush()
+                    print("\ninterrupted", file=sys.stderr, flush=True)
+                os._exit(130)
+        os.close(ear)
+
+    threading.Thread(target=listen, name="interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(mouth)
 
 
 def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -121,7 +164,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
         parser.set_defaults(**config.sampling)
         args = parser.parse_args(argv)
-    own = ("ram_budget", "experts_per_token", "read_threads", "lookahead", "warm_start", "manifest")
+    own = ("ram_budget", "experts_per_token", "read_threads", "read_timeout", "lookahead", "warm_start", "manifest")
     return args, config.override(**{name: getattr(args, name) for name in own})
 
 

@@ -23,6 +23,7 @@ class Config:
         experts_per_token (int, optional): routed experts a token uses. ``None`` is the checkpoint's own number, the
             one the model was trained with; fewer read less and change the output.
         read_threads (int): reads under way at once; copies from the page cache take no more than there are cores.
+        read_timeout (float): seconds that a read may bring nothing before the request fails.
         lookahead (bool): read what the next layer's router would choose now, while this layer computes.
         warm_start (str, optional): a file with the experts to begin with; see ``Streaming.save_residents``.
         manifest (str, optional): a file that ``flashmoe_mlx.verify`` wrote; each streamed expert is compared with it
@@ -37,6 +38,7 @@ class Config:
     ram_budget: int | Literal["auto"] = 0
     experts_per_token: int | None = None
     read_threads: int = 16
+    read_timeout: float = 60
     lookahead: bool = False
     warm_start: str | None = None
     manifest: str | None = None
@@ -49,6 +51,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1 on")
+        if not isinstance(self.read_timeout, int | float) or not self.read_timeout > 0:
+            raise ValueError(f"read_timeout is {self.read_timeout!r}: it must be a number of seconds above 0")
         if not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
         for name in ("warm_start", "manifest"):

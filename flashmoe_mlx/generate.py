@@ -57,11 +57,12 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
     def generate(model: Any, tokenizer: Any, prompt: Any, *, prefill_step_size: int | None, **options: Any) -> str:
         if restored is not None:
             restored.refuse_other_model(model, args.adapter_path)
+        tokens = len(prompt) + max(0, args.max_tokens)
+        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits)
         step = prefill_step_size or model.streaming.prefill_step_size
         progress = PromptProgress()
-        text: str = mlx_lm.generate(
-            model, tokenizer, prompt, prefill_step_size=step, prompt_progress_callback=progress, **options
-        )
+        say = mlx_lm.generate if args.verbose else _generate_silently
+        text: str = say(model, tokenizer, prompt, prefill_step_size=step, prompt_progress_callback=progress, **options)
         finish(model.streaming, config, args.verbose)
         return text
 
@@ -73,6 +74,18 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
         generate=generate,
     ):
         _mlx_generate().main()
+
+
+def _generate_silently(model: Any, tokenizer: Any, prompt: Any, *, verbose: bool, **options: Any) -> str:
+    """mlx_lm.generate, whose text mlx_lm's main() prints at the end; or here, if it does not come to that."""
+    text = ""
+    try:
+        for response in mlx_lm.stream_generate(model, tokenizer, prompt, **options):
+            text += response.text
+    except BaseException:
+        print(text)
+        raise
+    return text
 
 
 def _mlx_generate() -> ModuleType:

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.lookahead import Lookahead
 from flashmoe_mlx.pool import Pool
+from flashmoe_mlx.slab import Slab, return_freed_memory
 
 
 class Fence:
@@ -77,6 +79,8 @@ class StreamedSwitchGLU(nn.Module):
         hidden (int): width of the experts' input. A block may project its own to it.
         start_early (Callable, optional): launches what needs ``x`` and no experts, before experts are read.
         lookahead (Lookahead, optional): guesses what the next layer will need.
+        slots_now (Callable, optional): tells how many slots the pool should have, if that may change. Only for a pool
+            that no other layer uses.
     """
 
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
@@ -84,11 +88,13 @@ class StreamedSwitchGLU(nn.Module):
         self.hidden: int = (switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2).output_dims
         self.start_early: Callable[[mx.array], None] | None = None
         self.lookahead: Lookahead | None = None
-        switch.update(tree_unflatten([(name, slab.array) for name, slab in pool.slabs.items()]))
-        self._experts = Experts(switch)  # not the switch: as a module it would make the slabs parameters of the model
+        self.slots_now: Callable[[Pool], int] | None = None
+        # Not the switch itself: as a module it would make the slabs parameters of the model.
+        self._experts_on = partial(_experts_on, switch)
         self._table = table
         self._pool = pool
         self._fence = fence
+        self._bind()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Apply the routed experts.
@@ -101,7 +107,7 @@ class StreamedSwitchGLU(nn.Module):
             mx.array: ``[..., experts_per_token, hidden]``, computed in the background.
 
         Raises:
-            OSError: an expert could not be read.
+            ReadError: an expert could not be read; the next call works.
         """
         guess = self.lookahead.guess(x) if self.lookahead else None
         asked = [indices] if guess is None else [indices, guess]
@@ -111,12 +117,26 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.wait(*asked)  # the only host sync of the layer
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         needed = sorted(set(pairs))
+        self._fit(needed)
         experts = self._experts.function(x, indices)
         waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
         y = self._compute(experts, x, indices.shape, pairs, waves)
         if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
             self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))
         return y
+
+    def _fit(self, needed: list[int]) -> None:
+        """Follow the machine's memory, while every slot is idle."""
+        if self.slots_now is not None and (slots := self.slots_now(self._pool)) != self._pool.slots:
+            self._pool.resize(slots, self._table, needed)
+        if self._moves != self._pool.moves:  # not only after what was just done: that may have been interrupted
+            self._bind()
+            return_freed_memory()
+
+    def _bind(self) -> None:
+        """Compute with the pool's slabs."""
+        self._experts = self._experts_on(self._pool.slabs)
+        self._moves = self._pool.moves
 
     def _compute(
         self, experts: ExpertFunction, x: mx.array, shape: tuple[int, ...], pairs: list[int], waves: list[list[int]]
@@ -148,6 +168,11 @@ class StreamedSwitchGLU(nn.Module):
         self._fence.hold(output for output, _ in running)
         places = np.argsort([pair for part in parts for pair in part])
         return mx.concatenate(outputs)[mx.array(places)].reshape(*shape, -1)
+
+
+def _experts_on(switch: nn.Module, slabs: Mapping[str, Slab]) -> Experts:
+    switch.update(tree_unflatten([(name, slab.array) for name, slab in slabs.items()]))
+    return Experts(switch)
 
 
 def _launch(experts: ExpertFunction, x: mx.array, slots: list[int], shape: tuple[int, ...]) -> mx.array:

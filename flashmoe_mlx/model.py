@@ -15,11 +15,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from flashmoe_mlx.budget import (
+    Pressure,
     experts_nbytes,
     free_memory,
+    growing_layers,
+    kv_token_nbytes,
+    limit_cache,
     plan,
     prefill_step_size,
     prefill_token_nbytes,
+    refuse_context,
     refuse_excess,
     slot_nbytes,
     spare_memory,
@@ -69,6 +74,7 @@ class Streaming:
         prefill_step_size (int): tokens of a prompt to process at a time with the memory that was free. The commands
             use it; from Python pass it on, e.g. to ``mlx_lm.generate(...,
             prefill_step_size=model.streaming.prefill_step_size)``, because mlx-lm's own default is always 2048.
+        kv_token_nbytes (int): bytes that each token of a context needs in the KV cache.
     """
 
     counters: Counters
@@ -79,6 +85,7 @@ class Streaming:
     experts_nbytes: int
     pools: tuple[Pool, ...]
     prefill_step_size: int
+    kv_token_nbytes: int
 
     def save_residents(self, path: str | Path) -> None:
         """Write which experts are in memory, for a ``warm_start`` of the next run.
@@ -87,6 +94,18 @@ class Streaming:
             OSError: the file cannot be written.
         """
         save_residents(path, self.pools)
+
+    def refuse_context(self, tokens: int, kv_bits: int | None = None) -> None:
+        """Refuse a context that memory cannot hold, as the commands do before they begin.
+
+        Args:
+            tokens (int): of prompt and answer.
+            kv_bits (int, optional): of a quantised KV cache. Default: ``None``, it is not.
+
+        Raises:
+            MemoryError: the KV cache of so many tokens does not fit into free memory.
+        """
+        refuse_context(tokens, self.kv_token_nbytes * (1 if kv_bits is None else kv_bits / 32))
 
     def memory(self) -> str:
         """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
@@ -97,6 +116,8 @@ class Streaming:
         """The ``Experts:`` line."""
         all_resident = self.slots_nbytes == self.experts_nbytes
         line = f"Experts: {'all in memory' if all_resident else self.counters.summary()}"
+        if given_back := sum((pool.planned - pool.slots) * pool.slot_nbytes for pool in self.pools):
+            line += f", {given_back / 1e9:.2f} GB given back because memory ran short"
         if self.experts_per_token != self.native_experts_per_token:
             line += f", {self.experts_per_token} experts per token instead of {self.native_experts_per_token}"
         return line
@@ -238,23 +259,24 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     ram_budget = spare_memory(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
     shares = plan(tables, ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
-    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget))
+    streamed = [share for share in shares if not share.all_resident]
+    place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_staging() else 0
+    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _STAGED_EXPERTS * place_nbytes)
     down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
     token_nbytes = prefill_token_nbytes(
         checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=_itemsize(model)
     )
+    kv_token = kv_token_nbytes(checkpoint.config, growing_layers(model), _itemsize(model))
     step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
+    limit_cache()
     counters = Counters()
-    reader = Reader(checkpoint.files, config.read_threads, counters)
+    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
     first_reads = None
     if config.manifest is not None:
         first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
     fence = Fence(counters)
-    streamed = [share for share in shares if not share.all_resident]
-    staging = None
-    if streamed and needs_staging():
-        staging = Staging(max(slot_nbytes(share.tables[0]) for share in streamed), _STAGED_EXPERTS)
+    staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
     replaced: list[tuple[str, nn.Module]] = []
     places: dict[str, tuple[ExpertTable, Pool]] = {}
     for share in shares:
@@ -269,12 +291,17 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     if config.lookahead and top_k:
         ordered = {table.layer: places.get(table.layer) for table in tables}
         _look_ahead(model, layers, ordered, top_k, _hidden(checkpoint.config))
+    if not needs_staging():  # where the GPU shares the memory of the host
+        own = [share.tables[0].layer for share in streamed if len(share.tables) == 1]
+        pressure = Pressure([places[layer][1] for layer in own], max(1, top_k))
+        for layer in own:
+            layers[layer].slots_now = pressure.slots
     model.update_modules(tree_unflatten([*replaced, *layers.items()]))
     if config.warm_start is not None:
         load_residents(config.warm_start, places)
     pools = tuple({id(pool): pool for _, pool in places.values()}.values())
     return Streaming(
-        counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools, step_size
+        counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools, step_size, kv_token
     )
 
 

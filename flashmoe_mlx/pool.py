@@ -1,7 +1,7 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.manifest import FirstReads
 from flashmoe_mlx.reader import Reader
-from flashmoe_mlx.slab import Slab
+from flashmoe_mlx.slab import Slab, row_nbytes
 from flashmoe_mlx.staging import Staging
 
 _STAGED_AT_ONCE = 5  # experts; half of what a token of the 397B model needs
@@ -48,6 +48,12 @@ class Pool:
         staging (Staging, optional): where bytes land whose slots are out of the host's reach. Default: ``None``, they
             land in the slots.
         first_reads (FirstReads, optional): compares experts with a manifest before they are here. Default: ``None``.
+
+    Attributes:
+        slabs (dict[str, Slab]): the memory of the slots, by parameter.
+        planned (int): how many slots it began with.
+        slot_nbytes (int): bytes of a slot.
+        moves (int): how often :meth:`resize` has put other slabs in the place of these.
     """
 
     def __init__(
@@ -59,18 +65,26 @@ class Pool:
         staging: Staging | None = None,
         first_reads: FirstReads | None = None,
     ):
-        self.slots = slots
+        self.planned = slots
+        self.slot_nbytes = sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+        self.moves = 0
+        self._slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
         self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
-        landing_slots = range(slots) if staging is None else ()
-        self._rows = [[slab.landing(slot) for slab in self.slabs.values()] for slot in landing_slots]
+        self._rows = _landings(self.slabs, slots) if staging is None else []
         self._reader = reader
         self._counters = counters
         self._staging = staging
         self._first_reads = first_reads
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # oldest first
         self._free = list(range(slots))
+        self._withheld: list[tuple[int, Sequence[memoryview]]] = []  # slots or places, while a stuck read may end
         self._arrival: Arrival | None = None
+
+    @property
+    def slots(self) -> int:
+        """How many experts fit."""
+        return self._slots - (len(self._withheld) if self._staging is None else 0)
 
     @property
     def expert_nbytes(self) -> int:
@@ -94,6 +108,7 @@ class Pool:
             together (bool): make it one wave, if all of them fit.
         """
         self._arrive(table, experts)
+        self._reclaim()
         fit = len(experts) <= self.slots
         if together and fit:
             return [list(experts)]
@@ -117,7 +132,9 @@ class Pool:
             dict[int, int]: the slot of each expert.
 
         Raises:
-            OSError: an expert could not be read. Then none of the missing ones is here.
+            ReadError: an expert could not be read. Then none of the missing ones is here.
+            OSError: too many slots wait for reads that are stuck.
+            RuntimeError: an NVIDIA GPU's driver refuses a copy.
         """
         self._arrive(table, experts)
         missing = self._missing(table, experts)
@@ -145,18 +162,44 @@ class Pool:
             landing = self._land(self._vacate(len(missing)))
             try:
                 wait = self._reader.start(_reads(table, missing, landing))
+                self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
             except BaseException:
-                self._free += landing.slots
-                self._leave([landing])
+                self._release(landing.slots, [landing])
                 raise
-            self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
+
+    def resize(self, slots: int, table: ExpertTable, needed: Sequence[int]) -> None:
+        """Have more slots or fewer, in new memory; if fewer, the experts leave that were used least recently.
+
+        Nothing may be reading a slot, and whoever computes with ``slabs`` has to take the new ones. While a stuck read
+        may write to a slot, nothing happens.
+
+        Args:
+            slots (int): how many.
+            table (ExpertTable): of the layer that is about to fetch.
+            needed (Sequence[int]): the experts that it is about to fetch.
+        """
+        self._arrive(table, needed)
+        self._reclaim()
+        if slots == self._slots or self._withheld:
+            return
+        kept = list(self._slot_of.items())[-slots:]
+        slabs = {name: slab.moved([slot for _, slot in kept], slots) for name, slab in self.slabs.items()}
+        rows = _landings(slabs, slots) if self._staging is None else []
+        slot_of = OrderedDict((key, slot) for slot, (key, _) in enumerate(kept))
+        free = list(range(len(kept), slots))
+        moves = self.moves + 1
+        # At once, because an interrupt that came between would leave experts in slots that are not theirs.
+        self.slabs, self._rows, self._slot_of, self._free, self._slots, self.moves = (
+            slabs, rows, slot_of, free, slots, moves
+        )  # fmt: skip
 
     def load(self, table: ExpertTable, experts: Sequence[int]) -> None:
         """Read experts of a layer before anything is computed, without counting hits and misses.
 
         Raises:
-            OSError: an expert could not be read.
+            ReadError: an expert could not be read.
         """
+        self._reclaim()
         self._fill(table, self._missing(table, experts))
 
     def _missing(self, table: ExpertTable, experts: Sequence[int]) -> list[int]:
@@ -180,11 +223,10 @@ class Pool:
                 landings.append(self._land(slots[first : first + step]))
                 self._read(table, experts[first : first + step], landings[-1])
                 self._settle(landings[-1])  # on its way to the GPU while the next are read
-        except BaseException:
-            self._free += slots  # after a failed read they are still free
-            raise
-        finally:
             self._leave(landings)
+        except BaseException:
+            self._release(slots, landings)
+            raise
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
     def _read(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> None:
@@ -216,13 +258,12 @@ class Pool:
                 for (layer, expert), buffers in zip(keys, landing.buffers, strict=True):
                     self._first_reads.check(layer, expert, buffers)
             self._settle(landing)
+            self._leave([landing])
         except BaseException as error:
-            self._free += landing.slots
+            self._release(landing.slots, [landing])
             if isinstance(error, OSError):  # whoever needs it reads it again, and is told
                 return
             raise
-        finally:
-            self._leave([landing])
         self._slot_of.update(zip(keys, landing.slots, strict=True))
         wanted = {(table.layer, expert) for expert in needed}
         wasted = [key for key in keys if key not in wanted]
@@ -234,6 +275,8 @@ class Pool:
     def _vacate(self, count: int) -> list[int]:
         """Take that many slots, from experts if need be."""
         while len(self._free) < count:
+            if not self._slot_of:
+                raise OSError(f"{count} experts need slots, and {len(self._withheld)} wait for reads that are stuck")
             _, slot = self._slot_of.popitem(last=False)
             self._free.append(slot)
             self._counters.evictions += 1
@@ -264,6 +307,33 @@ class Pool:
             for landing in landings:
                 self._staging.give_back(landing.places)
             landings.clear()
+
+    def _release(self, slots: Sequence[int], landings: Sequence[Landing]) -> None:
+        """Free what a failed read was to fill."""
+        if self._staging is None:
+            self._withheld += [(slot, self._rows[slot]) for slot in slots]
+        else:
+            self._free += slots  # the host does not write there
+            self._staging.finish()
+            for landing in landings:
+                self._withheld += zip(landing.places, landing.buffers, strict=True)
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Free what was withheld and is not written to any more."""
+        if not self._withheld:
+            return
+        idle = {number for number, buffers in self._withheld if not self._reader.writes(buffers)}
+        self._withheld = [(number, buffers) for number, buffers in self._withheld if number not in idle]
+        if self._staging is None:
+            self._free += idle
+        else:
+            self._staging.give_back(idle)
+
+
+def _landings(slabs: Mapping[str, Slab], slots: int) -> list[list[memoryview]]:
+    """The buffers of each slot."""
+    return [[slab.landing(slot) for slab in slabs.values()] for slot in range(slots)]
 
 
 def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:

@@ -24,11 +24,14 @@ def save_prompt_cache(path: Path, cache: list[Any], metadata: dict[str, str]) ->
         metadata (dict[str, str]): what to keep with it.
 
     Raises:
-        OSError: the file cannot be made.
-        RuntimeError: it cannot be written, e.g. because the disk is full.
+        OSError: the file cannot be written, e.g. because the disk is full.
     """
-    with replacing(path) as unfinished:
-        mlx_cache.save_prompt_cache(str(unfinished), cache, metadata)
+    try:
+        with replacing(path) as unfinished:
+            mlx_cache.save_prompt_cache(str(unfinished), cache, metadata)
+    except RuntimeError as error:  # how MLX says so
+        nbytes = sum(item.nbytes for item in cache)
+        raise OSError(f"cannot write {path}: {error}. It needs {nbytes / 1e6:.1f} MB: make room on the disk") from error
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Memory for experts: dense arrays whose rows files are read into, in place."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
@@ -43,9 +45,19 @@ class Slab:
         self._words = mx.zeros((slots, *shape), _WORDS[dtype.size])
         self.array = self._words.view(dtype)
         mx.eval(self._words, self.array)
+        self._shape = shape
         self._stored = stored
         self._row_nbytes = row_nbytes(shape, stored)
         self.landing_nbytes = prod(shape) * stored.size
+
+    def moved(self, slots: Sequence[int], count: int) -> Self:
+        """A slab with ``count`` rows, the first of which hold what these ``slots`` hold."""
+        slab = type(self)(0, self._shape, self._stored)
+        rows = [*slots, *([0] * (count - len(slots)))]
+        slab._words = self._words[mx.array(rows, mx.uint32)]
+        slab.array = slab._words.view(self.array.dtype)
+        mx.eval(slab._words, slab.array)
+        return slab
 
     def landing(self, slot: int) -> memoryview:
         """Where the file's bytes for ``slot`` go: its row, or the row's end if they are to be widened."""
@@ -78,6 +90,14 @@ class Slab:
             words <<= 16
         else:
             np.frombuffer(row, np.float32)[...] = np.frombuffer(self.landing(slot), np.float16)
+
+
+def return_freed_memory() -> None:
+    """Give the OS what MLX and the C library keep of arrays that are gone."""
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what it thinks small, up to 32 MB
+    if trim is not None:
+        trim(0)
 
 
 def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype) -> int:

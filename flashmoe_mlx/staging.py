@@ -1,7 +1,8 @@
 """Host memory for bytes on their way to an NVIDIA GPU, whose memory files cannot be read into."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,25 +24,21 @@ class Staging:
 
     Raises:
         MemoryError: the driver does not give the memory.
+        RuntimeError: it refuses something else.
     """
 
     def __init__(self, place_nbytes: int, places: int):
         device = ctypes.c_int()
         self._context = ctypes.c_void_p()
         self._stream = ctypes.c_void_p()
-        memory = ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(device), 0)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)  # the one that MLX uses
         self._call("cuCtxSetCurrent", self._context)
         self._call("cuStreamCreate", ctypes.byref(self._stream), 1)  # does not wait for MLX's streams
-        nbytes = place_nbytes * places
-        try:
-            self._call("cuMemHostAlloc", ctypes.byref(memory), ctypes.c_size_t(nbytes), 0)
-        except RuntimeError as error:
-            raise MemoryError(f"no {nbytes / 1e6:.0f} MB of page-locked memory: {error}") from error
-        self._address: int = memory.value or 0
-        self._bytes = memoryview((ctypes.c_char * nbytes).from_address(self._address)).cast("B")
+        memory = self._allocate(place_nbytes * places)
+        self._address = ctypes.addressof(memory)
+        self._bytes = memoryview(memory).cast("B")
         self._place_nbytes = place_nbytes
         self._free = list(range(places))
 
@@ -60,7 +57,11 @@ class Staging:
         return place, buffers
 
     def copy(self, place: int, sizes: Sequence[int], addresses: Sequence[int]) -> None:
-        """Copy the buffers of a place to the GPU, each to its address; done once :meth:`finish` returns."""
+        """Copy the buffers of a place to the GPU, each to its address; done once :meth:`finish` returns.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
         self._call("cuCtxSetCurrent", self._context)  # of this thread
         begin = self._address + place * self._place_nbytes
         for size, address in zip(sizes, addresses, strict=True):
@@ -69,17 +70,42 @@ class Staging:
             begin += size
 
     def finish(self) -> None:
-        """Wait for all copies."""
+        """Wait for all copies.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
         self._call("cuStreamSynchronize", self._stream)
 
-    def give_back(self, places: Sequence[int]) -> None:
+    def give_back(self, places: Iterable[int]) -> None:
         """Say that places are free again."""
         self._free += places
 
+    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        """Page-locked memory, given back once nobody has a view of it."""
+        address = ctypes.c_void_p()
+        try:
+            self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
+        except RuntimeError as error:
+            raise MemoryError(f"no {nbytes / 1e6:.0f} MB of page-locked memory: {error}") from error
+        memory = (ctypes.c_char * nbytes).from_address(address.value or 0)
+        weakref.finalize(memory, _free, self._context, self._stream, address).atexit = False  # it ends with the process
+        return memory
+
     def _call(self, name: str, *arguments: Any) -> None:
-        function: Callable[..., int] = getattr(_driver(), name)
-        if error := function(*arguments):
-            raise RuntimeError(f"the CUDA driver refuses {name}: error {error}")
+        _call(name, *arguments)
+
+
+def _free(context: ctypes.c_void_p, stream: ctypes.c_void_p, address: ctypes.c_void_p) -> None:
+    _call("cuCtxSetCurrent", context)
+    _call("cuStreamDestroy_v2", stream)
+    _call("cuMemFreeHost", address)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    function: Callable[..., int] = getattr(_driver(), name)
+    if error := function(*arguments):
+        raise RuntimeError(f"the CUDA driver refuses {name}: error {error}")
 
 
 @cache

@@ -254,6 +254,7 @@ def test_every_flag_of_mlx_lm() -> None:
         "--ram-budget",
         "--experts-per-token",
         "--read-threads",
+        "--read-timeout",
         "--lookahead",
         "--warm-start",
         "--manifest",

@@ -115,8 +115,17 @@ def test_every_flag_of_mlx_lm() -> None:
         option for action in generate._mlx_generate().setup_arg_parser()._actions for option in action.option_strings
     }
     ours = {option for action in generate.setup_arg_parser()._actions for option in action.option_strings}
-    memory = {"--ram-budget", "--experts-per-token", "--read-threads", "--lookahead", "--warm-start"}
-    assert ours - stock == memory | {"--manifest", "--config"}
+    own = {
+        "--ram-budget",
+        "--experts-per-token",
+        "--read-threads",
+        "--read-timeout",
+        "--lookahead",
+        "--warm-start",
+        "--manifest",
+        "--config",
+    }
+    assert ours - stock == own
     assert stock <= ours
 
 
@@ -132,6 +141,7 @@ def test_every_flag_of_mlx_lm() -> None:
         (["--model", "MODEL", "--config", "fastest"], "choose from exact, flash"),
         (["--model", "MODEL", "--config", "nowhere.toml"], "no such config file"),
         (["--model", "MODEL", "--read-threads", "0"], "read_threads is 0"),
+        (["--model", "MODEL", "--read-timeout", "0"], "read_timeout is 0.0"),
         (["--model", "MODEL", "--prefill-step-size", "0"], "prefill_step_size is 0"),
         (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),
     ],

@@ -56,3 +56,35 @@ def test_trunk_and_slots_only(folder: Path, share: float) -> None:
     tokenizer = sum(file.stat().st_size for file in folder.glob("*") if file.suffix != ".safetensors")
     assert trunk < read < 1.05 * (trunk + tokenizer)
     assert peak < 1.15 * (trunk + slots)
+
+
+SHRINKING = """
+import json, sys
+import mlx_lm.generate
+import psutil
+from flashmoe_mlx import budget
+from flashmoe_mlx.model import load
+
+free = [10**12]
+budget._free_and_total = lambda: (free[0], 32 * 10**9)
+model, tokenizer = load(sys.argv[1], ram_budget=400_000_000)
+for _, layer in model.named_modules():
+    if getattr(layer, "slots_now", None):
+        layer.slots_now.__self__._seconds = 0
+
+def held(available):
+    free[0] = available
+    text = mlx_lm.generate(model, tokenizer, "What is a heron?", max_tokens=20)
+    return psutil.Process().memory_info().rss, text
+
+print(json.dumps([held(10**12), held(0), held(10**12)]))
+"""
+
+
+def test_shrunk_pools_give_their_pages_back(folder: Path) -> None:
+    (before, text), (less, same), (after, again) = json.loads(
+        subprocess.check_output([sys.executable, "-c", SHRINKING, str(folder)])
+    )
+    assert text == same == again
+    assert before - less > 250e6  # of 400 MB a token's experts stay
+    assert after - less > 250e6

@@ -1,6 +1,10 @@
 """Whatever is asked of a pool, it keeps what was used last and holds the right bytes."""
 
 import ctypes
+import errno
+import os
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.reader import Reader, ReadError
 from flashmoe_mlx.staging import Staging
 from tests.disk import content, write_experts
 
@@ -37,14 +42,11 @@ def tables(file: Path) -> list[ExpertTable]:
 class HostStaging(Staging):
     """Staging without a GPU: the driver's copy is the C library's."""
 
-    def __init__(self, place_nbytes: int, places: int):
-        self._memory = (ctypes.c_char * (place_nbytes * places))()
-        super().__init__(place_nbytes, places)
+    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        return (ctypes.c_char * nbytes)()
 
     def _call(self, name: str, *arguments: Any) -> None:
-        if name == "cuMemHostAlloc":
-            arguments[0]._obj.value = ctypes.addressof(self._memory)
-        elif name == "cuMemcpyHtoDAsync_v2":
+        if name == "cuMemcpyHtoDAsync_v2":
             ctypes.memmove(*arguments[:3])
 
 
@@ -148,20 +150,29 @@ def test_lookahead_is_counted(file: Path, tables: list[ExpertTable]) -> None:
     assert pool.residents == [("0", 0), ("1", 1), ("1", 3), ("1", 4)]
 
 
-def test_failed_lookahead_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "experts.bin"
-    tables = write_experts(file, 1, 8)
+def fail_at(span: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the device fail wherever a read touches this span."""
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if offset < span.offset + span.nbytes and span.offset < offset + sum(map(len, buffers)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", read)
+
+
+def test_failed_lookahead_is_read_again(file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(3, file, tables)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: tables[0].spans[5][0].offset + 1])
-    for _ in range(3):
-        pool.expect(tables[0], [4, 5], busy=0)
-        assert pool.fetch(tables[0], [4]).keys() == {4}  # the failure of another is no harm
-        pool.expect(tables[0], [5], busy=0)
-        with pytest.raises(OSError, match="truncated"):
-            pool.fetch(tables[0], [5])
-    file.write_bytes(whole)
-    assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [4, 5, 6]).items())
+    with monkeypatch.context() as patch:
+        fail_at(tables[0].spans[5][0], patch)
+        for _ in range(3):
+            pool.expect(tables[0], [3, 5], busy=0)
+            assert pool.fetch(tables[0], [3]).keys() == {3}  # the failure of another is no harm
+            pool.expect(tables[0], [5], busy=0)
+            with pytest.raises(ReadError, match="Input/output error"):
+                pool.fetch(tables[0], [5])
+    assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [3, 4, 5]).items())
 
 
 def test_interrupted_lookahead_loses_no_slots(
@@ -198,19 +209,60 @@ def test_counters(file: Path, tables: list[ExpertTable]) -> None:
     assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 5, 1, 5 * 44)
 
 
-def test_failed_read_leaves_a_working_pool(tmp_path: Path) -> None:
-    file = tmp_path / "experts.bin"
-    tables = write_experts(file, 1, 8)
-    pool = make_pool(3, file, tables)
+@pytest.mark.parametrize("staged", [False, True])
+def test_failed_read_leaves_a_working_pool(
+    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(3, file, tables, HostStaging(44, 5) if staged else None)
     pool.fetch(tables[0], [0, 1, 2])
-    whole = file.read_bytes()
-    file.write_bytes(whole[: tables[0].spans[5][0].offset + 1])  # expert 4 is there, 5 only begins
-    for _ in range(3):  # no slot is lost, however often it fails
-        with pytest.raises(OSError, match="truncated"):
-            pool.fetch(tables[0], [4, 5])
-        # The two oldest have left, and neither of the new ones is here.
-        assert pool.waves(tables[0], range(8), together=True)[0] == [2]
-    file.write_bytes(whole)
-    fetched = pool.fetch(tables[0], [4, 5, 6])
+    with monkeypatch.context() as patch:
+        fail_at(tables[0].spans[5][0], patch)
+        for _ in range(3):  # no slot is lost, however often it fails
+            with pytest.raises(ReadError, match="Input/output error"):
+                pool.fetch(tables[0], [4, 5])
+            # The two oldest have left, and neither of the new ones is here.
+            assert pool.waves(tables[0], range(6), together=True)[0] == [2]
+    fetched = pool.fetch(tables[0], [3, 4, 5])
     assert sorted(fetched.values()) == [0, 1, 2]
     assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+    assert pool._staging is None or pool._staging.free == 5
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_slot_of_a_stuck_read_waits_for_it(
+    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may still be written to is not given to another expert; when the read is back, it is a slot again."""
+    counters = Counters()
+    reader = Reader([str(file)], 1, counters, timeout=0.1)
+    pool = Pool(3, tables[0], reader, counters, HostStaging(44, 5) if staged else None)
+    gate = threading.Event()
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if offset == tables[1].spans[3][0].offset:
+            if flags:
+                raise BlockingIOError
+            assert gate.wait(10)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(ReadError, match=r"no answer for 0.1 s .* of .*experts.bin"):
+        pool.fetch(tables[1], [3])
+    assert pool.slots == (3 if staged else 2)
+    assert pool._staging is None or pool._staging.free == 4
+    for experts in ([0, 1], [2, 3], [4, 5]):
+        fetched = pool.fetch(tables[0], experts)
+        assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+        assert len(pool.waves(tables[0], range(6), together=True)[0]) == len(pool.residents)
+    if not staged:
+        with pytest.raises(OSError, match="3 experts need slots, and 1 wait for reads that are stuck"):
+            pool.fetch(tables[0], [0, 1, 2])
+    gate.set()
+    deadline = time.monotonic() + 5
+    while pool._withheld:
+        assert time.monotonic() < deadline
+        pool.waves(tables[0], [], together=True)
+    assert pool.slots == 3
+    assert pool._staging is None or pool._staging.free == 5
+    assert all(holds(pool, slot, 1, expert) for expert, slot in pool.fetch(tables[1], [1, 2, 3]).items())

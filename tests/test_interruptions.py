@@ -1,0 +1,101 @@
+"""Ctrl-C, kills, full disks and neighbours: what was written stays whole, and nobody sees a traceback."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashmoe_mlx
+from tests.conftest import WriteFamily
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs children that can be killed")
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: WriteFamily) -> Path:
+    return checkpoint("qwen3_5_moe")
+
+
+def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, Any]]:
+    """See tests/forks.py."""
+    command = [sys.executable, "-m", "tests.forks", what, str(folder), str(model), str(count)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    runs: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
+    return runs
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.soak)])
+def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
+    """The text so far, one word, within a second; the file is the old one or the new one."""
+    (*runs,) = forks("interrupt", tmp_path, folder, count)
+    complete = {run["case"]: run["out"] for run in runs[:3]}
+    print(Counter(run["code"] for run in runs), "seconds at most:", max(run["seconds"] for run in runs[3:]))
+    assert all(run["code"] == 0 for run in runs[:3])
+    for run in runs[3:]:
+        assert run["seconds"] < 2  # one, and what a busy machine adds
+        assert run["manual"] != "mix"
+        assert not run["left"]
+        if run["code"] in (0, -2):  # it had ended, or was just leaving Python
+            assert run["err"] == "" and len(run["out"]) > 0.8 * len(complete[run["case"]])
+        else:
+            assert (run["code"], run["err"]) == (130, "\ninterrupted\n")
+            if run["case"] != "cache_prompt":
+                assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.soak)])
+def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
+    """Old or new content, never a mix; the next writer removes what is left over."""
+    runs = forks("kill", tmp_path, folder, count)
+    assert len(runs) == count + 1
+    assert all(run["code"] == -9 and run["whole"] for run in runs)
+    assert runs[-1]["left"] == []
+    print(f"{count} kills, {sum(bool(run['left']) for run in runs)} of them in the middle of a file")
+
+
+def test_full_disk(folder: Path, tmp_path: Path) -> None:
+    """The old file is as it was, nothing is left beside it, and the message names the file."""
+    *runs, command = forks("disk_full", tmp_path, folder, 1)
+    for run in runs:
+        assert (run["code"], run["err"]) == (0, "")
+        assert run["error"].startswith(f"cannot write {tmp_path}")
+        assert run["same"] and run["changed"] and run["left"] == []
+    assert (command["code"], command["left"]) == (1, [])
+    assert command["err"].startswith("error: cannot write") and command["err"].count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [2])
+def test_processes_on_one_folder(count: int, folder: Path, tmp_path: Path) -> None:
+    runs = forks("together", tmp_path, folder, count)
+    assert all((run["code"], run["err"]) == (0, "") for run in runs)
+    assert len({run["out"] for run in runs[::2]}) == 1
+    assert all(run["manual"] > 0 and run["residents"] == ["experts"] for run in runs)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="counts what is open")
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.soak)])
+def test_loads_leak_nothing(count: int, folder: Path) -> None:
+    """Neither files nor threads, nor when a load fails."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(list(Path("/dev/fd").iterdir())), threading.active_count()
+
+    def load() -> None:
+        model, _ = flashmoe_mlx.load(str(folder), ram_budget="1MB")
+        model.streaming.pools[0].load(model.layers[0].mlp.switch_mlp._table, [0, 1])  # starts threads
+
+    load()
+    before = held()
+    for _ in range(count):
+        load()
+        with pytest.raises(ValueError, match="experts_per_token"):
+            flashmoe_mlx.load(str(folder), experts_per_token=99)
+    assert held() == before
