@@ -32,7 +32,7 @@ from flashmoe_mlx.budget import (
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.early import Early
+from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
@@ -305,9 +305,7 @@ def _start_early(model: nn.Module, hidden: int | None) -> None:
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
         if streamed is not None and streamed.hidden == hidden and name is not None:
-            early = Early(block[name])
-            block.update_modules({name: early})
-            streamed.start_early = early.start
+            streamed.start_early = make_early(block[name]).start
 
 
 def _nbytes(module: nn.Module) -> int:
