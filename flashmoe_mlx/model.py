@@ -141,6 +141,10 @@ def load(
     The model is mlx-lm's own, so all of mlx-lm works on it, on one thread at a time. On a CPU it computes in float32,
     because MLX's CPU kernels are slow and inaccurate in half precision. Counters and sizes are at ``model.streaming``.
 
+    An expert that cannot be read ends the call with a ReadError, and the next call works. Layers with a part of their
+    experts in memory give slots back while the machine's memory runs short. MLX's cache limit is lowered to a 32nd of
+    all memory.
+
     Args:
         path_or_hf_repo (str): a folder, or a repository of the Hugging Face hub.
         tokenizer_config (dict, optional): extra settings for the tokenizer. Default: ``None``.

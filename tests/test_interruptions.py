@@ -43,7 +43,7 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
         assert run["manual"] != "mix"
         assert not run["left"]
         if run["code"] in (0, -2):  # it had ended, or was just leaving Python
-            assert run["err"] == "" and len(run["out"]) > 0.8 * len(complete[run["case"]])
+            assert run["err"] == "" and len(run["out"]) > 0.8 * len(complete[run["case"]]), run
         else:
             assert (run["code"], run["err"]) == (130, "\ninterrupted\n")
             if run["case"] != "cache_prompt":
