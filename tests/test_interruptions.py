@@ -31,7 +31,7 @@ def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, An
     return runs
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.soak)])
 def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
     """The text so far, one word, within a second; the file is the old one or the new one."""
     (*runs,) = forks("interrupt", tmp_path, folder, count)
@@ -50,7 +50,7 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
                 assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
     """Old or new content, never a mix; the next writer removes what is left over."""
     runs = forks("kill", tmp_path, folder, count)
