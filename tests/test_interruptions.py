@@ -42,10 +42,11 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
         assert run["seconds"] < 2  # one, and what a busy machine adds
         assert run["manual"] != "mix"
         assert not run["left"]
-        if run["code"] in (0, -2):  # it had ended, or was just leaving Python
-            assert run["err"] == "" and len(run["out"]) > 0.8 * len(complete[run["case"]]), run
+        if run["code"] in (0, -2) and not run["err"]:  # it had ended, or was just leaving Python
+            assert len(run["out"]) > 0.8 * len(complete[run["case"]]), run
         else:
-            assert (run["code"], run["err"]) == (130, "\ninterrupted\n")
+            # CPython leaves by the signal itself, which shells call 130 too, if it came while a string was executed.
+            assert (run["code"] in (130, -2), run["err"]) == (True, "\ninterrupted\n"), run
             if run["case"] != "cache_prompt":
                 assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
 
