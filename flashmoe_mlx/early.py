@@ -9,18 +9,11 @@ FEW_TOKENS = 8  # of a call that decodes; in a longer one the device has enough 
 
 
 class Early(nn.Module):
-    """A layer that may be started before whoever needs its output calls it, such as a block's shared expert.
+    """What :func:`make_early` adds to a layer: it may be started before whoever needs its output calls it."""
 
-    Args:
-        layer (nn.Module): takes one array and returns one.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-        self._input: weakref.ref[mx.array] | None = None
-        self._output: mx.array | None = None
-        self._useful = True
+    _input: weakref.ref[mx.array] | None
+    _output: mx.array | None
+    _useful: bool
 
     def start(self, x: mx.array) -> None:
         """Begin to compute, if ``x`` is a few tokens, ``[..., hidden]``, and the layer has not been called with it."""
@@ -35,8 +28,21 @@ class Early(nn.Module):
             return started
         self._useful &= started is None  # a block that gives it another array would have it computed twice
         self._input = weakref.ref(x)
-        y: mx.array = self.layer(x)
+        y: mx.array = super().__call__(x)
         return y
 
     def _has_seen(self, x: mx.array) -> bool:
         return self._input is not None and self._input() is x
+
+
+def make_early(layer: nn.Module) -> Early:
+    """Let a layer, such as a block's shared expert, be started early. It stays what it is, and where it is.
+
+    Args:
+        layer (nn.Module): takes one array and returns one.
+    """
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (Early, kind), {})  # a wrapper would give its parameters other names
+    assert isinstance(layer, Early)
+    layer._input, layer._output, layer._useful = None, None, True
+    return layer

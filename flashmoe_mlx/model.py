@@ -32,7 +32,7 @@ from flashmoe_mlx.budget import (
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.early import Early
+from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
@@ -141,6 +141,10 @@ def load(
 
     The model is mlx-lm's own, so all of mlx-lm works on it, on one thread at a time. On a CPU it computes in float32,
     because MLX's CPU kernels are slow and inaccurate in half precision. Counters and sizes are at ``model.streaming``.
+
+    An expert that cannot be read ends the call with a ReadError, and the next call works. Layers with a part of their
+    experts in memory give slots back while the machine's memory runs short. MLX's cache limit is lowered to a 32nd of
+    all memory.
 
     Args:
         path_or_hf_repo (str): a folder, or a repository of the Hugging Face hub.
@@ -333,9 +337,7 @@ def _start_early(model: nn.Module, hidden: int | None) -> None:
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
         if streamed is not None and streamed.hidden == hidden and name is not None:
-            early = Early(block[name])
-            block.update_modules({name: early})
-            streamed.start_early = early.start
+            streamed.start_early = make_early(block[name]).start
 
 
 def _nbytes(module: nn.Module) -> int:

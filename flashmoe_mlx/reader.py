@@ -76,6 +76,7 @@ class Reader:
             self._files[path] = os.open(path, os.O_RDONLY)
             _expect_random_reads(self._files[path])
         self._versions = {path: _version(os.fstat(file)) for path, file in self._files.items()}
+        self._absolute = {path: os.path.abspath(path) for path in self._files}  # the program may change its folder
         self._waiters = threads  # for the device
         self._copiers = min(threads, _MOST_COPIERS, os.cpu_count() or 1) - 1  # besides the calling thread
         self._knows_cached = all(map(_tells_cached, self._files.values()))
@@ -165,7 +166,7 @@ class Reader:
         """Refuse bytes of files that changed since they were opened. After a read, so that no change slips through."""
         for path in set(map(itemgetter(0), reads)):
             try:
-                version = _version(os.stat(path))
+                version = _version(os.stat(self._absolute[path]))
             except OSError:
                 version = None
             if version != self._versions[path]:
@@ -431,7 +432,8 @@ def _failure(read: _Read, got: int, message: str) -> ReadError:
 def _close(files: dict[str, int], *pools: _Threads) -> None:
     """Close files, unless a thread is stuck in one of them; then the process is about to end."""
     deadline = time.perf_counter() + _PATIENCE
-    ended = [pool.close(deadline) for pool in pools]
-    if all(ended):
-        for file in files.values():
-            os.close(file)
+    with suppress(KeyboardInterrupt):  # it cannot go anywhere from here, and Python would print it
+        ended = [pool.close(deadline) for pool in pools]
+        if all(ended):
+            for file in files.values():
+                os.close(file)

@@ -64,7 +64,7 @@ def answer(model: nn.Module, question: list[int], file: Path | None = None) -> l
     return [int(token) for token, _ in generate_step(mx.array(question), model, max_tokens=TOKENS, prompt_cache=cache)]
 
 
-@pytest.mark.parametrize("count", [28, pytest.param(600, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [14, pytest.param(600, marks=pytest.mark.soak)])
 def test_faulty_reads(count: int, folder: Path, answers: list[list[int]], tmp_path: Path) -> None:
     models = [load(folder, *way) for way in WAYS]
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -100,7 +100,7 @@ def expected(answers: list[list[int]], number: int, file: Path | None, model: nn
     return answers[number] if file is None else answer(model, [*QUESTIONS[number], QUESTIONS[number][-1]])
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(150, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [5, pytest.param(150, marks=pytest.mark.soak)])
 def test_files_that_change(count: int, folder: Path, answers: list[list[int]], tmp_path: Path) -> None:
     """A shard that is cut off, written to, replaced or removed in the middle of a request ends it."""
     outcomes: Counter[str] = Counter()

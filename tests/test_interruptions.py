@@ -31,7 +31,7 @@ def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, An
     return runs
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.soak)])
 def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
     """The text so far, one word, within a second; the file is the old one or the new one."""
     (*runs,) = forks("interrupt", tmp_path, folder, count)
@@ -42,15 +42,16 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
         assert run["seconds"] < 2  # one, and what a busy machine adds
         assert run["manual"] != "mix"
         assert not run["left"]
-        if run["code"] in (0, -2):  # it had ended, or was just leaving Python
-            assert run["err"] == "" and len(run["out"]) > 0.8 * len(complete[run["case"]])
+        if run["code"] in (0, -2) and not run["err"]:  # it had ended, or was just leaving Python
+            assert len(run["out"]) > 0.8 * len(complete[run["case"]]), run
         else:
-            assert (run["code"], run["err"]) == (130, "\ninterrupted\n")
+            # CPython leaves by the signal itself, which shells call 130 too, if it came while a string was executed.
+            assert (run["code"] in (130, -2), run["err"]) == (True, "\ninterrupted\n"), run
             if run["case"] != "cache_prompt":
                 assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
     """Old or new content, never a mix; the next writer removes what is left over."""
     runs = forks("kill", tmp_path, folder, count)

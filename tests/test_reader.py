@@ -381,6 +381,15 @@ def test_changed_file(ahead: bool, change: str, file: Path) -> None:
         Reader([str(file)], 2, Counters()).read(reads)
 
 
+def test_relative_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    reader = Reader([file.name], 2, Counters())
+    monkeypatch.chdir("/")
+    reads = plan(Path(file.name), SIZES)
+    reader.read(reads)
+    assert complete(reads)
+
+
 @pytest.mark.parametrize("knows_cached", [True, False])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("size", [100, LARGE])

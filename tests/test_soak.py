@@ -34,7 +34,7 @@ def memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.soak)])
 def test_requests_of_random_length(count: int, checkpoint: WriteFamily) -> None:
     """One model, one request after the other, each with other faults; mlx-lm's own model gives the answers."""
     folder = checkpoint("qwen3_5_moe")
