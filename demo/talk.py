@@ -34,7 +34,9 @@ def talk(model: nn.Module, tokenizer: TokenizerWrapper, question: str) -> list[M
         text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=100)
         calls = tool_calls(text, [TOOL], tokenizer)
         functions = [{"type": "function", "function": call} for call in calls]
-        messages.append({"role": "assistant", "tool_calls": functions} if calls else {"role": "assistant", "content": text})
+        messages.append(
+            {"role": "assistant", "tool_calls": functions} if calls else {"role": "assistant", "content": text}
+        )
         messages += [{"role": "tool", "content": json.dumps(get_weather(**call["arguments"]))} for call in calls]
     return messages
 

@@ -5,7 +5,7 @@
 writes ``demo/tasks.jsonl``: 100 words of the training set to define, and 100 questions whose first answer is one call
 of a tool, half of them in phrasings of the training set with new values and half in held-out phrasings, all about
 cities that training never names. ``demo/text.txt`` has dictionary entries of the training set, which the model knows by
-heart, so that what quantisation damages shows.
+heart, so that what quantisation damages shows; each ends as in training, with the token for the end of a text.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 from demo import recipe
 from demo.recipe import Recipe
-from demo.tokenizer import SEED
+from demo.tokenizer import PAD, SEED
 
 HERE = Path(__file__).parent
 RECALL, CALLS, LINES = 100, 100, 100
@@ -45,8 +45,8 @@ def tool_tasks(plan: Recipe, held_out: bool) -> Iterator[dict[str, Any]]:
 
 
 def text(plan: Recipe) -> str:
-    """Entries of the training set, a line each, other ones than the tasks ask for."""
-    return "".join(f"{entry.line}\n" for entry in _spread(plan, LINES, 1))
+    """Entries of the training set, other ones than the tasks ask for."""
+    return "".join(entry.line + PAD for entry in _spread(plan, LINES, 1))
 
 
 def _spread(plan: Recipe, number: int, start: int) -> list[recipe.Entry]:
