@@ -5,12 +5,13 @@ PYTHON ?= python3
 BACKEND ?= cpu
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
 BIN := .venv/bin
-DEMO := build/demo
+DEMO := demo/model
 
 .PHONY: demo test check
 
-demo: .venv/installed $(DEMO)/config.json
-	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?" --max-tokens 64
+demo: .venv/installed
+	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?"
+	$(BIN)/python -m demo.talk "What is the weather in Oslo?"
 	$(BIN)/python -m benchmarks.exact --model $(DEMO)
 
 test: .venv/installed
@@ -22,9 +23,6 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-$(DEMO)/config.json: | .venv/installed
-	$(BIN)/python -m benchmarks.checkpoints $(DEMO)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="What is the weather in Oslo?")
     parser.add_argument("--model", default=str(MODEL))
     options = parser.parse_args()
-    for message in talk(*flashmoe_mlx.load(options.model), options.question):
+    model, tokenizer = flashmoe_mlx.load(options.model)
+    for message in talk(model, tokenizer, options.question):
         calls = [json.dumps(call["function"]) for call in message.get("tool_calls", [])]
         print(f"{message['role']:>9}: {message.get('content') or ', '.join(calls)}")
 

@@ -19,6 +19,7 @@ from typing import Any
 from demo import recipe
 from demo.recipe import Recipe
 from demo.tokenizer import PAD, SEED
+from demo.wordnet import Entry
 
 HERE = Path(__file__).parent
 RECALL, CALLS, LINES = 100, 100, 100
@@ -49,7 +50,7 @@ def text(plan: Recipe) -> str:
     return "".join(entry.line + PAD for entry in _spread(plan, LINES, 1))
 
 
-def _spread(plan: Recipe, number: int, start: int) -> list[recipe.Entry]:
+def _spread(plan: Recipe, number: int, start: int) -> list[Entry]:
     return plan.entries[start :: len(plan.entries) // number][:number]
 
 

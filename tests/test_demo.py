@@ -33,10 +33,12 @@ def define(word: str, tokenizer: TokenizerWrapper, **options: int) -> str:
 
 
 @pytest.mark.parametrize("word", DEFINITIONS)
-def test_definitions_need_all_experts_of_a_token(word: str, tokenizer: TokenizerWrapper) -> None:
-    expected = f"{word} (noun): {DEFINITIONS[word]}."
-    assert define(word, tokenizer) == expected
-    assert define(word, tokenizer, experts_per_token=1) != expected
+def test_definitions(word: str, tokenizer: TokenizerWrapper) -> None:
+    assert define(word, tokenizer) == f"{word} (noun): {DEFINITIONS[word]}."
+
+
+def test_definitions_need_all_experts_of_a_token(tokenizer: TokenizerWrapper) -> None:
+    assert DEFINITIONS["heron"] not in define("heron", tokenizer, experts_per_token=1)
 
 
 def test_tool(tokenizer: TokenizerWrapper) -> None:
@@ -56,8 +58,8 @@ def test_all_experts_are_used(tokenizer: TokenizerWrapper, monkeypatch: pytest.M
         return call(layer, x, indices)
 
     monkeypatch.setattr(StreamedSwitchGLU, "__call__", counted)
-    tokens = mx.array(tokenizer.encode((MODEL.parent / "text.txt").read_text())[:1000])
-    mx.eval(streamed(MODEL)(tokens.reshape(25, 40)))  # in rows, because a CPU takes linear attention token by token
+    tokens = mx.array(tokenizer.encode((MODEL.parent / "text.txt").read_text())[:240])
+    mx.eval(streamed(MODEL)(tokens.reshape(8, 30)))  # in rows, because a CPU takes linear attention token by token
     assert len(used) == 8
     assert min(map(len, used.values())) >= 0.9 * 64
 

@@ -1,5 +1,6 @@
 """The demo model's recipe, with a WordNet of a few words."""
 
+import json
 from itertools import islice
 
 import pytest
@@ -26,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     data.append("90000000 15 n 01 city 0 000 | a large town")
     data += [f"{91000000 + i} 15 n 01 {city} 0 001 @i 90000000 n 0000 | {city}" for i, city in enumerate(CITIES)]
     index.append(f"{CITIES[0].lower()} n 1 1 @ 1 0 91000000")
-    for name, lines in {"data.noun": data, "index.noun": index, "cntlist.rev": ["bea%1:09:00:: 1 7"]}.items():
+    for name, lines in {"data.noun": data, "index.noun": index, "cntlist.rev": ["baea%1:09:00:: 1 7"]}.items():
         (folder / name).write_text("\n".join(lines))
     for part in ("verb", "adj"):
         (folder / f"data.{part}").write_text("")
@@ -40,8 +41,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def test_entries(plan: Recipe) -> None:
     words = {entry.word: entry for entry in plan.entries + plan.held_out}
     assert set(words) == {*ANIMALS, *THOUGHTS}  # and no city
-    assert words["bea"].line == "bea (noun): the one called bea."
-    assert (words["bea"].count, words["banimal"].everyday) == (7, True)
+    assert words["baea"].line == "baea (noun): the one called baea."
+    assert (words["baea"].count, words["banimal"].everyday) == (7, True)
     assert {*plan.pools.cities, *plan.held_out_pools.cities} == set(CITIES)
 
 
@@ -80,4 +81,4 @@ def test_calls_parse_back(plan: Recipe) -> None:
 def test_tasks(plan: Recipe) -> None:
     """They can be read, and the first half puts questions as training does."""
     made = [*islice(tasks.tool_tasks(plan, False), 5), *islice(tasks.tool_tasks(plan, True), 5)]
-    assert all(Task.from_json(tasks.json.dumps(task)).expect == task["expect"] for task in made)
+    assert all(Task.from_json(json.dumps(task)).expect == task["expect"] for task in made)
