@@ -4,8 +4,8 @@
 
 writes ``demo/tasks.jsonl``: 100 words of the training set to define, and 100 questions whose first answer is one call
 of a tool, half of them in phrasings of the training set with new values and half in held-out phrasings. Cities in them
-are held out or made up. ``demo/text.txt`` has dictionary entries of the training set, which the model knows by heart, so
-that what quantisation damages shows; each ends as in training, with the token for the end of a text.
+are held out or made up. ``demo/text.txt`` has dictionary entries of the training set, which the model knows by heart,
+so that what quantisation damages shows; each ends as in training, with the token for the end of a text.
 """
 
 import argparse
