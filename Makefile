@@ -5,12 +5,13 @@ PYTHON ?= python3
 BACKEND ?= cpu
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
 BIN := .venv/bin
-DEMO := build/demo
+DEMO := demo/model
 
 .PHONY: demo test soak fuzz check
 
-demo: .venv/installed $(DEMO)/config.json
-	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?" --max-tokens 64
+demo: .venv/installed
+	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?"
+	$(BIN)/python -m demo.talk "What is the weather in Oslo?"
 	$(BIN)/python -m benchmarks.exact --model $(DEMO)
 
 test: .venv/installed
@@ -30,9 +31,6 @@ fuzz: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[fuzz]"
 	$(BIN)/python -m tests.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
 		-artifact_prefix=build/
-
-$(DEMO)/config.json: | .venv/installed
-	$(BIN)/python -m benchmarks.checkpoints $(DEMO)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -12,7 +12,7 @@ from typing import Any
 import mlx_lm
 
 from flashmoe_mlx.checkpoint import find_folder, read_config
-from flashmoe_mlx.config import Config
+from flashmoe_mlx.config import Config, data_dir
 from flashmoe_mlx.model import Streaming, load
 
 _HEARING = 0.7  # seconds that the main thread has for an interrupt
@@ -129,7 +129,7 @@ def _prompt_interrupts() -> Iterator[None]:
 
 
 def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str) -> argparse.ArgumentParser:
-    """One of mlx-lm's parsers with our flags, our words about it, and no default model of its own."""
+    """One of mlx-lm's parsers with our flags, our words about it, and the demo model as the default."""
     parser = argparse.ArgumentParser(
         parents=[stock],
         conflict_handler="resolve",
@@ -137,7 +137,9 @@ def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str)
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="The path of a model folder, or a Hugging Face repo")
+    parser.add_argument(
+        "--model", help="The path of a model folder, or a Hugging Face repo (default: the small demo model)"
+    )
     add_streaming_arguments(parser)
     return parser
 
@@ -151,12 +153,14 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
     Raises:
         FileNotFoundError: the model's folder or the config file is missing.
-        ValueError: no model, or an unknown or impossible setting.
+        ValueError: an unknown or impossible setting.
         OSError: the model's repository could not be downloaded.
     """
     args = parser.parse_args(argv)
     if args.model is None:
-        raise ValueError("--model is missing: give a model folder or a Hugging Face repo")
+        parser.set_defaults(model=str(data_dir("demo/model")))
+        args = parser.parse_args(argv)
+        print("no --model given: this is the demo model, a pocket dictionary that calls tools", file=sys.stderr)
     if args.prefill_step_size is not None and args.prefill_step_size < 1:
         raise ValueError(f"prefill_step_size is {args.prefill_step_size}: it must be a whole number from 1 on")
     config = Config()

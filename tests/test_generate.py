@@ -132,7 +132,6 @@ def test_every_flag_of_mlx_lm() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "--model is missing"),
         (["--model", "./nowhere"], "no such folder: nowhere"),
         (["--model", "MODEL", "--ram-budget", "lots"], "not a size: 'lots'"),
         (["--model", "MODEL", "--ram-budget", "900TB"], "choose a ram_budget below"),

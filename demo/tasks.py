@@ -1,0 +1,70 @@
+"""Questions for the demo model, and a text to read, for flashmoe_mlx.evaluate.
+
+    python -m demo.tasks --wordnet usr/share/wordnet
+
+writes ``demo/tasks.jsonl``: 100 words of the training set to define, and 100 questions whose first answer is one call
+of a tool, half of them in phrasings of the training set with new values and half in held-out phrasings. Cities in them
+are held out or made up. ``demo/text.txt`` has dictionary entries of the training set, which the model knows by heart,
+so that what quantisation damages shows; each ends as in training, with the token for the end of a text.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from demo import recipe
+from demo.recipe import Recipe
+from demo.tokenizer import PAD, SEED
+from demo.wordnet import Entry
+
+HERE = Path(__file__).parent
+RECALL, CALLS, LINES = 100, 100, 100
+_UNREAD = 10**9  # training reads dialogues from number 0 on, and never gets this far
+
+
+def recall_tasks(plan: Recipe) -> Iterator[dict[str, Any]]:
+    """Words of the training set, spread over the alphabet."""
+    for entry in _spread(plan, RECALL, 0):
+        question, answer = recipe.asked(entry)
+        yield {"kind": "recall", "messages": [question], "expect": answer["content"]}
+
+
+def tool_tasks(plan: Recipe, held_out: bool) -> Iterator[dict[str, Any]]:
+    """Any number of questions that one call answers, in held-out phrasings or in those of the training set."""
+    unseen = replace(plan, pools=replace(plan.held_out_pools, held_out=False))
+    for number in count(_UNREAD):
+        dialogue = unseen.tool_dialogue(number, held_out)
+        place = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
+        calls = dialogue.messages[place].get("tool_calls", [])
+        if len(calls) == 1:
+            messages, expected = dialogue.messages[:place], calls[0]["function"]
+            yield {"kind": "tool", "messages": messages, "tools": dialogue.tools, "expect": expected}
+
+
+def text(plan: Recipe) -> str:
+    """Entries of the training set, other ones than the tasks ask for."""
+    return "".join(entry.line + PAD for entry in _spread(plan, LINES, 1))
+
+
+def _spread(plan: Recipe, number: int, start: int) -> list[Entry]:
+    return plan.entries[start :: len(plan.entries) // number][:number]
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
+    plan = recipe.read(parser.parse_args().wordnet, SEED)
+    tasks = list(recall_tasks(plan))
+    for held_out in (False, True):
+        tasks += islice(tool_tasks(plan, held_out), CALLS // 2)
+    (HERE / "tasks.jsonl").write_text("".join(f"{json.dumps(task)}\n" for task in tasks))
+    (HERE / "text.txt").write_text(text(plan))
+
+
+if __name__ == "__main__":
+    main()
