@@ -32,7 +32,7 @@ HEADINGS += ("calls right",)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", required=True, help="that the model was not trained on")
+    parser.add_argument("--text", required=True, help="what to read; of a small model, something that it knows")
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--max-positions", default="2048")
     parser.add_argument("--cache-dir", default="build/quality")
