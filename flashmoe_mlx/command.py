@@ -95,7 +95,10 @@ def one_line_errors() -> Iterator[None]:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MLX's own are RuntimeErrors
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # the system's own, which begins "[Errno 2]"
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
         sys.exit(1)
 
 

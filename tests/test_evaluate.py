@@ -312,6 +312,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Pa
     base = ("--model", str(folder))
     read = (*base, "--text", str(text))
     assert "nothing to measure" in fail(capsys, *base)
+    assert fail(capsys, *base, "--text", "/no.txt") == "error: /no.txt: No such file or directory\n"
     assert "trained with 4" in fail(capsys, *read, "--experts-per-token", "2", "5")
     assert "experts_per_token is 0" in fail(capsys, *read, "--experts-per-token", "0")
     assert "not a size" in fail(capsys, *read, "--ram-budget", "much")
