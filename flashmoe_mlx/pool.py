@@ -1,8 +1,7 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from flashmoe_mlx.checkpoint import Span
@@ -234,18 +233,12 @@ class Pool:
         if self._first_reads is None or not self._first_reads.concern(table.layer, experts):
             self._reader.read(_reads(table, experts, landing))
             return
-        waits: deque[Callable[[], None]] = deque()
-        try:
-            for expert, buffers in zip(experts, landing.buffers, strict=True):
-                waits.append(self._reader.start(zip(table.spans[expert], buffers, strict=True)))
-            for expert, buffers in zip(experts, landing.buffers, strict=True):
-                waits.popleft()()
-                self._first_reads.check(table.layer, expert, buffers)
-        except BaseException:
-            for wait in waits:  # until they are back, threads write to the slots
-                with suppress(OSError):
-                    wait()
-            raise
+        # If one fails, nobody waits for the rest: what threads still write to stays withheld.
+        pairs = list(zip(experts, landing.buffers, strict=True))
+        waits = [self._reader.start(zip(table.spans[expert], buffers, strict=True)) for expert, buffers in pairs]
+        for wait, (expert, buffers) in zip(waits, pairs, strict=True):
+            wait()
+            self._first_reads.check(table.layer, expert, buffers)
 
     def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
         """Take in what was read ahead. What is not needed now leaves first; what failed is not here."""
