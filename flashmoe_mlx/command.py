@@ -1,6 +1,7 @@
 """What all commands share: mlx-lm's parsers with our flags, our load() for mlx-lm's, and errors that are one line."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -126,6 +127,7 @@ def _prompt_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what comes after is not worth a traceback
         over.set()
         signal.set_wakeup_fd(before)
         os.close(mouth)
