@@ -70,7 +70,7 @@ def main() -> None:
     experts_nbytes = streamed.streaming.experts_nbytes
     prompt = np.random.default_rng(0).integers(0, len(tokenizer.vocab), args.tokens).tolist()
     table = next(m._table for m in streamed.modules() if isinstance(m, StreamedSwitchGLU))
-    expert_nbytes = sum(span.nbytes for span in table.spans[0])  # those of other layers are as large
+    expert_nbytes = table.expert_nbytes  # those of other layers are as large
     needed_nbytes = distinct_experts(resident, prompt, args.step) * expert_nbytes
     files = list(find_folder(args.model).glob("*.safetensors"))
     rate = read_rate(files, expert_nbytes, experts=16, cold=False)

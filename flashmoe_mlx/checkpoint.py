@@ -84,14 +84,13 @@ class Checkpoint:
         self.config = read_config(folder)
         if not trust_remote_code:
             refuse_code(folder / "config.json", self.config)
-        for link in sorted(file for file in folder.iterdir() if file.is_symlink()):
-            refuse_outside(link)  # mlx-lm and transformers read other files too
         shards = sorted(folder.glob("model*.safetensors"))
+        for file in sorted({*shards, *filter(Path.is_symlink, folder.iterdir())}):
+            refuse_outside(file)  # links besides shards, because mlx-lm and transformers read other files too
         if not shards:
             raise FileNotFoundError(f"no model*.safetensors in {folder}: there are no weights that mlx-lm can load")
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
-            refuse_outside(shard)
             first, entries = read_header(shard)
             for name, dtype, shape, begin, end in entries:
                 if name in self.tensors:

@@ -1,6 +1,6 @@
 """Which spans hold expert e of a layer, in every way that checkpoints store experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -61,6 +61,24 @@ class ExpertTable:
     def experts(self) -> int:
         """How many there are."""
         return len(self.spans)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of an expert on disk; all of a layer have as many."""
+        return sum(span.nbytes for span in self.spans[0])
+
+    def reads(
+        self, experts: Sequence[int], buffers: Sequence[Sequence[memoryview]]
+    ) -> Iterator[tuple[Span, memoryview]]:
+        """Each part of each expert and where it goes; part by part, because those of neighbours follow one another.
+
+        Args:
+            experts (Sequence[int]): their numbers.
+            buffers (Sequence[Sequence[memoryview]]): for each of them, one for each part.
+        """
+        for part in range(len(self.parts)):
+            for expert, parts in zip(experts, buffers, strict=True):
+                yield self.spans[expert][part], parts[part]
 
 
 def _spans(checkpoint: Checkpoint, layer: str, name: str, array: mx.array) -> list[Span]:

@@ -15,18 +15,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from flashmoe_mlx.budget import (
-    Pressure,
     experts_nbytes,
     free_memory,
     growing_layers,
     kv_token_nbytes,
-    limit_cache,
     plan,
     prefill_step_size,
     prefill_token_nbytes,
     refuse_context,
     refuse_excess,
-    slot_nbytes,
     spare_memory,
 )
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
@@ -37,7 +34,8 @@ from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
 from flashmoe_mlx.manifest import FirstReads, Manifest
-from flashmoe_mlx.pool import Pool
+from flashmoe_mlx.pool import Pool, slot_nbytes
+from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
 from flashmoe_mlx.staging import Staging, needs_staging
@@ -211,14 +209,19 @@ def load_lazily(
     return model, config
 
 
+def switch_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """mlx-lm's switch layers of a model by their paths, in order."""
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
+    return dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
+
+
 def find_experts(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], list[ExpertTable]]:
     """The switch layers of a lazily loaded model by their paths, in order, and where the experts of each lie.
 
     Raises:
         ValueError: there are none, or their bytes cannot be used as they are.
     """
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
-    switches = dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
+    switches = switch_layers(model)
     if not switches:
         raise ValueError(
             f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "

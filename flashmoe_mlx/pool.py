@@ -1,10 +1,9 @@
 """Which expert sits in which slot, who leaves, and what must be read."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.manifest import FirstReads
@@ -65,7 +64,7 @@ class Pool:
         first_reads: FirstReads | None = None,
     ):
         self.planned = slots
-        self.slot_nbytes = sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+        self.slot_nbytes = slot_nbytes(table)
         self.moves = 0
         self._slots = slots
         self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
@@ -160,7 +159,7 @@ class Pool:
         if missing:
             landing = self._land(self._vacate(len(missing)))
             try:
-                wait = self._reader.start(_reads(table, missing, landing))
+                wait = self._reader.start(table.reads(missing, landing.buffers))
                 self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
             except BaseException:
                 self._release(landing.slots, [landing])
@@ -231,7 +230,7 @@ class Pool:
     def _read(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> None:
         """Read experts. What is new to a manifest is compared with it, one expert while the next are read."""
         if self._first_reads is None or not self._first_reads.concern(table.layer, experts):
-            self._reader.read(_reads(table, experts, landing))
+            self._reader.read(table.reads(experts, landing.buffers))
             return
         # If one fails, nobody waits for the rest: what threads still write to stays withheld.
         pairs = list(zip(experts, landing.buffers, strict=True))
@@ -324,13 +323,11 @@ class Pool:
             self._staging.give_back(idle)
 
 
+def slot_nbytes(table: ExpertTable) -> int:
+    """Bytes of one slot for an expert of this layer."""
+    return sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+
+
 def _landings(slabs: Mapping[str, Slab], slots: int) -> list[list[memoryview]]:
     """The buffers of each slot."""
     return [[slab.landing(slot) for slab in slabs.values()] for slot in range(slots)]
-
-
-def _reads(table: ExpertTable, experts: Sequence[int], landing: Landing) -> Iterator[tuple[Span, memoryview]]:
-    """Each part of each expert and where it goes; part by part, because those of neighbours follow one another."""
-    for part in range(len(table.parts)):
-        for expert, buffers in zip(experts, landing.buffers, strict=True):
-            yield table.spans[expert][part], buffers[part]

@@ -12,11 +12,11 @@ from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from queue import Empty, SimpleQueue
-from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 from flashmoe_mlx.checkpoint import Span
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.threads import Threads
 
 _T = TypeVar("_T")
 _LARGE = 1 << 16  # bytes that take longer to copy than a thread takes to wake
@@ -69,8 +69,8 @@ class Reader:
 
     def __init__(self, paths: Iterable[str], threads: int, counters: Counters, timeout: float = 60):
         self._files: dict[str, int] = {}
-        self._threads = _Threads(threads, "expert-reader")
-        self._ahead = _Threads(threads, "expert-reader-ahead")  # so that ``read`` need not queue behind it
+        self._threads = Threads(threads, "expert-reader")
+        self._ahead = Threads(threads, "expert-reader-ahead")  # so that ``read`` need not queue behind it
         weakref.finalize(self, _close, self._files, self._threads, self._ahead)
         for path in paths:
             self._files[path] = os.open(path, os.O_RDONLY)
@@ -245,7 +245,7 @@ class _Job:
 class _Batch:
     """Reads under way: ``queue`` has those that nobody has begun, ``cold`` those that nobody waits for yet."""
 
-    def __init__(self, threads: "_Threads", reads: Sequence[_Read], queue: deque[_Read], timeout: float):
+    def __init__(self, threads: Threads, reads: Sequence[_Read], queue: deque[_Read], timeout: float):
         self.cold: deque[tuple[_Read, int]] = deque()  # and how many bytes are there already
         self._reads = reads
         self._threads = threads
@@ -332,49 +332,6 @@ class _Batch:
             )
 
 
-class _Threads:
-    """Threads that nobody waits for when the process ends, because one may be stuck in a read.
-
-    Args:
-        count (int): at most.
-        name (str): of each.
-    """
-
-    def __init__(self, count: int, name: str):
-        self._room = count
-        self._name = name
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._started: list[Thread] = []
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Let one of them do something."""
-        self._work.put(work)
-        if self._room > 0:
-            self._room -= 1
-            thread = Thread(target=_serve, args=(self._work,), name=self._name, daemon=True)
-            thread.start()
-            self._started.append(thread)
-
-    def add(self, count: int) -> None:
-        """Allow for more of them."""
-        self._room += count
-
-    def close(self, deadline: float) -> bool:
-        """Let them end, and tell whether all but the calling one have until then."""
-        others = [thread for thread in self._started if thread is not current_thread()]
-        for _ in self._started:
-            self._work.put(None)
-        for thread in others:
-            thread.join(max(0, deadline - time.perf_counter()))
-        return not any(thread.is_alive() for thread in others)
-
-
-def _serve(work: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := work.get()) is not None:
-        job()
-        del job  # it holds the reader, which may go while this thread waits
-
-
 def _merged(reads: Iterable[tuple[Span, memoryview]]) -> list[_Read]:
     """Join small spans that follow one another in a file: a read of 7 KB costs Python as much as the copy."""
     merged: list[_Read] = []
@@ -429,7 +386,7 @@ def _failure(read: _Read, got: int, message: str) -> ReadError:
     return ReadError(message, path, offset, nbytes, got)
 
 
-def _close(files: dict[str, int], *pools: _Threads) -> None:
+def _close(files: dict[str, int], *pools: Threads) -> None:
     """Close files, unless a thread is stuck in one of them; then the process is about to end."""
     deadline = time.perf_counter() + _PATIENCE
     with suppress(KeyboardInterrupt):  # it cannot go anywhere from here, and Python would print it

@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import dequantize_model, quantize_model, save
+
+from flashmoe_mlx.model import switch_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
 """What MLX's affine quantization offers."""
@@ -88,7 +90,7 @@ def _requantize(folder: Path, bits: int, copy: Path) -> None:
 
 
 def _switches(model: nn.Module, config: dict[str, Any], folder: Path) -> list[nn.Module]:
-    switches = [module for _, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))]
+    switches = list(switch_layers(model).values())
     if not switches:
         raise ValueError(f"{folder} is a {config['model_type']} without routed experts: there are none to quantize")
     return switches

@@ -141,7 +141,7 @@ def _write_manifest(checkpoint: Checkpoint, reader: Reader, tables: Sequence[Exp
             digests = []
             for experts in _groups(table):
                 digests += [digest(table, buffers) for buffers in _read(reader, table, experts)]
-                bar.update(_nbytes(table) // table.experts * len(experts))
+                bar.update(table.expert_nbytes * len(experts))
             manifest.layers[table.layer] = digests
             manifest.save(path)
     print(
@@ -156,29 +156,25 @@ def _check_manifest(checkpoint: Checkpoint, reader: Reader, tables: Sequence[Exp
             for experts in _groups(table):
                 for expert, buffers in zip(experts, _read(reader, table, experts), strict=True):
                     manifest.refuse_damaged(table, expert, buffers)
-                bar.update(_nbytes(table) // table.experts * len(experts))
+                bar.update(table.expert_nbytes * len(experts))
     print(f"manifest: {sum(table.experts for table in tables)} experts are what they were when {path} was written")
 
 
 def _read(reader: Reader, table: ExpertTable, experts: Sequence[int]) -> list[list[memoryview]]:
     """The bytes of each part of each expert."""
     found = [[memoryview(bytearray(span.nbytes)) for span in table.spans[expert]] for expert in experts]
-    # Part by part, because those of neighbours follow one another.
-    parts = range(len(table.parts))
-    reader.read(
-        (table.spans[e][part], buffers[part]) for part in parts for e, buffers in zip(experts, found, strict=True)
-    )
+    reader.read(table.reads(experts, found))
     return found
 
 
 def _groups(table: ExpertTable) -> list[range]:
     """A layer's experts, as many together as are read at once."""
-    step = max(1, _AT_ONCE * table.experts // _nbytes(table))
+    step = max(1, _AT_ONCE // table.expert_nbytes)
     return [range(first, min(first + step, table.experts)) for first in range(0, table.experts, step)]
 
 
 def _nbytes(table: ExpertTable) -> int:
-    return sum(span.nbytes for span in table.spans[0]) * table.experts
+    return table.expert_nbytes * table.experts
 
 
 if __name__ == "__main__":

@@ -62,11 +62,11 @@ SHRINKING = """
 import json, sys
 import mlx_lm.generate
 import psutil
-from flashmoe_mlx import budget
+from flashmoe_mlx import pressure
 from flashmoe_mlx.model import load
 
 free = [10**12]
-budget._free_and_total = lambda: (free[0], 32 * 10**9)
+pressure._free_and_total = lambda: (free[0], 32 * 10**9)
 model, tokenizer = load(sys.argv[1], ram_budget=400_000_000)
 for _, layer in model.named_modules():
     if getattr(layer, "slots_now", None):

@@ -8,12 +8,13 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from flashmoe_mlx import budget
-from flashmoe_mlx.budget import Pressure, kv_token_nbytes, limit_cache
+from flashmoe_mlx import budget, pressure
+from flashmoe_mlx.budget import kv_token_nbytes
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
+from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slab import Slab
 from tests.conftest import WriteFamily
@@ -161,7 +162,7 @@ def test_output_is_the_same(
 
 
 def test_given_back_is_told(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_free_and_total", lambda: (0, 10**12))
+    monkeypatch.setattr(pressure, "_free_and_total", lambda: (0, 10**12))
     model = streamed(checkpoint("qwen3_5_moe"), 0.8)
     model(mx.array([[1]]))
     mx.eval(model(mx.array([[1]])))
