@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
+
+from flashmoe_mlx import budget, reader
+
 Preadv = Callable[..., int]
 HARMLESS = ("short", "interrupted", "error once", "slow", "not cached")
 HARMFUL = ("error", "stuck")
@@ -70,3 +74,12 @@ def faults(kind: str, share: float, seed: int) -> Iterator[Faults]:
             yield thrown
         finally:
             thrown.gate.set()
+
+
+@contextmanager
+def hurried(shared_slots: int) -> Iterator[None]:
+    """Little patience with stuck reads, and tiny pools where layers share them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "_PATIENCE", 0.02)
+        patch.setattr(budget, "_SHARED_SLOTS", shared_slots)
+        yield

@@ -14,12 +14,11 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 
-from flashmoe_mlx import budget, reader
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.prompt_cache import save_prompt_cache
 from flashmoe_mlx.reader import ReadError
 from tests.conftest import WriteFamily
-from tests.faults import HARMFUL, HARMLESS, faults
+from tests.faults import HARMFUL, HARMLESS, faults, hurried
 from tests.oracle import resident, streamed
 
 QUESTIONS = [[(37 * i * i + seed) % 320 for i in range(length)] for seed, length in enumerate([1, 2, 5, 9, 17, 30])]
@@ -41,9 +40,7 @@ def answers(folder: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def impatient() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "_PATIENCE", 0.02)
-        patch.setattr(budget, "_SHARED_SLOTS", 8)
+    with hurried(8):
         yield
 
 

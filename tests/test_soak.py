@@ -11,11 +11,10 @@ import psutil
 import pytest
 from mlx_lm.generate import generate_step
 
-from flashmoe_mlx import budget, reader
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.reader import ReadError
 from tests.conftest import WriteFamily
-from tests.faults import HARMFUL, HARMLESS, faults
+from tests.faults import HARMFUL, HARMLESS, faults, hurried
 from tests.oracle import resident, streamed
 
 PAGES = 40 << 20  # bytes that an allocator may keep or not
@@ -23,9 +22,7 @@ PAGES = 40 << 20  # bytes that an allocator may keep or not
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_pools() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "_PATIENCE", 0.02)
-        patch.setattr(budget, "_SHARED_SLOTS", 6)
+    with hurried(6):
         yield
 
 

@@ -1,0 +1,1 @@
+"""The reader, and a file of random bytes for it to read."""
