@@ -20,6 +20,7 @@ from flashmoe_mlx import evaluate
 from flashmoe_mlx.evaluation import Row
 from flashmoe_mlx.model import load
 from flashmoe_mlx.quality import Estimate
+from flashmoe_mlx.tasks import read_tasks
 
 BITS = (8, 4, 3, 2)
 EXPERTS = (6, 4, 2)
@@ -46,22 +47,23 @@ def main() -> None:
     for row in rows:
         record("quality", row.columns())
     evaluate.draw(rows, RESULTS / "quality.svg")
-    (RESULTS / "quality.md").write_text(report(rows, native, _parameters(args.model), args.text))
+    (RESULTS / "quality.md").write_text(report(rows, native, _parameters(args.model), args))
     print(json.dumps({"rows": [row.columns() for row in rows]}))
 
 
-def report(rows: Sequence[Row], native: int, parameters: int, text: str) -> str:
+def report(rows: Sequence[Row], native: int, parameters: int, args: argparse.Namespace) -> str:
     """The page about the rows, of which the first is the reference's own setting."""
-    first = rows[0]
+    first, tasks = rows[0], len(read_tasks(Path(args.tasks)))
     lines = "\n".join(map(_line, rows))
     return f"""# What fewer experts and fewer bits cost
 
-`{first.setting.model}`, {parameters / 1e6:.0f} million parameters. **This network is small**: the figures show what
-happens to it, and a larger one has to be measured itself.
+`{args.model}`, {parameters / 1e6:.0f} million parameters. **This network is small**: the figures show what happens to
+it, and a larger one has to be measured itself.
 
 The reference is the model as it is, with its own {native} experts a token. {first.quality.positions} tokens of
-`{Path(text).name}`, one a step. Bits are those of the experts, rounded to the nearest; the trunk keeps its own. In
-brackets 95% intervals: from blocks of 16 tokens for means, Wilson's for shares.
+`{Path(args.text).name}`, one a step; {tasks} tasks of `{Path(args.tasks).name}`. Bits are those of the
+experts, rounded to the nearest; the trunk keeps its own. In brackets 95% intervals: from blocks of 16
+tokens for means, Wilson's for shares.
 
 - **Flash-MoE's {FLASH_MOE} experts** instead of {native}: {_damage(_find(rows, BITS[0], FLASH_MOE))}
 - **2 bits by rounding to the nearest**, all {native} experts: {_damage(_find(rows, 2, native))}
