@@ -148,9 +148,8 @@ def _xml_rules(index: int, name: str, schema: Schema) -> list[str]:
         rules.append(f"parameter_{index}_{number}: {_quote(f'<parameter={key}>' + chr(10))} {rule}")
         rules.append(_xml_value(rule, name, key, {**value, **_definitions(schema)}))
     body = " ".join(parts)
-    return [
-        f"call_{index}: {_quote(chr(10) + f'<function={name}>' + chr(10))} {body} {_quote('</function>' + chr(10))}"
-    ] + rules
+    opening, closing = _quote(f"\n<function={name}>\n"), _quote("</function>\n")
+    return [f"call_{index}: {opening} {body} {closing}", *rules]
 
 
 def _xml_value(rule: str, function: str, key: str, schema: Schema) -> str:
@@ -172,8 +171,9 @@ def _definitions(schema: Schema) -> dict[str, Any]:
 
 
 def _json(schema: Schema) -> str:
-    """JSON that fits the schema; no free whitespace, in which a weak model could wander for ever."""
-    return "%json " + jsonlib.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+    """JSON that fits the schema; at most one space after , and :, or a weak model could wander in whitespace for ever."""
+    spacing = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+    return "%json " + jsonlib.dumps({**schema, "x-guidance": spacing})
 
 
 def _quote(text: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.tool_parsers import json_tools
 
 from flashmoe_mlx import constrain
 
@@ -64,10 +65,24 @@ def test_a_call_fits_its_schema(tokenizer, text, fits):
     assert accepts(constrain.constrained(tokenizer, tools=[TOOL]), tokenizer, text) is fits
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fits"), [('{"word": "a"}', True), ('{"word":"a"}', True), ('{"count": 1}', False)]
+)
+def test_hermes_calls(tokenizer, monkeypatch, arguments, fits):
+    monkeypatch.setattr(tokenizer, "_tool_parser", json_tools.parse_tool_call)
+    text = f'<tool_call>\n{{"name": "look", "arguments": {arguments}}}\n</tool_call>'
+    assert accepts(constrain.constrained(tokenizer, tools=[TOOL]), tokenizer, text) is fits
+
+
 @pytest.mark.parametrize(("text", "fits"), [('{"n":3}', True), ('{"n":"x"}', False), ("Well", False)])
 def test_json_from_the_first_token(tokenizer, text, fits):
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     assert accepts(constrain.json(tokenizer, schema), tokenizer, text) is fits
+
+
+def test_json_begins_after_thinking(tokenizer):
+    for text, fits in [("free</think>\n\n{}", True), ("free</think>\n\nno", False)]:
+        assert accepts(constrain.json(tokenizer, {"type": "object"}, thinking=True), tokenizer, text) is fits
 
 
 def test_an_unsupported_schema_is_named(tokenizer):
