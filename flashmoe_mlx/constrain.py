@@ -171,7 +171,7 @@ def _definitions(schema: Schema) -> dict[str, Any]:
 
 
 def _json(schema: Schema) -> str:
-    """JSON that fits the schema; at most one space after , and :, or a weak model could wander in whitespace for ever."""
+    """JSON that fits the schema, at most one space after a comma or colon: a weak model could fill a file with them."""
     spacing = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     return "%json " + jsonlib.dumps({**schema, "x-guidance": spacing})
 
