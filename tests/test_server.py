@@ -1,37 +1,32 @@
-"""The handler's door, without a model behind it."""
+"""The server as its clients meet it: OpenAI's own, strangers, and those that make mistakes."""
 
-import http.client
-import json
-import threading
-from functools import partial
-from http.server import ThreadingHTTPServer
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import pytest
 
-from flashmoe_mlx.server import Handler
+from tests.serving import Running, serve
+
+HERON = [{"role": "user", "content": "What is a heron?"}]
+DEFINITION = "heron (noun): grey or white wading bird with long neck and long legs and (usually) long bill."
 
 
-@pytest.fixture
-def ask():
-    generator = SimpleNamespace(cli_args=SimpleNamespace(model="demo/model"), is_healthy=True)
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, generator, system_fingerprint="test"))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-
-    def request(method, path, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", httpd.server_port, timeout=5)
-        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    yield request
-    httpd.shutdown()
-    httpd.server_close()
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serve() as running:
+        yield running
 
 
-def test_models_lists_the_one_model(ask):
-    status, answer = ask("GET", "/v1/models")
-    assert status == 200 and [model["id"] for model in answer["data"]] == ["demo/model"]
+def test_chat(running: Running) -> None:
+    answer = running.client().chat.completions.create(model="gpt-4o", messages=HERON)
+    assert answer.choices[0].message.content == DEFINITION
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == "demo"
+    assert answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (20, 25)
+
+
+def test_models(running: Running) -> None:
+    assert [model.id for model in running.client().models.list()] == ["demo"]
+    assert running.client().models.retrieve("demo").owned_by == "local"
 
 
 @pytest.mark.parametrize(
@@ -40,10 +35,10 @@ def test_models_lists_the_one_model(ask):
         ("GET", "/health", {"Host": "evil.example"}, 403),
         ("GET", "/health", {"Origin": "http://evil.example"}, 403),
         ("OPTIONS", "/v1/models", {}, 403),
-        ("POST", "/v1/chat/completions", {"Content_Length": "99999999"}, 413),
-        ("POST", "/v1/chat/completions", {"Content_Length": "-1"}, 411),
+        ("POST", "/v1/chat/completions", {"Content-Length": "99999999"}, 413),
+        ("POST", "/v1/chat/completions", {"Content-Length": "-1"}, 411),
     ],
 )
-def test_strangers_are_refused(ask, method, path, headers, status):
-    answered, answer = ask(method, path, **headers)
+def test_strangers_are_refused(running: Running, method: str, path: str, headers: dict[str, str], status: int) -> None:
+    answered, _, answer = running.ask(method, path, headers=headers)
     assert answered == status and answer["error"]["message"]
