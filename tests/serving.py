@@ -64,15 +64,16 @@ def serve(
     most: int = 8192,
     most_waiting: int = 16,
     prefix_bytes: int = 10**9,
+    ram_budget: str = "1GB",
     **options: Any,
 ) -> Iterator[Running]:
     """Load a model and serve it on a free port."""
     metrics = Metrics()
     generations = Generations(
-        lambda: load(str(folder), ram_budget="1GB"),
+        lambda: load(str(folder), ram_budget=ram_budget),
         metrics,
         most_waiting,
-        options.pop("prefix_bytes", 10**9),
+        prefix_bytes,
         **options,
     )
     with Server(("127.0.0.1", 0), key, hosts) as server:

@@ -124,6 +124,11 @@ class Generations:
         prefill_step_size (int, optional): tokens of a prompt at a time. Default: what the model's loading chose.
         kv_cache (dict, optional): mlx-lm's settings of a quantised KV cache. Default: it is not.
 
+    Attributes:
+        model (nn.Module): the loaded model. Only its ``streaming`` may be used on other threads.
+        tokenizer (TokenizerWrapper): the loaded tokenizer.
+        closed (bool): it takes no more requests.
+
     Raises:
         Exception: what ``load`` raises.
     """
@@ -142,7 +147,7 @@ class Generations:
         self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
         self._lock = threading.Lock()
         self._accepted: list[Generation] = []  # the first one runs
-        self._closed = False
+        self.closed = False
         self._prefixes = LRUPromptCache(max_size=1024, max_bytes=prefix_bytes)
         self._thread = Threads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
@@ -159,7 +164,7 @@ class Generations:
             Refusal: too many wait already, or it is closed.
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise Refusal(503, "The server is shutting down.")
             if len(self._accepted) > self._most_waiting:
                 raise Refusal(429, f"{self._most_waiting} requests are waiting already.", code="rate_limit_exceeded")
@@ -185,7 +190,7 @@ class Generations:
             patience (float): seconds for it.
         """
         with self._lock:
-            self._closed = True
+            self.closed = True
             running, waiting = self._accepted[:1], self._accepted[1:]
         for generation in waiting:
             generation.put(Refusal(503, "The server is shutting down."))

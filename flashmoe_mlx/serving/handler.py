@@ -152,7 +152,10 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)
 
     def _health(self) -> None:
-        self._send(200, {"status": "ok"})
+        if self.server.service.healthy:
+            self._send(200, {"status": "ok"})
+        else:
+            self._send(503, {"status": "unavailable"})
 
     def _metrics(self) -> None:
         self._send(200, self.server.service.metrics(), "text/plain; version=0.0.4; charset=utf-8")

@@ -1,6 +1,5 @@
 """What a client may ask for, field by field, as OpenAI's API names it. Whatever stands nowhere here is refused."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -55,10 +54,10 @@ Content = str | list[TextPart]
 
 
 class CalledFunction(_Strict):
-    """A function that the model called; the arguments are JSON."""
+    """A function that the model called; the arguments are JSON, as text or as they are."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]
 
 
 class ToolCall(_Strict):
@@ -272,7 +271,7 @@ def read_request(kind: type[_Request], body: bytes, defaults: Mapping[str, Any])
     """
     try:
         fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
         raise Refusal(400, f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise Refusal(400, "The body is not a JSON object.")
@@ -293,9 +292,9 @@ def _convert(value: Any, kind: type[_T], where: str = "") -> _T:
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except (msgspec.ValidationError, RecursionError) as error:
-        path = str(error).partition(" - at ")[2].strip("`").removeprefix("$")
-        param = (where + path).removeprefix(".")
-        raise Refusal(400, f"{param or 'The request'}: {str(error).partition(' - at ')[0]}.", param or None) from error
+        message, _, place = str(error).partition(" - at ")  # such as `$.stop[0]`, or `key` in `$.logit_bias`
+        param = (where + place.rpartition("$")[2].strip("`")).removeprefix(".") or None
+        raise Refusal(400, f"{param or 'The request'}: {message}.", param) from error
 
 
 def _refuse_contradictions(request: ChatRequest, tools: list[Tool]) -> None:
@@ -340,8 +339,10 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
 
 
 def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+    arguments: Any = call.function.arguments
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        if isinstance(arguments, str):
+            arguments = msgspec.json.decode(arguments or "{}")
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"The arguments are not JSON: {error}.", f"{where}.function.arguments") from error
     if not isinstance(arguments, dict):

@@ -87,6 +87,11 @@ class Service:
         )
         return Reply(request, prompt, generation, self._tokenizer, self.name), generation
 
+    @property
+    def healthy(self) -> bool:
+        """Whether it takes requests."""
+        return not self._generations.closed
+
     def model(self) -> dict[str, Any]:
         """What OpenAI's API says about a model."""
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "local"}
