@@ -83,9 +83,9 @@ class Pieces:
         self.stopped = self._stops[0] is None
         content = self._space + "".join(part for _, part in parts)
         # Space after a call is only worth telling if something follows it.
-        held = self.called and content.isspace()
-        self._space = content if held else ""
-        piece.content += "" if held else content
+        told = content.rstrip() if self.called else content
+        self._space = content[len(told) :]
+        piece.content += told
 
     def _end_call(self, piece: Piece, whole: bool) -> None:
         if self._call is None or self.stopped:
