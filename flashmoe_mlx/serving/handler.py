@@ -286,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(self.headers.get_all("Host", [])) != 1 or _hostname(host) not in self._own_names():
             # A name can be made to point here by anybody (DNS rebinding), so only known ones are served.
             raise Refusal(403, "This Host is not served: use the address, or name it with --allowed-host.")
-        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+        if self.headers.get("Origin", f"//{host}").partition("//")[2] != host:
             raise Refusal(403, _OFF)
         if self.server.key is not None:
             scheme, _, key = self.headers.get("Authorization", "").partition(" ")
