@@ -81,6 +81,15 @@ def test_two_calls_and_their_results(client: openai.OpenAI, stream: bool) -> Non
     assert answer.choices[0].message.content == said
 
 
+def test_one_call_where_more_are_not_wanted(client: openai.OpenAI) -> None:
+    question: Messages = [{"role": "user", "content": "What is the weather in Oslo and in Rome?"}]
+    options: Any = {"tools": [TOOL], "parallel_tool_calls": False, "max_tokens": 100}
+    answer = client.chat.completions.create(model="any", messages=question, **options)
+    calls = answer.choices[0].message.tool_calls or []
+    assert [json.loads(call.function.arguments) for call in calls] == [{"city": "Oslo"}]
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
 def joined(chunks: Iterable[ChatCompletionChunk]) -> tuple[Any, str | None]:
     """The message that chunks make up, and its finish reason."""
     message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
@@ -108,10 +117,9 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_json_schema(running: Running, stream: bool) -> None:
+def test_json_schema(client: openai.OpenAI) -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "bird", "schema": SCHEMA, "strict": True}}
-    chunks = running.client().chat.completions.create(
+    chunks = client.chat.completions.create(
         model="any", messages=HERON, response_format=wanted, stream=True, max_tokens=60
     )
     jsonschema.validate(json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)), SCHEMA)
@@ -249,6 +257,7 @@ def test_what_mlx_lm_accepts(running: Running) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),

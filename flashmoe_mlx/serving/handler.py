@@ -44,6 +44,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = MOST_CONNECTIONS
     service: Service
 
     def __init__(self, address: tuple[str, int], key: str | None = None, hosts: Collection[str] = ()):

@@ -38,8 +38,10 @@ class Reply:
         if isinstance(request, ChatRequest):
             tools = [] if request.tool_choice == "none" else request.tools
             self._pieces = Pieces(tokenizer, request.stops, prompt.thinks, tools)
+            self._one_call = not request.parallel_tool_calls
         else:
             self._pieces = Pieces(None, request.stops)
+            self._one_call = False
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": ("chat.completion" if chat else "text_completion")
@@ -68,11 +70,14 @@ class Reply:
         if token.token not in self._tokenizer.eos_token_ids:
             self._logprobs.append((self._text_length, token))
         self._text_length += len(token.text)
+        if self._one_call:
+            piece.tool_calls = piece.tool_calls[:1]
         for each in (self._all, self._new):
             each.content += piece.content
             each.reasoning += piece.reasoning
             each.tool_calls += piece.tool_calls
-        self._finish_reason = "stop" if self._pieces.stopped else token.finish_reason
+        enough = self._pieces.stopped or (self._one_call and self._pieces.called)
+        self._finish_reason = "stop" if enough else token.finish_reason
         if self._finish_reason == "stop" and self._pieces.called:
             self._finish_reason = "tool_calls"
 

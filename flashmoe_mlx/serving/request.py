@@ -305,6 +305,8 @@ def _refuse_contradictions(request: ChatRequest, tools: list[Tool]) -> None:
         raise Refusal(400, "max_tokens and max_completion_tokens differ: give one of them.", "max_completion_tokens")
     if request.top_logprobs and not request.logprobs:
         raise Refusal(400, "top_logprobs needs logprobs: true.", "top_logprobs")
+    if tools and request.tool_choice != "none" and not isinstance(request.response_format, TextFormat):
+        raise Refusal(400, "A response_format of JSON leaves no room for calls: leave out one of them.", "tools")
     if not tools and request.tool_choice not in ("auto", "none"):
         raise Refusal(400, "tool_choice asks for a call, and there are no tools.", "tool_choice")
     if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:

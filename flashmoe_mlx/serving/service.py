@@ -59,6 +59,7 @@ class Service:
         self._limits = limits
         self._template_options = dict(template_options)
         self._tokenizer = generations.tokenizer
+        self._always_sampled = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
         self._vocabulary = constrain.vocabulary_of(self._tokenizer)
         self._created = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
@@ -154,7 +155,7 @@ class Service:
             "min_p": request.min_p,
             "xtc_probability": request.xtc_probability,
             "xtc_threshold": request.xtc_threshold,
-            "xtc_special_tokens": [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids],
+            "xtc_special_tokens": self._always_sampled,
         }
 
 
