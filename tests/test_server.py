@@ -1,13 +1,13 @@
 """The server as its clients meet it: OpenAI's own, strangers, and those that make mistakes or go away."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessageParam
 
 from demo.talk import TOOL
 from flashmoe_mlx import generate
@@ -40,11 +40,11 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_the_text_is_that_of_generate(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
-    for prompt, tokens in (("Define a sofa.", 60), ("Tell me a story.", 12)):
-        generate.main(["--prompt", prompt, "--max-tokens", str(tokens), "--verbose", "False"])
-        messages: Messages = [{"role": "user", "content": prompt}]
-        answer = client.chat.completions.create(model="any", messages=messages, max_tokens=tokens)
-        assert f"{answer.choices[0].message.content}\n" == capsys.readouterr().out
+    question = "Tell me a story about a sofa."
+    generate.main(["--prompt", question, "--max-tokens", "30", "--verbose", "False"])
+    messages: Messages = [{"role": "user", "content": question}]
+    answer = client.chat.completions.create(model="any", messages=messages, max_tokens=30)
+    assert f"{answer.choices[0].message.content}\n" == capsys.readouterr().out
 
 
 def test_stream_with_usage(client: openai.OpenAI) -> None:
@@ -59,26 +59,32 @@ def test_stream_with_usage(client: openai.OpenAI) -> None:
     assert last.choices == [] and last.usage and last.usage.completion_tokens == 25
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_two_calls_and_their_results(client: openai.OpenAI, stream: bool) -> None:
+def test_two_calls_and_their_results(client: openai.OpenAI) -> None:
     """The results go back in another order than that of the calls, and each still belongs to its own."""
     messages: Messages = [{"role": "user", "content": "What is the weather in Oslo and in Rome?"}]
     options: Any = {"model": "any", "tools": [TOOL], "max_tokens": 100}
-    if stream:
-        message, reason = joined(client.chat.completions.create(messages=messages, stream=True, **options))
-    else:
-        choice = client.chat.completions.create(messages=messages, **options).choices[0]
-        message, reason = choice.message.model_dump(exclude_unset=True), choice.finish_reason
-    calls = message["tool_calls"]
-    assert reason == "tool_calls"
-    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"city": "Oslo"}, {"city": "Rome"}]
-    messages.append(message)
-    weather = {calls[0]["id"]: {"temperature": 3, "sky": "cloudy"}, calls[1]["id"]: {"temperature": 29, "sky": "clear"}}
+    choice = client.chat.completions.create(messages=messages, **options).choices[0]
+    calls = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and calls
+    assert [json.loads(call.function.arguments) for call in calls] == [{"city": "Oslo"}, {"city": "Rome"}]
+    messages.append(choice.message)
+    weather = {calls[0].id: {"temperature": 3, "sky": "cloudy"}, calls[1].id: {"temperature": 29, "sky": "clear"}}
     for call_id in reversed(weather):
         messages.append({"role": "tool", "tool_call_id": call_id, "content": json.dumps(weather[call_id])})
     answer = client.chat.completions.create(messages=messages, **options)
     said = "It is 3 degrees and cloudy in Oslo. It is 29 degrees and clear in Rome."
     assert answer.choices[0].message.content == said
+
+
+def test_calls_in_a_stream(client: openai.OpenAI) -> None:
+    messages: Messages = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    chunks = list(
+        client.chat.completions.create(model="any", messages=messages, tools=[TOOL], stream=True, max_tokens=60)
+    )
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [(call.index, call.function.arguments) for call in calls if call.function] == [(0, '{"city": "Oslo"}')]
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_one_call_where_more_are_not_wanted(client: openai.OpenAI) -> None:
@@ -88,19 +94,6 @@ def test_one_call_where_more_are_not_wanted(client: openai.OpenAI) -> None:
     calls = answer.choices[0].message.tool_calls or []
     assert [json.loads(call.function.arguments) for call in calls] == [{"city": "Oslo"}]
     assert answer.choices[0].finish_reason == "tool_calls"
-
-
-def joined(chunks: Iterable[ChatCompletionChunk]) -> tuple[Any, str | None]:
-    """The message that chunks make up, and its finish reason."""
-    message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
-    reason = None
-    for chunk in chunks:
-        delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason
-        message["content"] += delta.content or ""
-        for call in delta.tool_calls or []:
-            assert call.index == len(message["tool_calls"])
-            message["tool_calls"].append(call.model_dump(exclude={"index"}))
-    return message, reason
 
 
 def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
@@ -220,7 +213,8 @@ def test_metrics_and_health(running: Running) -> None:
 def test_what_mlx_lm_accepts(running: Running) -> None:
     """mlx-lm's own tests of its server ask these."""
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a heron?"}]}]
-    assert running.chat(messages=parts)[1]["choices"][0]["message"]["content"] == DEFINITION
+    said = running.chat(messages=parts, max_tokens=4)[1]["choices"][0]["message"]["content"]
+    assert said and DEFINITION.startswith(said)
     for arguments in ('{"a": 2, "b": 3}', {"a": 2, "b": 3}):
         call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": arguments}}
         messages = [
