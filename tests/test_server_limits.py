@@ -13,6 +13,7 @@ from typing import Any
 
 import openai
 import pytest
+from mlx_lm.models.cache import QuantizedKVCache
 
 from flashmoe_mlx import server
 from flashmoe_mlx.serving import handler, prompt
@@ -193,6 +194,18 @@ def test_a_conversation_goes_on_where_it_was(running: Running) -> None:
         answer = running.chat(messages=messages)[1]
         messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 20 + 25  # question and answer
+
+
+def test_a_quantised_cache() -> None:
+    cache = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
+    with serve(kv_cache=cache) as running:
+        assert running.chat(messages=HERON)[1]["choices"][0]["message"]["content"] == DEFINITION
+        prefixes = running.generations._prefixes
+        kept, _ = prefixes.fetch_nearest_cache(*prefixes._lru._lrus["assistant"][-1])
+        assert any(isinstance(layer, QuantizedKVCache) for layer in kept)
+        running.generations.close(0)
+        assert running.ask("GET", "/health")[::2] == (503, {"status": "unavailable"})
+        assert running.ask("POST", CHAT, {"messages": HERON})[0] == 503
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -121,6 +121,26 @@ def test_other_formats_of_calls(tokenizer: TokenizerWrapper, monkeypatch: pytest
     assert called(read(Pieces(tokenizer, tools=[TOOL]), text)) == [("get_weather", {"city": "Oslo"})]
 
 
+@pytest.mark.parametrize(
+    ("kind", "written", "read_as"),
+    [
+        ({"type": "object"}, "{'in_stock': True}", {"in_stock": True}),  # Python's style
+        ({"type": "object"}, '{"in_stock": true}', {"in_stock": True}),
+        ({"type": "array"}, "['fiction', 'new']", ["fiction", "new"]),
+        ({"anyOf": [{"type": "object"}, {"type": "string"}]}, '{"a": 1}', {"a": 1}),
+        ({"anyOf": [{"type": "object"}, {"type": "string"}]}, "123", "123"),
+        ({"type": "string"}, "2025-06-15T10:30:00Z", "2025-06-15T10:30:00Z"),
+        ({"type": "string"}, "version 3.10.5-beta", "version 3.10.5-beta"),
+        ({"type": "integer"}, "12", 12),
+    ],
+)
+def test_values_as_mlx_lm_reads_them(tokenizer: TokenizerWrapper, kind: Any, written: str, read_as: Any) -> None:
+    """mlx-lm's own tests of its parser ask these."""
+    tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": kind}}}}
+    text = f"<tool_call>\n<function=f>\n<parameter=x>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    assert called(read(Pieces(tokenizer, tools=[tool]), text)) == [("f", {"x": read_as})]
+
+
 def test_a_thought_is_told_apart(thinker: TokenizerWrapper) -> None:
     request = chat(stream=True)
     made = Prompt.of_chat(request, thinker, {})

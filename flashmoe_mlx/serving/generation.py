@@ -206,8 +206,9 @@ class Generations:
     def _run(self, generation: Generation) -> None:
         begin = time.perf_counter()
         try:
-            for token in self._generate(generation):
-                generation.put(token)
+            if not generation.cancelled:
+                for token in self._generate(generation):
+                    generation.put(token)
         except Exception as error:  # this request's; the next one works
             self._metrics.add(generation_errors=1)
             generation.put(error)
