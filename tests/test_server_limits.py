@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def is_idle(running: Running) -> bool:
-    return running.generations.gauges()["running_requests"] == 0
+    return not running.generations._accepted
 
 
 def runs(running: Running, requests: int) -> Callable[[], bool]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import maybe_quantize_kv_cache, stream_generate
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, stream_generate, wired_limit
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -166,7 +166,7 @@ class Generations:
         with self._lock:
             if self.closed:
                 raise Refusal(503, "The server is shutting down.")
-            if len(self._accepted) > self._most_waiting:
+            if self._wanted() > self._most_waiting:
                 raise Refusal(429, f"{self._most_waiting} requests are waiting already.", code="rate_limit_exceeded")
             generation = Generation(order)
             self._accepted.append(generation)
@@ -176,10 +176,10 @@ class Generations:
     def gauges(self) -> dict[str, float]:
         """How many requests wait and run, and the bytes of kept prefixes."""
         with self._lock:
-            accepted = len(self._accepted)
+            wanted = self._wanted()
         return {
-            "waiting_requests": max(0, accepted - 1),
-            "running_requests": min(1, accepted),
+            "waiting_requests": max(0, wanted - 1),
+            "running_requests": min(1, wanted),
             "prefix_bytes": self._prefixes.nbytes,
         }
 
@@ -203,6 +203,10 @@ class Generations:
             generation.cancel()
         self._thread.close(deadline + 2)
 
+    def _wanted(self) -> int:
+        """Requests that somebody waits for; the others end once it is their turn."""
+        return sum(not generation.cancelled for generation in self._accepted)
+
     def _run(self, generation: Generation) -> None:
         begin = time.perf_counter()
         try:
@@ -225,7 +229,9 @@ class Generations:
         cache, rest = self._prefixes.fetch_nearest_cache(None, prompt[:-1])  # the last one is always computed
         generation.cached_tokens = len(prompt) - 1 - len(rest)
         cache = cache or make_prompt_cache(self.model)
-        if not self._prefill(generation, prompt, cache):
+        with wired_limit(self.model, [generation_stream]), mx.stream(generation_stream):  # as mlx-lm generates
+            self._prefill(generation, prompt, cache)
+        if generation.cancelled:
             return
         self._metrics.add(prompt_tokens=len(prompt), cached_prompt_tokens=generation.cached_tokens)
         before = mx.array(prompt[:-1], mx.int32)
@@ -252,12 +258,8 @@ class Generations:
                 break
         self._prefixes.insert_cache(None, prompt, cache)  # it has seen every token so far
 
-    def _prefill(self, generation: Generation, prompt: list[int], cache: list[Any]) -> bool:
-        """Read all of the prompt but its last token, in chunks that end where other prompts may go another way.
-
-        Returns:
-            bool: whether it was not cancelled.
-        """
+    def _prefill(self, generation: Generation, prompt: list[int], cache: list[Any]) -> None:
+        """Read all of the prompt but its last token, in chunks that end where other prompts may go another way."""
         position, end = generation.cached_tokens, len(prompt) - 1
         cuts = [] if can_trim_prompt_cache(cache) else [cut for cut in generation.order.beginnings if cut < end]
         while position < end and not generation.cancelled:
@@ -267,9 +269,8 @@ class Generations:
             mx.eval([layer.state for layer in cache])
             mx.clear_cache()
             position = stop
-            if position in cuts:
+            if position in cuts:  # a system's state is kept longest
                 self._prefixes.insert_cache(None, prompt[:position], copy.deepcopy(cache), cache_type="system")
-        return not generation.cancelled
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
