@@ -258,6 +258,7 @@ def test_what_mlx_lm_accepts(running: Running) -> None:
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
+        ({"messages": HERON * 1025}, "messages"),
         ({"messages": [{"role": "robot", "content": "?"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),

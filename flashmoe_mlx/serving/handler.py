@@ -265,10 +265,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._refuse(Refusal(500, "An error of the server; its log says more."))
 
     def _known_route(self, routes: Collection[str], others: Collection[str]) -> str:
-        """
-        Raises:
-            Refusal: there is nothing, or not for this method.
-        """
+        """The path of a request, unless there is nothing or it is not for this method."""
         path = self.path.partition("?")[0]
         if path in others:
             raise Refusal(405, f"{self.command} is not for {path}.")
@@ -277,10 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         return path
 
     def _admit(self) -> None:
-        """
-        Raises:
-            Refusal: the client may not come in.
-        """
+        """Refuse strangers, and who brings too many headers or the wrong key."""
         if sum(len(name) + len(value) for name, value in self.headers.items()) > MOST_HEADERS:
             raise Refusal(431, f"The headers have more than {MOST_HEADERS:,} bytes.")
         host = self.headers.get("Host", "")
@@ -301,10 +295,7 @@ class Handler(BaseHTTPRequestHandler):
         return {address, *loopback, *self.server.hosts}
 
     def _body(self) -> bytes:
-        """
-        Raises:
-            Refusal: it is too large, of unknown length, or did not arrive.
-        """
+        """The body of a request, unless it is too large, of unknown length, or does not arrive."""
         lengths = self.headers.get_all("Content-Length", [])
         if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]) or "Transfer-Encoding" in self.headers:
             raise Refusal(411, "One Content-Length is needed, and no Transfer-Encoding.")
