@@ -236,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
         except (Refusal, ConnectionError):
             raise
         except Exception as error:
-            logging.error("a generation failed", exc_info=not isinstance(error, OSError | MemoryError))
+            logging.error("a generation failed: %s", error, exc_info=not isinstance(error, OSError | MemoryError))
             raise Refusal(500, f"The model failed: {' '.join(str(error).split())}") from error
 
     def _refuse_gone(self) -> None:
