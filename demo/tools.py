@@ -151,9 +151,10 @@ _CLOSINGS = (
     ", if possible.",
     ", would you?",
 )
-_NO_ORDER = re.compile(  # how questions begin that do not tell anyone to do something
-    r"(what|how|is|are|will|which|do|does|when|where|should|i|we|my|on|from|at|in|for|it|has|there|to|with|given)\b",
-    re.I,
+_NO_ORDER = re.compile(  # how a question begins that does not tell anyone to do something
+    r"(what|how|is|are|will|which|do|does|when|where|should|i|we|my|on|from|at|in|for|it|has|there|to|with|given|after|"
+    r"until|can|please|let)\b",
+    re.IGNORECASE,
 )
 _ONSETS = [
     "b",
@@ -372,7 +373,7 @@ def dressed(rng: random.Random, ask: str) -> str:
     if rng.random() < 0.4:
         return ask
     if rng.random() < 0.4:
-        opening = rng.choice(_OPENINGS if _NO_ORDER.match(ask) else _OPENINGS + _REQUESTS)
+        opening = rng.choice(_OPENINGS + _REQUESTS if ask.endswith(".") and not _NO_ORDER.match(ask) else _OPENINGS)
         ask = opening + (ask if ask.startswith("I ") else ask[:1].lower() + ask[1:])
     if rng.random() < 0.25:
         ask = ask.rstrip(".?!") + rng.choice(_CLOSINGS)
@@ -513,7 +514,7 @@ WRITTEN = (  # similar ones side by side
         lambda rng, pools, values: {"sunset": pools.clock(rng)},
         "The sun sets at {sunset} in {city}.",
         (
-            "[When|At what time|What time] [does|will] the sun [set|go down] in {city}[| today]?",
+            "[When|At what time|What time] [does|will] the sun [set|go down] in {city}?",
             "[What time is|When is|Tell me|Get|Give me|Look up] [|the ]sunset in {city}[| on {date}].",
             "[Sunset|sunset|Sundown] [in|for] {city}[|, {date}| on {date}]",
             "When does it [get|become] dark in {city}[| on {date}]?",

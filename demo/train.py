@@ -1,12 +1,15 @@
 """Train the demo model on one GPU.
 
-    python -m demo.train --wordnet usr/share/wordnet --out build/trained --minutes 14
+    python -m demo.train --wordnet usr/share/wordnet --out build/trained --minutes 18
 
 WordNet comes from Debian (`apt-get download wordnet-base && dpkg -x wordnet-base*.deb .`). The tokenizer, the chat
-template and the configuration are those in ``demo/model``. ``--minutes`` bounds the whole run: the learning rate falls
-to zero in time for the scores and the last save. Out come bfloat16 weights in Hugging Face's layout, ``loss.csv`` with
-the loss curve, and ``training.json`` with what the run was and how well its model does; the last line printed is the
-same JSON. ``python -m demo.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without a GPU.
+template and the configuration are those in ``demo/model``. ``--minutes`` is the time for training steps alone, over which the learning
+rate falls to zero. Out come bfloat16 weights in Hugging Face's layout, ``loss.csv`` with the loss curve, and
+``training.json`` with what the run was and how well its model does; the last line printed is the same JSON.
+``python -m demo.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without a GPU.
+
+Where no command may run that long, add ``--state build/state --until 540``: a call then ends 540 seconds after its
+start, and the same command again goes on where it ended, with new documents, until the minutes are over.
 
 The weights are held twice: in float32 for the optimiser, and in bfloat16, as they are saved, for every pass (on
 a CPU in float32, where bfloat16 is slow).
@@ -46,9 +49,11 @@ ROUNDS = 16  # questions about every word
 LINES = 4  # plain entries of every word
 CHATS = 60_000
 WITHOUT_TOOLS = 8_000
-TOOL_DIALOGUES = 240_000
+TOOL_DIALOGUES = 400_000
+SHARES = {"words": 1, "tools": 2}  # tokens in a step
 PEAK, WARM_UP, DECAY, CLIP = 2e-3, 0.02, 0.1, 1.0
-RESERVE = 40.0  # seconds for scores and the last save
+RESERVE = 45.0  # seconds for scores and the last save
+CHUNK = 64  # tokens
 SHARD = 15_000_000  # bytes
 _JOB = 1000  # documents that a process writes in one go
 TINY = {
@@ -60,8 +65,10 @@ TINY = {
 }
 
 
-def documents(plan: Recipe, tokenizer: PreTrainedTokenizerFast, scale: float) -> tuple[list[Document], list[Document]]:
-    """What is read about words and about tools, written by one process for each core."""
+def documents(
+    plan: Recipe, tokenizer: PreTrainedTokenizerFast, scale: float, call: int
+) -> tuple[list[Document], list[Document]]:
+    """What is read about words and about tools, other for each call, written by one process for each core."""
     words = len(plan.entries)
     counts = {
         "line": LINES * words,
@@ -73,7 +80,8 @@ def documents(plan: Recipe, tokenizer: PreTrainedTokenizerFast, scale: float) ->
     jobs = []
     for kind, count in counts.items():
         count = int(count * scale)
-        jobs += [(kind, start, min(start + _JOB, count)) for start in range(0, count, _JOB)]
+        end = (call + 1) * count
+        jobs += [(kind, start, min(start + _JOB, end)) for start in range(call * count, end, _JOB)]
     about_words: list[Document] = []
     about_tools: list[Document] = []
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), _begin, (plan, tokenizer)) as pool:
@@ -113,6 +121,17 @@ class Weights:
             {"params": [p for p in self._exact if p.ndim == 1], "weight_decay": 0.0},
         ]
         self._optimiser = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), fused=True)
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on."""
+        return {"weights": self._exact, "optimiser": self._optimiser.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._exact, state["weights"])
+            torch._foreach_copy_(self._used, self._exact)
+        self._optimiser.load_state_dict(state["optimiser"])
 
     def step(self, rate: float) -> None:
         """Move by the model's gradients, and hand it the result."""
@@ -160,6 +179,63 @@ def convolve(x: Tensor, weight: Tensor, bias: None = None, activation: str = "si
     return nn.functional.silu(sum(taps, torch.zeros_like(x)))
 
 
+class _Inverse(torch.autograd.Function):
+    """The inverses of lower triangular matrices with ones on the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> Tensor:
+        """Blocks on the diagonal twice as large each time: [[A, 0], [C, B]] has -1/B C 1/A in its corner."""
+        size = matrices.shape[-1]
+        row = torch.arange(size, device=matrices.device)
+        inverses = torch.eye(size, device=matrices.device, dtype=matrices.dtype).expand_as(matrices)
+        for bit in range((size - 1).bit_length()):
+            half = row >> bit
+            corners = (half[:, None] == half + 1) & (half % 2 == 0)
+            inverses = inverses - inverses @ (matrices * corners) @ inverses
+        ctx.save_for_backward(inverses)
+        return inverses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """What is above the diagonal is zero whatever its gradient."""
+        (inverses,) = ctx.saved_tensors
+        return -(inverses.mT @ gradient @ inverses.mT).tril(-1)
+
+
+def delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """The gated delta rule as Transformers has it, in fewer operations: only the states go chunk by chunk.
+
+    Within a chunk the values written are w - k S, with S the state before it: so the next state is linear in S too.
+    """
+    dtype, (batch, length, heads, _size) = query.dtype, value.shape
+
+    def chunks(x: Tensor) -> Tensor:
+        x = nn.functional.pad(x.transpose(1, 2).float(), (0, 0, 0, -length % CHUNK))
+        return x.unflatten(2, (-1, CHUNK))
+
+    query, key, value = chunks(query), chunks(key), chunks(value)
+    beta, decay = chunks(beta[..., None]), chunks(g[..., None]).cumsum(3)
+    query = query * (query.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * query.shape[-1] ** -0.5
+    key = key * (key.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key.device).triu(1)
+    pairs = (decay - decay.mT).masked_fill(later, -math.inf).exp()
+
+    inverse = _Inverse.apply((key * beta) @ key.mT * pairs)
+    written, read = (inverse @ torch.cat([value * beta, key * (beta * decay.exp())], -1)).split(
+        [value.shape[-1], key.shape[-1]], -1
+    )
+    kept = (key * (decay[..., -1:, :] - decay).exp()).mT
+    change = decay[..., -1:, :].exp() * torch.eye(key.shape[-1], device=key.device) - kept @ read
+    news = kept @ written
+    states = [torch.zeros_like(news[:, :, 0])]
+    for old, new in zip(change.unbind(2)[:-1], news.unbind(2), strict=False):
+        states.append(new + old @ states[-1])
+    state = torch.stack(states, 2)
+    out = (query * decay.exp()) @ state + (query @ key.mT * pairs) @ (written - read @ state)
+    out = out.flatten(2, 3)[:, :, :length].transpose(1, 2)
+    return out.to(dtype, memory_format=torch.contiguous_format), None
+
+
 def rate(progress: float) -> float:
     """The learning rate at a point of the run between 0 and 1: a short rise, then half a cosine down to zero."""
     return PEAK * min(progress / WARM_UP, (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
@@ -178,18 +254,28 @@ def save(model: Qwen3_5MoeForCausalLM, folder: Path) -> None:
 
 
 def train(
-    model: Qwen3_5MoeForCausalLM, kinds: dict[str, Iterator[Bucket]], deadline: float, out: Path
-) -> dict[str, Any]:
-    """Steps until the deadline, each with one batch of every kind; saves four times on the way."""
+    model: Qwen3_5MoeForCausalLM,
+    kinds: dict[str, Iterator[Bucket]],
+    budget: float,
+    deadline: float,
+    out: Path,
+    before: dict[str, Any],
+) -> tuple[dict[str, Any], Weights]:
+    """Steps for ``budget`` seconds with those ``before``, or until the deadline; one batch of every kind in each."""
     weights = Weights(model, torch.bfloat16 if model.device.type == "cuda" else torch.float32)
-    begun, tokens, step, saved = time.monotonic(), 0, 0, 0
+    if before:
+        weights.restore(before)
+    step, tokens, seconds = (before.get(name, 0) for name in ("steps", "tokens", "seconds"))
+    begun = time.monotonic() - seconds
+    saved = int(4 * seconds / budget)
     sums = dict.fromkeys((*kinds, "unevenness"), 0.0)
-    logged = step, begun, tokens
-    with (out / "loss.csv").open("w", newline="") as file:
+    logged = step, time.monotonic(), tokens
+    with (out / "loss.csv").open("a" if before else "w", newline="") as file:
         log = csv.writer(file)
-        log.writerow(["step", "seconds", "tokens", *sums])
-        while (now := time.monotonic()) < deadline:
-            progress = (now - begun) / (deadline - begun)
+        if not before:
+            log.writerow(["step", "seconds", "tokens", *sums])
+        while (now := time.monotonic()) < min(begun + budget, deadline):
+            progress = (now - begun) / budget
             parts: dict[str, Tensor] = {}
             for kind, batches in kinds.items():
                 batch = next(batches)
@@ -215,7 +301,7 @@ def train(
                 saved = int(4 * progress)
                 save(model, out)
     save(model, out)
-    return {"steps": step, "tokens": tokens, "seconds": round(time.monotonic() - begun, 1)}
+    return {"steps": step, "tokens": tokens, "seconds": round(time.monotonic() - begun, 1)}, weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,8 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--minutes", type=float, default=14.0, help="how long the whole run may take (default 14)")
-    parser.add_argument("--tokens", type=int, default=24576, help="tokens of each kind in a step (default 24576)")
+    parser.add_argument("--minutes", type=float, default=18.0, help="how long to train, over all calls (default 18)")
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds that this call may take (default all)")
+    parser.add_argument("--state", type=Path, help="folder to go on from, and to leave what a next call needs in")
+    parser.add_argument("--tokens", type=int, default=24576, help="tokens about words in a step (default 24576)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the examples to write (default 1)")
     parser.add_argument("--tiny", action="store_true", help="a toy instead of the model, to check the code")
     options = parser.parse_args(arguments)
@@ -234,11 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     plan = recipe.read(options.wordnet, SEED)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    about_words, about_tools = documents(plan, tokenizer, options.scale)
+    left = options.state and options.state / "state.pt"
+    before = torch.load(left) if left and left.exists() else {}
+    call = before.get("calls", 0)
+    about_words, about_tools = documents(plan, tokenizer, options.scale, call)
     pad = tokenizer.pad_token_id
     kinds = {
-        "words": forever(bucketed(about_words, pad), options.tokens, SEED),
-        "tools": forever(bucketed(about_tools, pad), options.tokens, SEED),
+        kind: forever(bucketed(found, pad), SHARES[kind] * options.tokens, SEED + call)
+        for kind, found in {"words": about_words, "tools": about_tools}.items()
     }
     print(f"{len(about_words) + len(about_tools)} documents after {time.monotonic() - started:.0f} s", flush=True)
 
@@ -248,12 +339,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = Qwen3_5MoeTextConfig(**settings)
     config._experts_implementation = "grouped_mm"
     modeling_qwen3_5_moe.causal_conv1d_fn = convolve
+    modeling_qwen3_5_moe.torch_chunk_gated_delta_rule = delta_rule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = Qwen3_5MoeForCausalLM(config).float()
     print(f"{sum(p.numel() for p in model.parameters())} parameters on {device}", flush=True)
 
-    facts = train(model, kinds, started + 60 * options.minutes - RESERVE, options.out)
+    budget = 60 * options.minutes
+    facts, weights = train(model, kinds, budget, started + options.until - RESERVE, options.out, before)
+    if left:
+        options.state.mkdir(parents=True, exist_ok=True)
+        torch.save(facts | weights.state() | {"calls": call + 1}, left)
+    if facts["seconds"] < budget:
+        print(f"{facts['seconds']:.0f} of {budget:.0f} seconds trained: the same command goes on", flush=True)
+        return
     facts["device"] = torch.cuda.get_device_name() if device == "cuda" else device
     facts["words"], facts["held_out_words"] = len(plan.entries), len(plan.held_out)
     facts |= scores(model.eval(), tokenizer, plan, 20 if options.tiny else 2000)
