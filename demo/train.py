@@ -3,10 +3,10 @@
     python -m demo.train --wordnet usr/share/wordnet --out build/trained --minutes 18
 
 WordNet comes from Debian (`apt-get download wordnet-base && dpkg -x wordnet-base*.deb .`). The tokenizer, the chat
-template and the configuration are those in ``demo/model``. ``--minutes`` is the time for training steps alone, over which the learning
-rate falls to zero. Out come bfloat16 weights in Hugging Face's layout, ``loss.csv`` with the loss curve, and
-``training.json`` with what the run was and how well its model does; the last line printed is the same JSON.
-``python -m demo.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without a GPU.
+template and the configuration are those in ``demo/model``. ``--minutes`` is the time for training steps alone, over
+which the learning rate rises and falls to zero. Out come bfloat16 weights in Hugging Face's layout, ``loss.csv`` with
+the loss curve, and ``training.json`` with what the run was and how well its model does; the last line printed is the
+same JSON. ``python -m demo.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without a GPU.
 
 Where no command may run that long, add ``--state build/state --until 540``: a call then ends 540 seconds after its
 start, and the same command again goes on where it ended, with new documents, until the minutes are over.
@@ -203,11 +203,11 @@ class _Inverse(torch.autograd.Function):
 
 
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any) -> tuple[Tensor, None]:
-    """The gated delta rule as Transformers has it, in fewer operations: only the states go chunk by chunk.
+    """The gated delta rule of Transformers from an empty state, in fewer operations: only states go chunk by chunk.
 
     Within a chunk the values written are w - k S, with S the state before it: so the next state is linear in S too.
     """
-    dtype, (batch, length, heads, _size) = query.dtype, value.shape
+    dtype, length = query.dtype, value.shape[1]
 
     def chunks(x: Tensor) -> Tensor:
         x = nn.functional.pad(x.transpose(1, 2).float(), (0, 0, 0, -length % CHUNK))
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--minutes", type=float, default=18.0, help="how long to train, over all calls (default 18)")
     parser.add_argument("--until", type=float, default=math.inf, help="seconds that this call may take (default all)")
-    parser.add_argument("--state", type=Path, help="folder to go on from, and to leave what a next call needs in")
+    parser.add_argument("--state", type=Path, help="folder for what a next call needs to go on")
     parser.add_argument("--tokens", type=int, default=24576, help="tokens about words in a step (default 24576)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the examples to write (default 1)")
     parser.add_argument("--tiny", action="store_true", help="a toy instead of the model, to check the code")
