@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from demo import tools, wordnet
+from demo import made_up, wordnet
 from demo.pools import Pools
 from demo.tools import Schema, Tool, Use
 from demo.wordnet import Entry
+from demo.written import WRITTEN
 
 Message = dict[str, Any]
 
@@ -125,7 +126,7 @@ class Recipe:
         """One question in held-out words, or at least about held-out values, that needs a tool written or made up."""
         rng = self._rng(f"held-out {written} {phrasing}", number)
         pools = self.held_out_pools if phrasing else replace(self.held_out_pools, held_out=False)
-        wanted = rng.choice(tools.WRITTEN) if written else tools.made_up(rng, pools)
+        wanted = rng.choice(WRITTEN) if written else made_up.tool(rng, pools)
         offered = [wanted, *(tool for tool in _offer(rng, pools) if tool.name != wanted.name)]
         use = wanted.use(rng, pools)
         messages = _called((use.question, [use]))
@@ -135,7 +136,7 @@ class Recipe:
     def without_tools(self, number: int) -> Example:
         """A question that needs a tool when there is none."""
         rng = self._rng("without tools", number)
-        question = rng.choice(tools.WRITTEN).use(rng, self.pools).question
+        question = rng.choice(WRITTEN).use(rng, self.pools).question
         return Example("chat", _opened(rng, 0.25) + _exchange(question, _NO_TOOL))
 
     def _word(self, rng: random.Random) -> list[Message]:
@@ -193,12 +194,12 @@ def _offer(rng: random.Random, pools: Pools) -> list[Tool]:
     count = min(rng.randint(1, 5), rng.randint(1, 8))
     written = sum(rng.random() < 0.6 for _ in range(count))
     if rng.random() < 0.4:
-        start = rng.randrange(len(tools.WRITTEN) - written)
-        offered = list(tools.WRITTEN[start : start + written])
+        start = rng.randrange(len(WRITTEN) - written)
+        offered = list(WRITTEN[start : start + written])
     else:
-        offered = rng.sample(tools.WRITTEN, written)
-    thing = tools.some_thing(rng, pools) if rng.random() < 0.3 else ""
-    offered += [tools.made_up(rng, pools, thing) for _ in range(count - written)]
+        offered = rng.sample(WRITTEN, written)
+    thing = made_up.some_thing(rng, pools) if rng.random() < 0.3 else ""
+    offered += [made_up.tool(rng, pools, thing) for _ in range(count - written)]
     rng.shuffle(offered)
     return list({tool.name: tool for tool in offered}.values())
 
@@ -207,8 +208,8 @@ def _unanswerable(rng: random.Random, pools: Pools, offered: list[Tool]) -> str:
     """A question for a tool that is not on offer."""
     names = {tool.name for tool in offered}
     if rng.random() < 0.25:
-        return tools.made_up(rng, pools).use(rng, pools).question
-    return rng.choice([tool for tool in tools.WRITTEN if tool.name not in names]).use(rng, pools).question
+        return made_up.tool(rng, pools).use(rng, pools).question
+    return rng.choice([tool for tool in WRITTEN if tool.name not in names]).use(rng, pools).question
 
 
 def _repeated(rng: random.Random, pools: Pools) -> list[Message]:

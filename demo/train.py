@@ -47,7 +47,7 @@ LINES = 4  # plain entries of every word
 CHATS = 60_000
 WITHOUT_TOOLS = 8_000
 TOOL_DIALOGUES = 400_000
-SHARES = {"words": 1, "tools": 2}  # tokens in a step
+SHARES = {"words": 1, "tools": 3}  # tokens in a step
 PEAK, WARM_UP, DECAY, CLIP = 2e-3, 0.02, 0.1, 1.0
 RESERVE = 45.0  # seconds for scores and the last save
 CHUNK = 64  # tokens
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--minutes", type=float, default=15.0, help="how long the whole run may take (default 15)")
-    parser.add_argument("--tokens", type=int, default=24576, help="tokens about words in a step (default 24576)")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens about words in a step (default 16384)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the examples to write (default 1)")
     parser.add_argument("--tiny", action="store_true", help="a toy instead of the model, to check the code")
     options = parser.parse_args(arguments)
