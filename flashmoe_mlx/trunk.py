@@ -181,9 +181,10 @@ def _delta_net(
     )
 
     def mix(x: mx.array, cache: ArraysCache) -> Routed:
-        *routed, cache[0], cache[1] = _delta_step(x, cache[0], cache[1], weights, routing)
+        routed: Routed
+        routed, cache[0], cache[1] = _delta_step(x, cache[0], cache[1], weights, routing)
         cache.advance(x.shape[1])
-        return tuple(routed)
+        return routed
 
     return mix
 
@@ -234,7 +235,7 @@ def _attention(
 @mx.compile
 def _delta_step(
     x: mx.array, window: mx.array, state: mx.array, weights: _DeltaNet, routing: _Routing
-) -> tuple[mx.array, ...]:
+) -> tuple[Routed, mx.array, mx.array]:
     tokens = x.squeeze(0)
     projected = ops.product(mx.fast.rms_norm(tokens, weights.norm, weights.eps), weights.inputs)
     y, window, state = ops.gated_delta(
@@ -248,7 +249,7 @@ def _delta_step(
         layout=weights.layout,
         eps=weights.gated_eps,
     )
-    return *_route(tokens, ops.product(y, weights.output), routing), window, state
+    return _route(tokens, ops.product(y, weights.output), routing), window, state
 
 
 @mx.compile
@@ -279,7 +280,7 @@ def _route(x: mx.array, y: mx.array, routing: _Routing) -> Routed:
 @mx.compile
 def _mlp(x: mx.array, gate: Quantized, up: Quantized, down: Quantized) -> mx.array:
     tokens = x.reshape(-1, x.shape[-1])
-    slots = mx.zeros((tokens.shape[0], 1), mx.uint32)
+    slots = mx.array([[0]] * tokens.shape[0], mx.uint32)  # a constant; zeros() would be another launch
     return ops.product(ops.gate_up(tokens, slots, gate, up).squeeze(1), down).reshape(x.shape)
 
 
@@ -296,15 +297,15 @@ def _merge(linears: list[nn.Module]) -> Quantized:
     """One matrix of several layers' rows; their own parameters become parts of it."""
     rows = [linear.weight.shape[0] for linear in linears]
     ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
-    merged = []
+    merged = {}
     for name in ("weight", "scales", "biases"):
         whole = mx.concatenate([linear[name] for linear in linears])
         parts = mx.split(whole, ends)  # share the memory of the whole
         mx.eval(whole, parts)
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
-        merged.append(whole[None])
-    return Quantized(*merged, linears[0].group_size, linears[0].bits)
+        merged[name] = whole[None]
+    return Quantized(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
 
 
 def _alike(linears: list[nn.Module]) -> bool:
