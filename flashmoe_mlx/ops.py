@@ -300,7 +300,7 @@ def gated_delta_twin(
     return normed.astype(x.dtype).reshape(x.shape[0], -1), inputs[:, -window.shape[1] :], next_state
 
 
-def rotate(
+def norm_rope(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
 ) -> tuple[mx.array, mx.array]:
     """The queries and keys of attention: the norm of each head, then RoPE.
@@ -319,10 +319,10 @@ def rotate(
         tuple: queries ``[1, heads, tokens, head_dim]`` and keys ``[1, key_heads, tokens, head_dim]``.
     """
     if not _on_gpu():
-        return rotate_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
+        return norm_rope_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
     head_dim = q_norm.size
     (out,) = _run(
-        "rotate",
+        "norm_rope",
         [x, q_norm, k_norm, position, mx.array([math.log2(rope.base), rope.scale, rope.eps])],
         [(1, heads + key_heads, x.shape[0], head_dim)],
         threadgroups=(heads + key_heads, x.shape[0]),
@@ -332,10 +332,10 @@ def rotate(
     return out[:, :heads], out[:, heads:]
 
 
-def rotate_twin(
+def norm_rope_twin(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
 ) -> tuple[mx.array, mx.array]:
-    """:func:`rotate` in MLX operations, as mlx-lm's layers compute it."""
+    """:func:`norm_rope` in MLX operations, as mlx-lm's layers compute it."""
     head_dim = q_norm.size
     q, k = mx.split(x[None, :, : (2 * heads + key_heads) * head_dim], [2 * heads * head_dim], axis=-1)
     q = q.reshape(1, -1, heads, 2 * head_dim)[..., :head_dim]
@@ -501,10 +501,10 @@ _CALLS = {
         """,
         ("out", "next_window", "next_state"),
     ),
-    "rotate": _Call(
+    "norm_rope": _Call(
         ("x", "q_norm", "k_norm", "position", "rope"),
         """
-        rotate<T, DIM, DIMS, HEADS>(
+        norm_rope<T, DIM, DIMS, HEADS>(
             x, q_norm, k_norm, position, rope, out,
             x_shape[0], x_shape[1], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
             thread_index_in_simdgroup);

@@ -257,7 +257,7 @@ def _project(x: mx.array, position: mx.array, weights: _Attention) -> tuple[mx.a
     """Queries, keys, values ``[1, heads, tokens, head_dim]``, and the gates of the output ``[tokens, heads, dim]``."""
     projected = ops.product(mx.fast.rms_norm(x.squeeze(0), weights.norm, weights.eps), weights.inputs)
     heads, key_heads, head_dim = weights.heads, weights.key_heads, weights.q_norm.size
-    queries, keys = ops.rotate(
+    queries, keys = ops.norm_rope(
         projected, weights.q_norm, weights.k_norm, position, heads=heads, key_heads=key_heads, rope=weights.rope
     )
     values = projected[None, :, -key_heads * head_dim :].reshape(1, -1, key_heads, head_dim).swapaxes(1, 2)
@@ -321,7 +321,7 @@ def _own_floats(mixer: nn.Module) -> list[mx.array]:
     """Parameters of a mixer that are not quantised and that kernels read with the dtype of activations."""
     if type(mixer) is qwen3_next.Qwen3NextAttention:
         return [mixer.q_norm.weight, mixer.k_norm.weight]
-    return [mixer.conv1d.weight, mixer.norm.weight]
+    return [mixer.conv1d.weight]
 
 
 def _same_dtype(floats: Iterable[mx.array], *groups: list[nn.Module]) -> bool:

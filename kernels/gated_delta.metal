@@ -24,6 +24,7 @@ template <
     typename Layout,
     typename Decays,
     typename Biases,
+    typename Norm,
     typename Eps,
     typename Shared>
 inline void gated_delta(
@@ -34,7 +35,7 @@ inline void gated_delta(
     const device T* taps,           // [channels, TAPS]
     Decays a_log,                   // [VALUE_HEADS], in device or constant memory
     Biases dt_bias,                 // [VALUE_HEADS]
-    const device T* norm,           // [DV]
+    Norm norm,                      // [DV]
     Eps eps,                        // [1]
     device T* out,                  // [tokens, VALUE_HEADS * DV]
     device T* next_window,

@@ -85,7 +85,7 @@ def check_kernels(
             eps=1e-6,
         )
     same(
-        *(ops.rotate, ops.rotate_twin),
+        *(ops.norm_rope, ops.norm_rope_twin),
         normal(8, tokens, (2 * heads + 2 * key_heads) * dim).astype(dtype),
         *(normal(9, dim).astype(dtype), normal(10, dim).astype(dtype), mx.array([7])),
         heads=heads,
@@ -189,7 +189,7 @@ def test_steps_emulated(emulated: None, checkpoint: WriteFamily, monkeypatch: py
     for their, our in zip(*map(arrays, caches), strict=True):
         assert error(our, their) < 1e-5
     counts = {name: launches.count(name) for name in set(launches)}
-    assert counts == {"gated_delta": 9, "rotate": 3, "add_norm": 12, "route": 12, "combine": 12, "gate_up": 12}
+    assert counts == {"gated_delta": 9, "norm_rope": 3, "add_norm": 12, "route": 12, "combine": 12, "gate_up": 12}
 
 
 def test_demo_model_says_the_same() -> None:

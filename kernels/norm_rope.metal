@@ -1,7 +1,7 @@
 // The queries and keys of a few tokens: each head's RMS norm, then RoPE of its first DIMS elements, where element i turns
 // together with element i + DIMS / 2. A simdgroup takes one head of one token.
 template <typename T, int DIM, int DIMS, int HEADS, typename Position, typename Rope>
-inline void rotate(
+inline void norm_rope(
     const device T* x,       // [tokens, width]: for each of HEADS a query and its gate, then the keys, then values
     const device T* q_norm,  // [DIM]
     const device T* k_norm,  // [DIM]
