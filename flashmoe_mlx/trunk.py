@@ -24,11 +24,31 @@ from flashmoe_mlx.ops import Layout, Quantized, Rope
 Routed = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
+class Snapshot:
+    """The linear layers that another way was made of, so that it is not taken once they were changed.
+
+    Args:
+        parents (tuple): modules, each with the names of those of its children that count.
+    """
+
+    def __init__(self, *parents: tuple[nn.Module, Iterable[str]]):
+        children = [(parent, name, parent[name]) for parent, names in parents for name in names]
+        self.dtype: mx.Dtype = children[0][2].scales.dtype
+        self._found = [*children, *((linear, "scales", linear.scales) for _, _, linear in children)]
+
+    def holds(self) -> bool:
+        """Whether they still are what they were: without adapters, in the same dtype, with the same weights."""
+        for module, name, value in self._found:  # noqa: SIM110 - this runs for every layer of every token
+            if module.get(name) is not value:
+                return False
+        return True
+
+
 class FewLaunches(nn.Module):
     """What :func:`swap_trunk` adds to a decoder layer: another way to compute a step of few tokens."""
 
     _mix: Callable[[mx.array, Any], Routed]
-    _dtype: mx.Dtype
+    _made_of: Snapshot
 
     def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         """The layer's output ``[batch, tokens, hidden]``, with mlx-lm's caches."""
@@ -41,7 +61,9 @@ class FewLaunches(nn.Module):
 
     def _decodes(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
         """Whether this is a step of few tokens of one sequence, after at least one other step."""
-        if x.shape[0] > 1 or x.shape[1] > FEW_TOKENS or x.dtype != self._dtype or self.training:
+        if x.shape[0] > 1 or x.shape[1] > FEW_TOKENS or self.training:
+            return False
+        if x.dtype != self._made_of.dtype or not self._made_of.holds():
             return False
         if self.is_linear:
             return type(cache) is ArraysCache and mask is None and cache.lengths is None and cache[1] is not None
@@ -52,14 +74,15 @@ class FewLaunchesMLP(nn.Module):
     """What :func:`swap_trunk` adds to a shared expert."""
 
     _few: Callable[[mx.array], mx.array]
-    _dtype: mx.Dtype
+    _made_of: Snapshot
 
     def __call__(self, x: mx.array) -> mx.array:
         """The expert's output ``[..., hidden]``."""
-        if x.size > FEW_TOKENS * x.shape[-1] or x.dtype != self._dtype or self.training:
-            y: mx.array = super().__call__(x)
-            return y
-        return self._few(x)
+        few = x.size <= FEW_TOKENS * x.shape[-1] and x.dtype == self._made_of.dtype and not self.training
+        if few and self._made_of.holds():
+            return self._few(x)
+        y: mx.array = super().__call__(x)
+        return y
 
 
 def swap_trunk(model: nn.Module) -> int:
@@ -88,8 +111,8 @@ def _swap(layer: nn.Module) -> bool:
         return False
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
     inputs = [mixer[name] for name in _INPUTS[type(mixer)]]
-    output = mixer.out_proj if layer.is_linear else mixer.o_proj
-    router = [block.gate, block.shared_expert_gate]
+    output = mixer[_OUTPUT[type(mixer)]]
+    router = [block[name] for name in _ROUTER]
     floats = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *_own_floats(mixer)]
     if not (_alike(inputs) and _alike([output]) and _alike(router) and _same_dtype(floats, inputs, [output], router)):
         return False
@@ -104,12 +127,16 @@ def _swap(layer: nn.Module) -> bool:
         bool(block.norm_topk_prob),
     )
     make = _delta_net if layer.is_linear else _attention
-    _change(layer, FewLaunches, dtype=output.scales.dtype, _mix=make(layer, mixer, inputs, output, routing))
+    _change(layer, FewLaunches)
+    layer._mix = make(layer, mixer, inputs, output, routing)
+    layer._made_of = Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER))
+
     shared = block.shared_expert
-    linears = [shared.gate_proj, shared.up_proj, shared.down_proj]
+    linears = [shared[name] for name in _SWIGLU]
     if all(_alike([linear]) for linear in linears) and _same_dtype(floats, linears):
-        few = partial(_mlp, gate=_matrix(linears[0]), up=_matrix(linears[1]), down=_matrix(linears[2]))
-        _change(shared, FewLaunchesMLP, dtype=output.scales.dtype, _few=few)
+        _change(shared, FewLaunchesMLP)
+        shared._few = partial(_mlp, gate=_matrix(linears[0]), up=_matrix(linears[1]), down=_matrix(linears[2]))
+        shared._made_of = Snapshot((shared, _SWIGLU))
     return True
 
 
@@ -118,15 +145,19 @@ _INPUTS = {
     qwen3_next.Qwen3NextGatedDeltaNet: ("in_proj_qkvz", "in_proj_ba"),
     qwen3_next.Qwen3NextAttention: ("q_proj", "k_proj", "v_proj"),
 }
+_OUTPUT = {
+    qwen3_5.GatedDeltaNet: "out_proj",
+    qwen3_next.Qwen3NextGatedDeltaNet: "out_proj",
+    qwen3_next.Qwen3NextAttention: "o_proj",
+}
+_ROUTER = ("gate", "shared_expert_gate")
+_SWIGLU = ("gate_proj", "up_proj", "down_proj")
 
 
-def _change(layer: nn.Module, way: type, dtype: mx.Dtype, **attributes: object) -> None:
-    """Add a way to a layer, whose class keeps its name."""
+def _change(layer: nn.Module, way: type) -> None:
+    """Give a layer another way to be called; its class keeps its name."""
     kind = type(layer)
     layer.__class__ = type(kind.__name__, (way, kind), {})  # a wrapper would give its parameters other names
-    layer._dtype = dtype
-    for name, value in attributes.items():
-        setattr(layer, name, value)
 
 
 class _Routing(NamedTuple):

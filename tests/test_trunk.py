@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import ArraysCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -293,10 +293,29 @@ def test_mixed_bits_are_left_alone(checkpoint: WriteFamily) -> None:
     ]
 
 
-def test_adapters_are_left_alone(checkpoint: WriteFamily) -> None:
-    model = resident(checkpoint("qwen3_5_moe"))
-    linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0})
-    assert swap_trunk(model) == 2
+def test_adapters(checkpoint: WriteFamily) -> None:
+    """Layers with adapters are left alone, and layers that get some later go mlx-lm's way from then on."""
+    theirs, early, late = (resident(checkpoint("qwen3_5_moe")) for _ in range(3))
+    assert swap_trunk(late) == 4
+    for model in (theirs, early, late):
+        mx.random.seed(1)
+        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+        for name, array in tree_flatten(model.trainable_parameters()):
+            if name.endswith("lora_b"):
+                model.update(tree_unflatten([(name, mx.random.normal(array.shape))]))
+    assert swap_trunk(early) == 2
+    caches = [make_prompt_cache(model) for model in (theirs, early, late)]
+    for wanted, *others in zip(*map(partial(steps, lengths=[5, 1, 1]), (theirs, early, late), caches), strict=True):
+        assert all(error(other, wanted) < 1e-5 for other in others)
+
+
+def test_another_dtype(checkpoint: WriteFamily) -> None:
+    theirs, ours = both(checkpoint("qwen3_5_moe"))
+    for model in (theirs, ours):
+        model.set_dtype(mx.float16)
+    caches = [make_prompt_cache(model) for model in (theirs, ours)]
+    for their, our in zip(*map(partial(steps, lengths=[2, 1]), (theirs, ours), caches), strict=True):
+        assert mx.array_equal(our, their)
 
 
 def test_other_families_are_left_alone(checkpoint: WriteFamily) -> None:
