@@ -362,7 +362,7 @@ def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.a
         tuple: expert numbers ``[tokens, top_k]``, uint32, in no order that counts; and their scores, followed by the
         shared expert's, ``[tokens, top_k + 1]``, of the dtype of ``logits``.
     """
-    if not _on_gpu() or top_k > MAX_TOP_K:
+    if not _on_gpu() or top_k > MAX_TOP_K or logits.size < _DEVICE_MEMORY:
         return route_twin(logits, top_k, normalize)
     tokens, experts = logits.shape[0], logits.shape[1] - 1
     chosen, scores = _run(
@@ -567,12 +567,12 @@ def _run(
     template: dict[str, Any],
 ) -> list[mx.array]:
     """Run a kernel. Its outputs have the dtype of the first input, if ``dtypes`` does not say something else."""
-    across, down = threadgroups
+    columns, rows = threadgroups
     return _kernel(name)(
         inputs=inputs,
         output_shapes=shapes,
         output_dtypes=dtypes or [inputs[0].dtype] * len(shapes),
-        grid=(32 * simdgroups * across, down, 1),
+        grid=(32 * simdgroups * columns, rows, 1),
         threadgroup=(32 * simdgroups, 1, 1),
         template=[("T", inputs[0].dtype), ("SIMDGROUPS", simdgroups), *template.items()],
     )

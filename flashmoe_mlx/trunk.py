@@ -321,7 +321,9 @@ def _end(residual: mx.array, routed: mx.array, scores: mx.array, shared: mx.arra
 
 
 def _matrix(linear: nn.Module) -> Quantized:
-    return Quantized(linear.weight[None], linear.scales[None], linear.biases[None], linear.group_size, linear.bits)
+    parts = linear.weight[None], linear.scales[None], linear.biases[None]
+    mx.eval(parts)  # here, and not in another thread
+    return Quantized(*parts, linear.group_size, linear.bits)
 
 
 def _merge(linears: list[nn.Module]) -> Quantized:
@@ -331,21 +333,18 @@ def _merge(linears: list[nn.Module]) -> Quantized:
     merged = {}
     for name in ("weight", "scales", "biases"):
         whole = mx.concatenate([linear[name] for linear in linears])
-        parts = mx.split(whole, ends)  # share the memory of the whole
-        mx.eval(whole, parts)
+        parts, merged[name] = mx.split(whole, ends), whole[None]  # they share the memory of the whole
+        mx.eval(parts, merged[name])
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
-        merged[name] = whole[None]
     return Quantized(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
 
 
 def _alike(linears: list[nn.Module]) -> bool:
     """Whether they are plain layers of one affine quantisation."""
-    return (
-        all(type(linear) is nn.QuantizedLinear and "bias" not in linear for linear in linears)
-        and {(linear.mode, linear.group_size, linear.bits) for linear in linears}
-        == {("affine", linears[0].group_size, linears[0].bits)}
-    )  # fmt: skip
+    if any(type(each) is not nn.QuantizedLinear or each.mode != "affine" or "bias" in each for each in linears):
+        return False
+    return len({(linear.group_size, linear.bits) for linear in linears}) == 1
 
 
 def _own_floats(mixer: nn.Module) -> list[mx.array]:
