@@ -357,8 +357,11 @@ def test_bfloat16_on_gpu(kind: str, on_gpu: None) -> None:
         wide_cache.keys, wide_cache.values = (each.astype(mx.float32) for each in (cache.keys, cache.values))
     else:
         wide_cache[0] = cache[0].astype(mx.float32)
-    for _ in range(4):
+    errors = []
+    for _ in range(16):  # a near tie of two experts may be decided either way
         x = mx.random.normal((1, 1, 4096)).astype(mx.bfloat16)
         wanted = wide(x.astype(mx.float32), None, copy.deepcopy(wide_cache)) - x
         theirs, our = (each(x, None, copy.deepcopy(cache)) - x for each in (layer, ours))
-        assert error(our, wanted) < 1.2 * error(theirs, wanted)
+        errors.append([error(theirs, wanted), error(our, wanted)])
+    theirs_mean, our_mean = np.mean(errors, axis=0)
+    assert our_mean < 1.1 * theirs_mean
