@@ -123,11 +123,21 @@ def _prompt_interrupts() -> Iterator[None]:
                 os._exit(130)
         os.close(ear)
 
+    report = sys.unraisablehook
+
+    def lost(unraisable: Any) -> None:
+        if (
+            unraisable.exc_type is not KeyboardInterrupt
+        ):  # Python drops one that meets a finalizer; who listens does not
+            report(unraisable)
+
     threading.Thread(target=listen, name="interrupts", daemon=True).start()
+    sys.unraisablehook = lost
     try:
         yield
     finally:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what comes after is not worth a traceback
+        sys.unraisablehook = report
         over.set()
         signal.set_wakeup_fd(before)
         os.close(mouth)

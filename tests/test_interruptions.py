@@ -3,9 +3,11 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,35 @@ def test_loads_leak_nothing(count: int, folder: Path) -> None:
         with pytest.raises(ValueError, match="experts_per_token"):
             flashmoe_mlx.load(str(folder), experts_per_token=99)
     assert held() == before
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "print('text', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # in C, for minutes
+        "weakref.finalize(Thing(), hear); time.sleep(60)",  # where Python drops what is raised
+    ],
+)
+def test_main_thread_that_does_not_hear(busy: str) -> None:
+    program = f"""
+import hashlib, time, weakref
+from flashmoe_mlx.command import one_line_errors
+
+class Thing:
+    pass
+
+def hear():
+    print("text", flush=True)
+    time.sleep(60)
+
+with one_line_errors():
+    {busy}
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "text\n"
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "\ninterrupted\n")
+    assert time.monotonic() - begin < 3
