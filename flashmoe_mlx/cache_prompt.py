@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we know of herons:" --prompt-cache-file herons
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import os
 from collections.abc import Iterator, Sequence

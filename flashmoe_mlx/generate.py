@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron?"
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import importlib
 from collections.abc import Sequence

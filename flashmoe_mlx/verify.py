@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.verify FOLDER_OR_REPO
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
