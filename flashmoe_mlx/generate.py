@@ -63,7 +63,7 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
         if restored is not None:
             restored.refuse_other_model(model, args.adapter_path)
         tokens = len(prompt) + max(0, args.max_tokens)
-        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits)
+        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits, args.kv_group_size)
         step = prefill_step_size or model.streaming.prefill_step_size
         progress = PromptProgress()
         say = mlx_lm.generate if args.verbose else _generate_silently
