@@ -63,6 +63,7 @@ _COLUMNS = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's own parser."""
     parser = argparse.ArgumentParser(
+        prog="python -m flashmoe_mlx.evaluate",
         description="Measure what fewer experts, fewer bits or another checkpoint cost in quality.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
