@@ -99,7 +99,7 @@ runpy.run_module("flashmoe_mlx.verify", run_name="__main__")
     assert subprocess.check_output([sys.executable, "-c", program], timeout=60).startswith(b"usage")
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
     """Old or new content, never a mix; the next writer removes what is left over."""
     runs = forks("kill", tmp_path, folder, count)
