@@ -40,6 +40,7 @@ from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
 from flashmoe_mlx.staging import Staging, needs_staging
+from flashmoe_mlx.trunk import swap_trunk
 
 # What the families call the number of routed experts a token uses.
 _TOP_K_KEYS = (
@@ -192,6 +193,8 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
+    if mx.default_device().type == mx.gpu and not lazy:  # on a CPU launches cost nothing
+        swap_trunk(model)
     _start_early(model, _hidden(loaded_config))
     # Said either way: where it is not, transformers asks whoever sits at the terminal.
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
