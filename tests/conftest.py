@@ -1,6 +1,5 @@
 """Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
 
-import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -17,14 +16,6 @@ from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """A command that was interrupted ignores Ctrl-C from then on; the tests go on."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 class WriteFamily(Protocol):

@@ -64,7 +64,7 @@ def check_kernels(
     assert error(ops.down(hidden, slots, scores, up), weighted) < TOLERANCE[dtype]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(list(TOLERANCE)),
     bits=st.sampled_from(BITS),
