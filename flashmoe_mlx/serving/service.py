@@ -1,5 +1,6 @@
 """A loaded model that answers requests."""
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,8 @@ class Service:
         self._tokenizer = generations.tokenizer
         self._always_sampled = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
         self._vocabulary = constrain.vocabulary_of(self._tokenizer)
+        if self._tokenizer.has_tool_calling and not constrain.can_constrain_calls(self._tokenizer):
+            logging.warning("this model's tool calls are in a format that is not constrained here: they may not parse")
         self._created = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
 
@@ -137,10 +140,16 @@ class Service:
                 return [constrain.json(self._tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
             if request.tools and request.tool_choice != "none":
                 choice = request.tool_choice
+                if choice == "auto" and not constrain.can_constrain_calls(self._tokenizer):
+                    return []  # its log has said so
                 choice = choice if isinstance(choice, str) else msgspec.to_builtins(choice)
                 return [
                     constrain.constrained(
-                        self._tokenizer, tools=request.tools, tool_choice=choice, vocabulary=self._vocabulary
+                        self._tokenizer,
+                        tools=request.tools,
+                        tool_choice=choice,
+                        thinking=prompt.thinks,
+                        vocabulary=self._vocabulary,
                     )
                 ]
         except ValueError as error:
