@@ -7,7 +7,7 @@ Load: clients that ask the demo model for definitions without a pause, twice as 
 are streams that are read at once, one is read slowly, one is left in the middle, and one is malformed. Every answer is
 compared with what the model says when nobody else asks; every refusal must come with its reason. Times to the first
 token include the wait in the queue. Memory is the server's, sampled every second: its median in the first and in the
-last fifth of the run.
+last fifth of the run; ``more_kept_mb`` of it are prompts that it remembers.
 
 Preamble: questions after the same system message, with the server's memory for prompts and without, in turns.
 The last line is JSON.
@@ -67,6 +67,14 @@ class Client:
             yield connection.getresponse()
         finally:
             connection.close()
+
+    def kept_bytes(self) -> float:
+        """What the server keeps of prompts that may come again."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        return float(next(line.split()[1] for line in lines if line.startswith("flashmoe_prefix_bytes ")))
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, float, int]:
         """The text, the seconds to its first token, and the tokens of the prompt that needed no reading."""
@@ -156,6 +164,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
     resident: list[int] = []
     with serve("--most-waiting", str(clients // 2)) as (client, process):
         expected = {word: client.answer(question(word), 60)[0] for word in WORDS}
+        kept_before = client.kept_bytes()
         deadline = time.perf_counter() + seconds
 
         def use(seed: int) -> None:
@@ -175,6 +184,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
             time.sleep(1)
         elapsed = time.perf_counter() - begin
         assert client.answer(question("heron"), 60)[0] == expected["heron"]
+        kept = client.kept_bytes() - kept_before
     for wrong in tally.wrong[:10]:
         print(f"wrong: {wrong}")
     part = max(1, len(resident) // 5)
@@ -193,6 +203,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
         "tps": round(tally.tokens / elapsed, 1),
         "first_mb": round(median(resident[:part]) / 1e6, 1),
         "last_mb": round(median(resident[-part:]) / 1e6, 1),
+        "more_kept_mb": round(kept / 1e6, 1),
     }
 
 

@@ -126,7 +126,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(10000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [60, pytest.param(10000, marks=pytest.mark.soak)])
 def test_no_request_is_a_fault_of_the_server(running: Running, count: int) -> None:
     outcomes: Counter[int] = Counter()
 
