@@ -146,7 +146,7 @@ TEXTS = st.sampled_from(["noun", "null", "12", "true", "a b", '"', "[1]", "<b>",
 PLAIN = st.one_of(
     st.just({"type": "string"}),
     st.builds(lambda low: {"type": "string", "minLength": low, "maxLength": low + 2}, st.integers(0, 3)),
-    st.sampled_from([{"type": "string", "pattern": "^[a-c]+$"}, {"type": "string", "pattern": "x"}]),
+    st.sampled_from([{"type": "string", "pattern": "^[a-c]+$"}, {"type": "string", "pattern": "[aeiou]"}]),
     st.sampled_from([{"type": "string", "format": "date"}, {"type": "string", "format": "uri-reference"}]),
     st.sampled_from([{"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "null"}, {}]),
     st.builds(lambda low: {"type": "integer", "minimum": low, "maximum": low + 9}, st.integers(-20, 2000)),

@@ -102,6 +102,20 @@ def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
     assert not answer.choices[0].message.tool_calls and answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
+def test_a_call_that_must_come(client: openai.OpenAI, choice: Any) -> None:
+    """Whatever the question, and what its arguments may be as the schema says."""
+    legs = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"type": "null"}]}
+    schema = {"type": "object", "properties": {"legs": legs}, "required": ["legs"]}
+    count: Any = {"type": "function", "function": {"name": "count", "parameters": schema}}
+    answer = client.chat.completions.create(
+        model="any", messages=HERON, tools=[count] if choice == "required" else [TOOL, count], tool_choice=choice
+    )
+    calls: Any = answer.choices[0].message.tool_calls
+    assert calls[0].function.name == "count"
+    jsonschema.validate(json.loads(calls[0].function.arguments), schema)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"word": {"type": "string", "maxLength": 12}, "legs": {"type": "integer", "maximum": 9}},
