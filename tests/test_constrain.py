@@ -188,7 +188,7 @@ def speak(processor: constrain.Processor, tokenizer: TokenizerWrapper, seed: int
         logits[0, closer] += step
         for end in ends:
             said = max(n for n in range(len(end)) if past[len(past) - n :] == end[:n])
-            logits[0, end[said]] += step / 8
+            logits[0, end[said]] += step * (1 + said) / 8  # what it has begun it likes to end
         token = int(processor(mx.array(past[-1:]), mx.array(logits)).argmax(-1).item())
         past.append(token)
         if token == closer:
