@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.server --model FOLDER_OR_REPO --ram-budget 12GB
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import ipaddress
 import json
