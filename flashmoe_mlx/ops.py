@@ -1,8 +1,8 @@
 """Products with quantised experts: one function per kernel, its twin in MLX operations, one dispatch rule.
 
-A kernel is a file of ``kernels/``, whose README tells how it is launched and why. Kernels take few tokens, as decoding
-has them, and read slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a slice
-of another may not.
+A kernel of a GPU is a file of ``kernels/``, whose README tells how it is launched and why. It takes few tokens, as
+decoding has them, and reads slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a
+slice of another may not. Those of a CPU are in ``native/`` and take any number of tokens.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from flashmoe_mlx import native
 from flashmoe_mlx.config import data_dir
 
 MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
@@ -50,6 +51,8 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one for each product.
         matrices (Quantized): what they are multiplied with.
     """
+    if not _on_gpu():
+        return x.dtype == mx.float32 and slots.size > 0 and native.kernels() is not None
     return (
         _on_gpu()
         and 0 < slots.size <= MAX_PAIRS
@@ -61,6 +64,10 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
 def _on_gpu() -> bool:
     on_gpu: bool = mx.default_device().type == mx.gpu
     return on_gpu
+
+
+def _native() -> native.Kernels | None:
+    return None if _on_gpu() else native.kernels()
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
@@ -77,6 +84,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
     """
     if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
+    if kernels := _native():
+        return kernels.gate_up(x, slots.astype(mx.uint32), *gate[:3], *up[:3], gate.group_size, gate.bits)
     return _launch(
         "gate_up",
         [x, slots, *gate[:3], *up[:3]],
@@ -109,6 +118,8 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
     """
     if not has_kernel(x, slots, matrix):
         return down_twin(x, slots, scores, matrix)
+    if kernels := _native():
+        return kernels.down(x, slots.astype(mx.uint32), scores.astype(mx.float32), *matrix)
     tokens, top_k = slots.shape
     return _launch(
         "down",
@@ -160,6 +171,8 @@ def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     """
     if not has_kernel(x, slots, matrix):
         return matvec_twin(x, slots, matrix)
+    if kernels := _native():
+        return kernels.matvec(x, slots.astype(mx.uint32), *matrix)
     return _launch(
         "matvec",
         [x, slots, *matrix[:3]],
@@ -177,6 +190,23 @@ def matvec_twin(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     return mx.gather_qmm(
         x[..., None, :], weight, scales, biases, rhs_indices=slots, transpose=True, group_size=group_size, bits=bits
     ).squeeze(-2)
+
+
+def linear(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Products of vectors and one matrix, as a dense layer has them.
+
+    Args:
+        x (mx.array): ``[..., columns]``.
+        weight (mx.array): ``[rows, columns * bits / 32]``, uint32; see :class:`Quantized` for the rest.
+
+    Returns:
+        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself.
+    """
+    if x.dtype == mx.float32 and (kernels := _native()):
+        return kernels.linear(x, weight, scales, biases, group_size, bits)
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
 
 
 class _Call(NamedTuple):

@@ -1,0 +1,92 @@
+"""The native kernels of the CPU: whether they are there, and their types. What they compute is told in ops.py."""
+
+import warnings
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import Protocol, cast
+
+import mlx.core as mx
+
+
+class Kernels(Protocol):
+    """The functions of ``native/``. All are lazy, take float32 vectors and add up in float32.
+
+    Matrices are given as ``weight, scales, biases``, with scales in float32, float16 or bfloat16. Their errors are
+    TypeErrors and ValueErrors: an argument of another kind, shape or dtype.
+    """
+
+    mlx_version: str
+
+    def linear(
+        self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
+    ) -> mx.array: ...
+
+    def matvec(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def gate_up(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        gate_weight: mx.array,
+        gate_scales: mx.array,
+        gate_biases: mx.array,
+        up_weight: mx.array,
+        up_scales: mx.array,
+        up_biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def down(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        scores: mx.array,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def instruction_set(self) -> str: ...
+
+    def threads(self) -> int: ...
+
+    def set_threads(self, threads: int, /) -> None: ...
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The native kernels, or ``None`` where they were not built: then MLX's own operations serve, much slower."""
+    try:
+        module = cast(Kernels, import_module("flashmoe_mlx._native"))
+    except ImportError as error:
+        _advise(f"not built ({error})" if "_native" not in str(error) else "not built")
+        return None
+    # They use MLX's C++ classes, which change from one version to the next.
+    if module.mlx_version != (running := version("mlx")):
+        _advise(f"built for MLX {module.mlx_version}, and this is {running}")
+        return None
+    return module
+
+
+def _advise(what: str) -> None:
+    warnings.warn(
+        f"the native CPU kernels are {what}, and without them a CPU is some 20 times slower: "
+        "with a C++ compiler installed, run pip install again",
+        stacklevel=3,
+    )
