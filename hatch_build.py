@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels into the package, where CMake finds a C++ compiler; without one the package works too."""
+"""Builds the native CPU kernels into the package where there is a C++ compiler; without one the package works too."""
 
 import subprocess
 import sys

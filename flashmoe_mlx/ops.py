@@ -1,8 +1,8 @@
 """Products with quantised experts: one function per kernel, its twin in MLX operations, one dispatch rule.
 
-A kernel of a GPU is a file of ``kernels/``, whose README tells how it is launched and why. It takes few tokens, as
-decoding has them, and reads slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a
-slice of another may not. Those of a CPU are in ``native/`` and take any number of tokens.
+A GPU's kernel is a file of ``kernels/``, whose README tells how it is launched and why. It takes few tokens, as in
+decoding, and reads slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a slice
+of another may not. A CPU's kernels are in ``native/`` and take any number of tokens.
 """
 
 from collections.abc import Callable
@@ -192,9 +192,7 @@ def matvec_twin(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     ).squeeze(-2)
 
 
-def linear(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
-) -> mx.array:
+def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
     """Products of vectors and one matrix, as a dense layer has them.
 
     Args:
