@@ -62,6 +62,23 @@ class Kernels(Protocol):
         /,
     ) -> mx.array: ...
 
+    def delta_net(
+        self,
+        qkv: mx.array,
+        z: mx.array,
+        a: mx.array,
+        b: mx.array,
+        recent: mx.array,
+        state: mx.array,
+        convolution: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        norm: mx.array,
+        key_heads: int,
+        norm_eps: float,
+        /,
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
     def instruction_set(self) -> str: ...
 
     def threads(self) -> int: ...

@@ -1,7 +1,10 @@
 """The quantised layers of a model with the CPU's native kernels, in place of mlx-lm's own. No weight is copied."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import qwen3_5
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from flashmoe_mlx import native, ops
@@ -18,6 +21,11 @@ class Linear(nn.QuantizedLinear):
 
 class Embedding(nn.QuantizedEmbedding):
     """``nn.QuantizedEmbedding``, whose use as an output head is computed by :func:`flashmoe_mlx.ops.linear`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rows ``[..., dims]`` of token numbers ``[...]``, in float32."""
+        scales, biases = self.scales[x].astype(mx.float32), self.biases[x].astype(mx.float32)
+        return mx.dequantize(self.weight[x], scales, biases, self.group_size, self.bits)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits ``[..., num_embeddings]`` of ``[..., dims]``."""
@@ -36,14 +44,66 @@ class SwitchLinear(QuantizedSwitchLinear):
         return y + self.bias[indices][..., None, :] if "bias" in self else y
 
 
-_LAYERS = {nn.QuantizedLinear: Linear, nn.QuantizedEmbedding: Embedding, QuantizedSwitchLinear: SwitchLinear}
+class GatedDeltaNet(qwen3_5.GatedDeltaNet):
+    """mlx-lm's ``GatedDeltaNet``, one kernel between its projections."""
+
+    def __call__(self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None) -> mx.array:
+        """``[batch, tokens, hidden]`` of the same, after what the cache remembers."""
+        kernels = native.kernels()
+        ragged = mask is not None or (cache is not None and cache.lengths is not None)
+        if kernels is None or ragged or inputs.dtype != mx.float32 or inputs.size == 0:
+            return super().__call__(inputs, mask, cache)
+        batch, tokens, _ = inputs.shape
+        recent = state = None
+        if cache is not None:
+            recent, state = cache[0], cache[1]
+        if recent is None:
+            recent = mx.zeros((batch, self.conv_kernel_size - 1, self.conv_dim))
+        if state is None:
+            state = mx.zeros((batch, self.num_v_heads, self.head_v_dim, self.head_k_dim))
+        y, recent, state = kernels.delta_net(
+            self.in_proj_qkv(inputs),
+            self.in_proj_z(inputs),
+            self.in_proj_a(inputs),
+            self.in_proj_b(inputs),
+            recent,
+            state,
+            self.conv1d.weight,
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            self.num_k_heads,
+            self.norm.eps,
+        )
+        if cache is not None:
+            cache[0], cache[1] = recent, state
+            cache.advance(tokens)
+        return self.out_proj(y)
+
+
+_QUANTIZED = {nn.QuantizedLinear: Linear, nn.QuantizedEmbedding: Embedding, QuantizedSwitchLinear: SwitchLinear}
 
 
 def use_native(model: nn.Module) -> None:
-    """Let the affinely quantised layers of ``model`` use the native kernels. Where there are none, nothing happens."""
+    """Let the layers of ``model`` compute in float32 with the native kernels. Where there are none, nothing happens."""
     if mx.default_device().type != mx.cpu or native.kernels() is None:
         return
     for _, module in model.named_modules():
-        layer = _LAYERS.get(type(module))
-        if layer is not None and module.mode == "affine":
-            module.__class__ = layer  # a wrapper would give its parameters other names
+        kind = type(module)
+        if kind in _QUANTIZED and module.mode == "affine":
+            module.__class__ = _QUANTIZED[kind]  # a wrapper would give its parameters other names
+        elif kind is qwen3_5.GatedDeltaNet and module.head_k_dim % 16 == 0:
+            module.__class__ = GatedDeltaNet
+
+
+def to_float32(model: nn.Module) -> None:
+    """Turn parameters to float32, but for scales that the native kernels widen themselves."""
+
+    def wide(module: nn.Module, name: str, value: Any) -> bool:
+        kept = type(module) in _QUANTIZED.values() and name in ("scales", "biases")
+        return not kept and nn.Module.valid_parameter_filter(module, name, value)
+
+    def widen(value: mx.array) -> mx.array:
+        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.apply(widen, wide)

@@ -1,6 +1,10 @@
 // What Python sees: functions of mlx.core.array, in MLX's own nanobind domain.
 #include <nanobind/nanobind.h>
 
+#include <nanobind/stl/vector.h>
+
+#include "delta.h"
+#include "kernels.h"
 #include "mlx/version.h"
 #include "products.h"
 #include "workers.h"
@@ -15,7 +19,7 @@ using mlx::core::array;
 
 NB_MODULE(_native, m) {
   m.attr("mlx_version") = TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
-  m.def("instruction_set", &flashmoe::instruction_set);
+  m.def("instruction_set", [] { return flashmoe::kernels().name; });
   m.def("threads", [] { return flashmoe::Workers::shared().threads(); });
   m.def("set_threads", [](int threads) { flashmoe::Workers::shared().set_threads(threads); });
   m.def(
@@ -47,6 +51,7 @@ NB_MODULE(_native, m) {
         return flashmoe::gate_up(
             x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
       });
+  m.def("delta_net", &flashmoe::delta_net);
   m.def(
       "down",
       [](const array& x,

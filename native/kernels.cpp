@@ -1,4 +1,4 @@
-// Products of quantised matrices with float32 vectors.
+// Products of quantised matrices with float32 vectors, and the step of a linear attention.
 //
 // Compiled once for each instruction set, with LANES (floats in a register) and KERNELS (the function that hands them
 // out). Nothing here may call a template of the standard library: the linker would keep one copy for all sets.
@@ -365,7 +365,36 @@ void multiply_any(
   });
 }
 
-constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any};
+void delta_step(
+    const float* before,
+    float* state,
+    int64_t values,
+    int64_t keys,
+    const float* q,
+    const float* k,
+    const float* v,
+    float g,
+    float beta,
+    float* out) {
+  for (int64_t value = 0; value < values; ++value, before += keys, state += keys) {
+    Floats recalled = {};
+    for (int64_t key = 0; key < keys; key += LANES) {
+      Floats decayed = load<Floats>(before + key) * g;
+      store(state + key, decayed);
+      recalled += decayed * load<Floats>(k + key);
+    }
+    const float delta = (v[value] - sum(recalled)) * beta;
+    Floats answer = {};
+    for (int64_t key = 0; key < keys; key += LANES) {
+      Floats learnt = load<Floats>(state + key) + load<Floats>(k + key) * delta;
+      store(state + key, learnt);
+      answer += learnt * load<Floats>(q + key);
+    }
+    out[value] = sum(answer);
+  }
+}
+
+constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step};
 
 }  // namespace
 

@@ -44,10 +44,27 @@ struct Kernels {
       float* const* out,
       int64_t vectors,
       float* scratch);
+
+  // One step of the gated delta rule for one head: the state, [values, keys], decays by g, forgets what it would recall
+  // for k and learns v for it, by beta; out is what it recalls for q. `before` may be `state` itself.
+  void (*delta_step)(
+      const float* before,
+      float* state,
+      int64_t values,
+      int64_t keys,  // a multiple of 16
+      const float* q,
+      const float* k,
+      const float* v,
+      float g,
+      float beta,
+      float* out);
 };
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+
+// Those of the best instruction set that this CPU has.
+const Kernels& kernels();
 
 }  // namespace flashmoe

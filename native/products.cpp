@@ -18,23 +18,6 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-const Kernels& kernels() {
-  static const Kernels* chosen = [] {
-#ifdef FLASHMOE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      return avx512_kernels();
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      return avx2_kernels();
-    }
-#endif
-    return portable_kernels();
-  }();
-  return *chosen;
-}
-
 // What one call computes, with the addresses of its arrays.
 struct Product {
   enum class Kind { plain, gate_up, down };
@@ -352,10 +335,6 @@ mx::array down(
       bits,
       {slots.shape(0), matrix.weight.shape(1)},
       {x, slots, scores, matrix.weight, matrix.scales, matrix.biases});
-}
-
-const char* instruction_set() {
-  return kernels().name;
 }
 
 }  // namespace flashmoe

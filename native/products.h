@@ -40,7 +40,5 @@ mlx::core::array down(
     int group,
     int bits);
 
-// The instruction set that is used.
-const char* instruction_set();
 
 }  // namespace flashmoe
