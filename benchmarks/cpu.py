@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from benchmarks.record import record
 from flashmoe_mlx import native, ops
@@ -70,9 +71,9 @@ def random_slab(rows: int, columns: int, bits: int, group_size: int, dtype: mx.D
     """Matrices that no cache holds, of random numbers in place of quantised ones."""
     row_nbytes = columns * bits // 8 + 2 * dtype.size * columns // group_size
     slots = int(SLAB_NBYTES / (rows * row_nbytes)) + 1
-    weight = mx.random.bits((slots, rows, columns * bits // 32))
+    words = np.random.default_rng(0).integers(0, 2**32, (slots, rows, columns * bits // 32), np.uint32)
     scales = mx.full((slots, rows, columns // group_size), 2.0 ** (1 - bits) * columns**-0.5, dtype)
-    slab = Quantized(weight, scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
+    slab = Quantized(mx.array(words), scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
     mx.eval(slab[:3])
     return slab
 
@@ -147,9 +148,7 @@ def mlx_gbps(case: tuple[int, int, int, int, int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers, from 0 (default: all)"
-    )
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="from 0 (default: all)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)

@@ -50,9 +50,10 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
     def __call__(self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None) -> mx.array:
         """``[batch, tokens, hidden]`` of the same, after what the cache remembers."""
         kernels = native.kernels()
-        ragged = mask is not None or (cache is not None and cache.lengths is not None)
-        if kernels is None or ragged or inputs.dtype != mx.float32 or inputs.size == 0:
-            return super().__call__(inputs, mask, cache)
+        plain = mask is None and (cache is None or cache.lengths is None) and self.sharding_group is None
+        if kernels is None or not plain or inputs.dtype != mx.float32 or inputs.size == 0:
+            theirs: mx.array = super().__call__(inputs, mask, cache)
+            return theirs
         batch, tokens, _ = inputs.shape
         recent = state = None
         if cache is not None:
@@ -61,13 +62,14 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
             recent = mx.zeros((batch, self.conv_kernel_size - 1, self.conv_dim))
         if state is None:
             state = mx.zeros((batch, self.num_v_heads, self.head_v_dim, self.head_k_dim))
+        y: mx.array
         y, recent, state = kernels.delta_net(
             self.in_proj_qkv(inputs),
             self.in_proj_z(inputs),
             self.in_proj_a(inputs),
             self.in_proj_b(inputs),
-            recent,
-            state,
+            recent.astype(mx.float32),
+            state.astype(mx.float32),
             self.conv1d.weight,
             self.A_log,
             self.dt_bias,
@@ -78,7 +80,8 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
         if cache is not None:
             cache[0], cache[1] = recent, state
             cache.advance(tokens)
-        return self.out_proj(y)
+        y = self.out_proj(y)
+        return y
 
 
 _QUANTIZED = {nn.QuantizedLinear: Linear, nn.QuantizedEmbedding: Embedding, QuantizedSwitchLinear: SwitchLinear}

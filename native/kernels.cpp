@@ -195,10 +195,10 @@ INLINE int64_t sums_at(const Matrix& matrix) {
 template <int BITS, int GROUP, int ROWS, int VECTORS>
 void multiply_tile(
     const Matrix& matrix,
-    int64_t first,
+    const int64_t (&rows)[ROWS],
     const float* const* vectors,
     float* const* out,
-    int64_t place,
+    int64_t begin,
     float* scratch) {
   using Unit = Unit<BITS>;
   constexpr auto each_weight = std::make_index_sequence<Unit::weights>();
@@ -217,16 +217,16 @@ void multiply_tile(
     x[t] = vectors[t];
   }
   for (int row = 0; row < ROWS; ++row) {
-    weight[row] = matrix.weight + (first + row) * words;
+    weight[row] = matrix.weight + rows[row] * words;
     scales[row] = scratch + row * (groups + 2 * LANES);
-    widen(matrix.biases, matrix.stored, (first + row) * groups, groups, scales[row]);
+    widen(matrix.biases, matrix.stored, rows[row] * groups, groups, scales[row]);
     for (int64_t g = 0; g < groups; g += LANES) {
       Floats bias = load<Floats>(scales[row] + g);
       for (int t = 0; t < VECTORS; ++t) {
         total[row][t] += bias * load<Floats>(x[t] + sums_at<BITS>(matrix) + g);
       }
     }
-    widen(matrix.scales, matrix.stored, (first + row) * groups, groups, scales[row]);
+    widen(matrix.scales, matrix.stored, rows[row] * groups, groups, scales[row]);
   }
   auto add = [&](int64_t block) __attribute__((always_inline)) {
     Floats dot[ROWS][VECTORS];
@@ -258,7 +258,7 @@ void multiply_tile(
   }
   for (int row = 0; row < ROWS; ++row) {
     for (int t = 0; t < VECTORS; ++t) {
-      out[t][place + row] = sum(total[row][t]);
+      out[t][rows[row] - begin] = sum(total[row][t]);
     }
   }
 }
@@ -272,15 +272,19 @@ void multiply(
     float* const* out,
     int64_t vectors,
     float* scratch) {
+  // A tile that is short of rows or vectors is filled up with its last ones, which come out the same again.
+  const int64_t last = end - 1;
   for (int64_t t = 0; t < vectors; t += MOST_VECTORS) {
     if (t + 1 == vectors) {
-      for (int64_t row = begin; row < end; ++row) {
-        multiply_tile<BITS, GROUP, 1, 1>(matrix, row, x + t, out + t, row - begin, scratch);
+      // Two rows of two halves: two sums, so that one need not wait for the other, and two long ways through memory.
+      const int64_t half = (end - begin + 1) / 2;
+      for (int64_t row = begin; row < begin + half; ++row) {
+        const int64_t rows[] = {row, row + half < end ? row + half : last};
+        multiply_tile<BITS, GROUP, 2, 1>(matrix, rows, x + t, out + t, begin, scratch);
       }
       return;
     }
-    // A few vectors with all rows, so that they stay in the nearest cache. A last vector fills a tile
-    // that is short of them.
+    // A few vectors with all rows, so that the vectors stay in the nearest cache.
     const float* some_x[MOST_VECTORS];
     float* some_out[MOST_VECTORS];
     for (int i = 0; i < MOST_VECTORS; ++i) {
@@ -288,13 +292,12 @@ void multiply(
       some_x[i] = x[vector];
       some_out[i] = out[vector];
     }
-    for (int64_t row = begin; row + MOST_ROWS <= end; row += MOST_ROWS) {
-      multiply_tile<BITS, GROUP, MOST_ROWS, MOST_VECTORS>(matrix, row, some_x, some_out, row - begin, scratch);
-    }
-    for (int64_t row = end - (end - begin) % MOST_ROWS; row < end; ++row) {
-      for (int i = 0; i < MOST_VECTORS && t + i < vectors; ++i) {
-        multiply_tile<BITS, GROUP, 1, 1>(matrix, row, some_x + i, some_out + i, row - begin, scratch);
+    for (int64_t row = begin; row < end; row += MOST_ROWS) {
+      int64_t rows[MOST_ROWS];
+      for (int i = 0; i < MOST_ROWS; ++i) {
+        rows[i] = row + i < end ? row + i : last;
       }
+      multiply_tile<BITS, GROUP, MOST_ROWS, MOST_VECTORS>(matrix, rows, some_x, some_out, begin, scratch);
     }
   }
 }
