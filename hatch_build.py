@@ -24,8 +24,8 @@ class NativeBuildHook(BuildHookInterface):
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            self.app.display_warning(f"native CPU kernels left out: install a C++ compiler to have them ({error})")
+        except (OSError, subprocess.CalledProcessError):
+            self.app.display_warning("native CPU kernels left out: with a C++20 compiler, run pip again to have them")
             return
         build_data["artifacts"].append(f"/flashmoe_mlx/{library.name}")
         build_data["pure_python"] = False

@@ -104,6 +104,6 @@ def kernels() -> Kernels | None:
 def _advise(what: str) -> None:
     warnings.warn(
         f"the native CPU kernels are {what}, and without them a CPU is some 20 times slower: "
-        "with a C++ compiler installed, run pip install again",
+        "with a C++20 compiler installed, run pip install again",
         stacklevel=3,
     )

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.models import qwen3_5
+from mlx_lm.models.cache import ArraysCache
 
 from benchmarks.exact import load_resident
 from flashmoe_mlx import native as native_module
@@ -16,6 +18,7 @@ from flashmoe_mlx.config import data_dir
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.trunk import GatedDeltaNet, use_native
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, distance, resident, run, streamed
 from tests.test_ops import BITS, dequantized, error, float64, quantized
@@ -142,6 +145,57 @@ def test_family(family: str, native: Kernels, checkpoint: WriteFamily) -> None:
     assert actual.tokens == oracle.tokens
     assert distance(actual.logits, oracle.logits) < 1e-5
     assert_same(run(streamed(folder, 0.25), tokens=16), actual)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_delta_net(native: Kernels, batch: int) -> None:
+    """GatedDeltaNet in one kernel is mlx-lm's: a prompt, tokens after it, and what its cache remembers."""
+    args = qwen3_5.TextModelArgs(
+        hidden_size=64,
+        linear_num_value_heads=6,
+        linear_num_key_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=48,
+        linear_conv_kernel_dim=4,
+    )
+    theirs, ours = qwen3_5.GatedDeltaNet(args), qwen3_5.GatedDeltaNet(args)
+    theirs.norm.weight = mx.random.normal((48,), key=mx.random.key(1))
+    ours.update(theirs.parameters())
+    use_native(ours)
+    assert type(ours) is GatedDeltaNet
+    caches = [ArraysCache(size=2) for _ in range(2)]
+    for step, tokens in enumerate((7, 1, 2, 1)):
+        x = mx.random.normal((batch, tokens, 64), key=mx.random.key(step))
+        wanted, actual = (layer(x, None, cache) for layer, cache in zip((theirs, ours), caches, strict=True))
+        assert error(actual, float64(wanted)) < 2e-6
+        for remembered, expected in zip(caches[1].cache, caches[0].cache, strict=True):
+            assert error(remembered, float64(expected)) < 2e-6
+    assert error(ours(x), float64(theirs(x))) < 2e-6
+    mask = mx.arange(2)[None] >= mx.arange(batch)[:, None]  # of sequences of different lengths: mlx-lm's way
+    x = mx.repeat(x, 2, 1)
+    assert mx.array_equal(ours(x, mask), theirs(x, mask))
+
+
+def test_delta_net_and_threads(threads: Any) -> None:
+    shapes = [
+        (1, 5, 256),
+        (1, 5, 128),
+        (1, 5, 4),
+        (1, 5, 4),
+        (1, 3, 256),
+        (1, 4, 32, 32),
+        (256, 4, 1),
+        (4,),
+        (4,),
+        (32,),
+    ]
+    operands = [mx.random.normal(shape, key=mx.random.key(number)) for number, shape in enumerate(shapes)]
+    outputs = []
+    for count in (1, 1 << 10):
+        threads(count)
+        outputs.append(native_module.kernels().delta_net(*operands, 2, 1e-6))
+        mx.eval(outputs)
+    assert all(mx.array_equal(one, all_) for one, all_ in zip(*outputs, strict=True))
 
 
 def test_demo_model(native: Kernels) -> None:
