@@ -44,6 +44,18 @@ class SwitchLinear(QuantizedSwitchLinear):
         return y + self.bias[indices][..., None, :] if "bias" in self else y
 
 
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` in one kernel, where MLX makes ten operations of it on a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., dims]`` of the same."""
+        kernels = native.kernels()
+        if kernels is None or x.dtype != mx.float32:
+            theirs: mx.array = super().__call__(x)
+            return theirs
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
 class GatedDeltaNet(qwen3_5.GatedDeltaNet):
     """mlx-lm's ``GatedDeltaNet``, one kernel between its projections."""
 
@@ -95,6 +107,8 @@ def use_native(model: nn.Module) -> None:
         kind = type(module)
         if kind in _QUANTIZED and module.mode == "affine":
             module.__class__ = _QUANTIZED[kind]  # a wrapper would give its parameters other names
+        elif kind is nn.RMSNorm:
+            module.__class__ = RMSNorm
         elif kind is qwen3_5.GatedDeltaNet and module.head_k_dim % 16 == 0:
             module.__class__ = GatedDeltaNet
 

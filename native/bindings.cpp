@@ -6,6 +6,7 @@
 #include "delta.h"
 #include "kernels.h"
 #include "mlx/version.h"
+#include "norm.h"
 #include "products.h"
 #include "workers.h"
 
@@ -52,6 +53,7 @@ NB_MODULE(_native, m) {
             x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
       });
   m.def("delta_net", &flashmoe::delta_net);
+  m.def("rms_norm", &flashmoe::rms_norm);
   m.def(
       "down",
       [](const array& x,

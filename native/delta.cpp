@@ -4,10 +4,10 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "inputs.h"
 #include "kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
 #include "workers.h"
@@ -130,15 +130,11 @@ class GatedDeltaNet : public mx::Primitive {
   GatedDeltaNet(mx::Stream stream, int key_heads, float norm_eps)
       : Primitive(stream), key_heads_(key_heads), norm_eps_(norm_eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
+  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& out) override {
     for (mx::array& each : out) {
       each.set_data(mx::allocator::malloc(each.nbytes()));
     }
-    for (const mx::array& each : in) {
-      if (!each.flags().row_contiguous) {
-        throw std::runtime_error("[flashmoe] arrays of a GatedDeltaNet must be contiguous.");
-      }
-    }
+    const std::vector<mx::array> in = contiguous_inputs(given, stream());
     const mx::array& qkv = in[0];
     const mx::array& state = in[5];
     DeltaNet net{};
@@ -218,18 +214,11 @@ std::vector<mx::array> delta_net(
   require(a_log, {value_heads}, "a_log must be float32 [value_heads]");
   require(dt_bias, {value_heads}, "dt_bias must be float32 [value_heads]");
   require(norm, {values}, "norm must be float32 [values]");
-  const mx::Stream stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {qkv, z, a, b, recent, state, convolution, a_log, dt_bias, norm};
-  for (mx::array& input : inputs) {
-    if (!(input.is_available() && input.flags().row_contiguous)) {
-      input = mx::contiguous(input, false, stream);
-    }
-  }
   return mx::array::make_arrays(
       {{batch, tokens, value_heads * values}, recent.shape(), state.shape()},
       {mx::float32, mx::float32, mx::float32},
-      std::make_shared<GatedDeltaNet>(stream, key_heads, norm_eps),
-      inputs);
+      std::make_shared<GatedDeltaNet>(mx::to_stream({}), key_heads, norm_eps),
+      {qkv, z, a, b, recent, state, convolution, a_log, dt_bias, norm});
 }
 
 }  // namespace flashmoe

@@ -5,10 +5,10 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "inputs.h"
 #include "kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
 #include "workers.h"
@@ -155,14 +155,10 @@ class QuantizedProduct : public mx::Primitive {
   QuantizedProduct(mx::Stream stream, Product::Kind kind, bool slots, int group, int bits)
       : Primitive(stream), kind_(kind), slots_(slots), group_(group), bits_(bits) {}
 
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
     mx::array& out = outputs[0];
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    for (const mx::array& input : inputs) {
-      if (!input.flags().row_contiguous) {
-        throw std::runtime_error("[flashmoe] arrays of a product must be contiguous.");
-      }
-    }
+    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
     size_t next = 0;
     Product product{};
     product.kind = kind_;
@@ -266,16 +262,10 @@ void check_slots(const mx::array& slots) {
 
 mx::array make(
     Product::Kind kind, bool slots, int group, int bits, mx::Shape shape, std::vector<mx::array> inputs) {
-  const mx::Stream stream = mx::to_stream({});
-  for (mx::array& input : inputs) {
-    if (!(input.is_available() && input.flags().row_contiguous)) {
-      input = mx::contiguous(input, false, stream);
-    }
-  }
   return mx::array(
       std::move(shape),
       mx::float32,
-      std::make_shared<QuantizedProduct>(stream, kind, slots, group, bits),
+      std::make_shared<QuantizedProduct>(mx::to_stream({}), kind, slots, group, bits),
       std::move(inputs));
 }
 
