@@ -21,6 +21,7 @@ using mlx::core::array;
 NB_MODULE(_native, m) {
   m.attr("mlx_version") = TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
   m.def("instruction_set", [] { return flashmoe::kernels().name; });
+  m.def("choose_instruction_set", &flashmoe::choose_kernels);
   m.def("threads", [] { return flashmoe::Workers::shared().threads(); });
   m.def("set_threads", [](int threads) { flashmoe::Workers::shared().set_threads(threads); });
   m.def(

@@ -64,7 +64,10 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// Those of the best instruction set that this CPU has.
+// Those of the best instruction set that this CPU has, or of the one that was chosen.
 const Kernels& kernels();
+
+// Use a certain set from now on, for tests: nothing may be under way. False if this CPU does not have it.
+bool choose_kernels(const char* name);
 
 }  // namespace flashmoe

@@ -1,5 +1,6 @@
 """The native CPU kernels against float64, against MLX's own operations and against mlx-lm's models."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +97,22 @@ def test_like_the_twins(
     together = ops.linear(hidden, *matrix)
     assert error(together, float64(hidden) @ dequantized(up)[1].T) < 1e-6
     assert mx.array_equal(together[-1, -1], ops.linear(hidden[-1, -1], *matrix))
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+def test_instruction_sets(name: str, native: Kernels) -> None:
+    """All sets that this machine has are right; the best is what the other tests run."""
+    best = native.instruction_set()
+    if not native.choose_instruction_set(name):
+        pytest.skip(f"this CPU has no {name}")
+    try:
+        for bits, group_size, tokens in itertools.product(BITS, (32, 64, 128), (1, 6)):
+            matrix = quantized(2, 37, 3 * group_size, group_size, bits, mx.bfloat16, bits)
+            x = mx.random.normal((tokens, 1, 3 * group_size), key=mx.random.key(tokens))
+            y = ops.matvec(x, mx.ones((tokens, 1), mx.uint32), matrix)
+            assert error(y, float64(x) @ dequantized(matrix)[1].T) < 1e-6
+    finally:
+        assert native.choose_instruction_set(best)
 
 
 def widened(matrix: Quantized) -> Quantized:
