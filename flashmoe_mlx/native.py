@@ -1,5 +1,6 @@
 """The native kernels of the CPU: whether they are there, and their types. What they compute is told in ops.py."""
 
+import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -102,10 +103,17 @@ def kernels() -> Kernels | None:
     if module.mlx_version != (running := version("mlx")):
         _advise(f"built for MLX {module.mlx_version}, and this is {running}")
         return None
+    try:
+        module.rms_norm(mx.ones((1,)), mx.ones((1,)), 0.0)
+    except TypeError:  # arrays are no arrays to it
+        _advise("built with another nanobind than MLX")
+        return None
     return module
 
 
 def _advise(what: str) -> None:
+    if sys.platform != "linux":  # nothing is built there
+        return
     warnings.warn(
         f"the native CPU kernels are {what}, and without them a CPU is some 20 times slower: "
         "with a C++20 compiler installed, run pip install again",

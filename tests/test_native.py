@@ -164,6 +164,18 @@ def test_family(family: str, native: Kernels, checkpoint: WriteFamily) -> None:
     assert_same(run(streamed(folder, 0.25), tokens=16), actual)
 
 
+def test_operands_that_are_no_rows(native: Kernels) -> None:
+    """Slices and transposed arrays are computed with as what they show."""
+    matrix = quantized(1, 16, 64, 32, 4, mx.float32, 0)
+    wide = mx.random.normal((3, 5, 128), key=mx.random.key(0))
+    weight = mx.concatenate([matrix.weight[0], matrix.weight[0]], axis=1)[:, :8]
+    for x in (wide[:, ::2, 64:], wide[..., ::2], wide.transpose(1, 0, 2)[..., :64]):
+        expected = native.linear(mx.array(np.array(x)), matrix.weight[0], matrix.scales[0], matrix.biases[0], 32, 4)
+        assert mx.array_equal(native.linear(x, weight, matrix.scales[0], matrix.biases[0], 32, 4), expected)
+        norm = mx.random.normal((64,), key=mx.random.key(1))
+        assert error(native.rms_norm(x, norm, 1e-6), float64(mx.fast.rms_norm(x, norm, 1e-6))) < 1e-6
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_delta_net(native: Kernels, batch: int) -> None:
     """GatedDeltaNet in one kernel is mlx-lm's: a prompt, tokens after it, and what its cache remembers."""
