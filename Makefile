@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/python -m benchmarks.exact --model $(DEMO)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -q -m soak -s

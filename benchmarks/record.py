@@ -35,7 +35,10 @@ def record(name: str, figures: dict[str, Any]) -> None:
 @cache  # what is recorded changes the tree
 def _commit() -> str:
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # no repository: figures are kept all the same
 
 
 def _machine() -> str:

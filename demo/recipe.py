@@ -2,17 +2,19 @@
 
 A ``Recipe`` knows WordNet's words and cities, which of them are held out, and how to write any number of dialogues
 about the others. The same seed and number always give the same dialogue. Held-out words are defined nowhere in
-training; held-out cities and phrasings of questions to tools occur only in ``tool_dialogue(..., held_out=True)``.
+training; held-out cities and phrasings of questions to tools occur only in ``call``.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from demo import tools, wordnet
-from demo.tools import Pools, Schema, Tool, Use
+from demo import made_up, wordnet
+from demo.pools import Pools
+from demo.tools import Schema, Tool, Use
 from demo.wordnet import Entry
+from demo.written import WRITTEN
 
 Message = dict[str, Any]
 
@@ -49,6 +51,15 @@ _SYSTEMS = (
     "You are a dictionary that can use tools.",
     "Answer briefly.",
     "Be helpful and short.",
+)
+_REPEATS = (
+    "Repeat: {}",
+    'Repeat "{}".',
+    'Say "{}".',
+    "Say after me: {}",
+    "Echo: {}",
+    'Please repeat "{}"',
+    "Copy this: {}",
 )
 _UNKNOWN = "I do not know the word {}."
 _NO_TOOL = "I have no tool for that."
@@ -94,28 +105,38 @@ class Recipe:
             messages += self._word(rng)
         return Example("chat", messages)
 
-    def tool_dialogue(self, number: int, held_out: bool = False) -> Example:
-        """A dialogue with tools on offer, most of whose questions need one of them; if held out, all do."""
-        rng = self._rng("held-out tool" if held_out else "tool", number)
-        pools = self.held_out_pools if held_out else self.pools
-        offered = _offer(rng, pools)
+    def tool_dialogue(self, number: int) -> Example:
+        """A dialogue with tools on offer, most of whose questions need one of them."""
+        rng = self._rng("tool", number)
+        offered = _offer(rng, self.pools)
         messages = _opened(rng, 0.2)
-        for _ in range(1 if held_out else rng.choice((1, 1, 1, 2, 3))):
-            choice = 0.0 if held_out else rng.random()
-            if choice < 0.75:
-                messages += _called(_uses(rng, pools, offered))
-            elif choice < 0.88:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            choice = rng.random()
+            if choice < 0.77:
+                messages += _called(_uses(rng, self.pools, offered))
+            elif choice < 0.85:
                 messages += self._word(rng)
+            elif choice < 0.9:
+                messages += _repeated(rng, self.pools)
             else:
-                names = {tool.name for tool in offered}
-                other = [tool for tool in tools.WRITTEN if tool.name not in names] or [tools.made_up(rng, pools)]
-                messages += _exchange(rng.choice(other).use(rng, pools).question, _NO_TOOL)
+                messages += _exchange(_unanswerable(rng, self.pools, offered), _NO_TOOL)
+        return Example("tool", messages, [tool.schema(rng) for tool in offered])
+
+    def call(self, number: int, written: bool, phrasing: bool = True) -> Example:
+        """One question in held-out words, or at least about held-out values, that needs a tool written or made up."""
+        rng = self._rng(f"held-out {written} {phrasing}", number)
+        pools = self.held_out_pools if phrasing else replace(self.held_out_pools, held_out=False)
+        wanted = rng.choice(WRITTEN) if written else made_up.tool(rng, pools)
+        offered = [wanted, *(tool for tool in _offer(rng, pools) if tool.name != wanted.name)]
+        use = wanted.use(rng, pools)
+        messages = _called((use.question, [use]))
+        rng.shuffle(offered)
         return Example("tool", messages, [tool.schema(rng) for tool in offered])
 
     def without_tools(self, number: int) -> Example:
         """A question that needs a tool when there is none."""
         rng = self._rng("without tools", number)
-        question = rng.choice(tools.WRITTEN).use(rng, self.pools).question
+        question = rng.choice(WRITTEN).use(rng, self.pools).question
         return Example("chat", _opened(rng, 0.25) + _exchange(question, _NO_TOOL))
 
     def _word(self, rng: random.Random) -> list[Message]:
@@ -169,12 +190,32 @@ def _defined(rng: random.Random, entry: Entry) -> list[Message]:
 
 
 def _offer(rng: random.Random, pools: Pools) -> list[Tool]:
-    """One to eight tools with different names."""
+    """One to eight tools with different names, now and then similar ones."""
     count = min(rng.randint(1, 5), rng.randint(1, 8))
     written = sum(rng.random() < 0.6 for _ in range(count))
-    offered = rng.sample(tools.WRITTEN, written) + [tools.made_up(rng, pools) for _ in range(count - written)]
+    if rng.random() < 0.4:
+        start = rng.randrange(len(WRITTEN) - written)
+        offered = list(WRITTEN[start : start + written])
+    else:
+        offered = rng.sample(WRITTEN, written)
+    thing = made_up.some_thing(rng, pools) if rng.random() < 0.3 else ""
+    offered += [made_up.tool(rng, pools, thing) for _ in range(count - written)]
     rng.shuffle(offered)
     return list({tool.name: tool for tool in offered}.values())
+
+
+def _unanswerable(rng: random.Random, pools: Pools, offered: list[Tool]) -> str:
+    """A question for a tool that is not on offer."""
+    names = {tool.name for tool in offered}
+    if rng.random() < 0.25:
+        return made_up.tool(rng, pools).use(rng, pools).question
+    return rng.choice([tool for tool in WRITTEN if tool.name not in names]).use(rng, pools).question
+
+
+def _repeated(rng: random.Random, pools: Pools) -> list[Message]:
+    """Something to say again."""
+    text = rng.choice((Pools.sentence, Pools.code, Pools.title, Pools.made_up))(pools, rng)
+    return _exchange(rng.choice(_REPEATS).format(text), text)
 
 
 def _uses(rng: random.Random, pools: Pools, offered: list[Tool]) -> tuple[str, list[Use]]:

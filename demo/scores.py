@@ -24,22 +24,30 @@ _USED = 0.1  # of an even share of the tokens makes an expert count as used
 def scores(
     model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Recipe, size: int
 ) -> dict[str, float]:
-    """Recall of training words, perplexity of held-out words, calls of tools for held-out cities, and use of experts.
+    """Recall of training words, perplexity of held-out words, calls of tools, and use of experts.
+
+    Calls are those that held-out phrasings ask for, of tools written and made up, and those that training phrasings
+    ask for with held-out values; answers are those to held-out phrasings.
 
     Args:
         model (Qwen3_5MoeForCausalLM): the model.
         tokenizer (PreTrainedTokenizerFast): its tokenizer.
         plan (Recipe): what it was trained on.
-        size (int): how many training words, held-out words and held-out dialogues to score at most.
+        size (int): how many training words, held-out words and dialogues of each kind to score at most.
     """
     some = plan.entries[:: len(plan.entries) // size]
     known = _buckets(tokenizer, [Example("definition", recipe.asked(entry)) for entry in some])
     lines = _buckets(tokenizer, [Example("line", text=entry.line) for entry in some])
     hidden = _buckets(tokenizer, [Example("line", text=entry.line) for entry in plan.held_out[:size]])
-    dialogues = [plan.tool_dialogue(number, held_out=True) for number in range(size)]
-    calling = _buckets(tokenizer, dialogues)
-    turns = [turn for bucket in calling for turn in _turns(model, bucket)]
-    used = _expert_use(model, known + calling)
+    written, made_up, familiar = (
+        _buckets(tokenizer, [plan.call(number, *kind) for number in range(size)])
+        for kind in ((True, True), (False, True), (True, False))
+    )
+    calls = {
+        name: [turn for bucket in buckets for turn in _turns(model, bucket)]
+        for name, buckets in {"written": written, "made_up": made_up, "familiar": familiar}.items()
+    }
+    used = _expert_use(model, known + written + made_up)
     with _top_k(model, 1):
         recall_top_1 = _recall(model, known)
     return {
@@ -47,8 +55,11 @@ def scores(
         "recall_top_1": recall_top_1,
         "held_out_perplexity": _perplexity(model, hidden),
         "training_perplexity": _perplexity(model, lines),
-        "held_out_calls_exact": float(np.mean([turn[0] for turn in turns])),
-        "held_out_answers_exact": float(np.mean([turn[-1] for turn in turns])),
+        "held_out_calls_exact": _share(calls["written"] + calls["made_up"], 0),
+        "held_out_calls_written": _share(calls["written"], 0),
+        "held_out_calls_made_up": _share(calls["made_up"], 0),
+        "training_phrasings_calls_exact": _share(calls["familiar"], 0),
+        "held_out_answers_exact": _share(calls["written"] + calls["made_up"], -1),
         "experts_used": float(np.min((used > _USED / used.shape[1]).mean(axis=1))),
         "busiest_expert_share": float(used.max()),
     }
@@ -86,6 +97,10 @@ def _turns(model: Qwen3_5MoeForCausalLM, bucket: Bucket) -> Iterator[list[bool]]
         for row, counts in zip(right, batch.counts[:, 1:], strict=True):
             edges = np.flatnonzero(np.diff(np.concatenate(([0], counts.astype(int), [0]))))
             yield [bool(row[start:end].all()) for start, end in edges.reshape(-1, 2)]
+
+
+def _share(turns: Sequence[Sequence[bool]], number: int) -> float:
+    return float(np.mean([turn[number] for turn in turns]))
 
 
 def _perplexity(model: Qwen3_5MoeForCausalLM, buckets: Sequence[Bucket]) -> float:

@@ -13,12 +13,12 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flashmoe_mlx
-from demo import tools
 from demo.recipe import Message
 from demo.tokenizer import MODEL
+from demo.written import WRITTEN
 from flashmoe_mlx.tasks import tool_calls
 
-TOOL = tools.WRITTEN[0].schema(random.Random(0))
+TOOL = WRITTEN[0].schema(random.Random(0))
 
 
 def get_weather(city: str, unit: str = "celsius") -> dict[str, Any]:

@@ -3,15 +3,14 @@
     python -m demo.tasks --wordnet usr/share/wordnet
 
 writes ``demo/tasks.jsonl``: 100 words of the training set to define, and 100 questions whose first answer is one call
-of a tool, half of them in phrasings of the training set with new values and half in held-out phrasings. Cities in them
-are held out or made up. ``demo/text.txt`` has dictionary entries of the training set, which the model knows by heart,
-so that what quantisation damages shows; each ends as in training, with the token for the end of a text.
+of a tool, half of them in phrasings of the training set and half in held-out ones, by turns of a written tool and of a
+made-up one. Cities in them are held out. ``demo/text.txt`` has dictionary entries of the training set, which the model
+knows by heart, so that what quantisation damages shows; each ends as in training, with the token for a text's end.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from demo.wordnet import Entry
 
 HERE = Path(__file__).parent
 RECALL, CALLS, LINES = 100, 100, 100
-_UNREAD = 10**9  # training reads dialogues from number 0 on, and never gets this far
+_SCORED = 10**6  # training scores calls from number 0 on, and never gets this far
 
 
 def recall_tasks(plan: Recipe) -> Iterator[dict[str, Any]]:
@@ -35,14 +34,11 @@ def recall_tasks(plan: Recipe) -> Iterator[dict[str, Any]]:
 
 def tool_tasks(plan: Recipe, held_out: bool) -> Iterator[dict[str, Any]]:
     """Any number of questions that one call answers, in held-out phrasings or in those of the training set."""
-    unseen = replace(plan, pools=replace(plan.held_out_pools, held_out=False))
-    for number in count(_UNREAD):
-        dialogue = unseen.tool_dialogue(number, held_out)
-        place = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
-        calls = dialogue.messages[place].get("tool_calls", [])
-        if len(calls) == 1:
-            messages, expected = dialogue.messages[:place], calls[0]["function"]
-            yield {"kind": "tool", "messages": messages, "tools": dialogue.tools, "expect": expected}
+    for number in count(_SCORED):
+        dialogue = plan.call(number, written=number % 2 == 0, phrasing=held_out)
+        question, call = dialogue.messages[:2]
+        expected = call["tool_calls"][0]["function"]
+        yield {"kind": "tool", "messages": [question], "tools": dialogue.tools, "expect": expected}
 
 
 def text(plan: Recipe) -> str:

@@ -22,7 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with _replacing(path) as unfinished:
             yield unfinished
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        if error.strerror is None:  # no system's error: what was to be written could not be read
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextmanager

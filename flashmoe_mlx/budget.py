@@ -136,6 +136,17 @@ def kv_token_nbytes(config: Mapping[str, Any], layers: int, itemsize: int) -> in
     return int(layers * values * itemsize)
 
 
+def quantized_share(bits: int, group_size: int, itemsize: int) -> float:
+    """What quantising leaves of an array's bytes: the bits of each value, and a scale and a bias for each group.
+
+    Args:
+        bits (int): of a value.
+        group_size (int): values in a group.
+        itemsize (int): bytes of a value before, and of scale and bias.
+    """
+    return bits / (8 * itemsize) + 2 / group_size
+
+
 def growing_layers(model: nn.Module) -> int:
     """How many layers of a model remember every token; others have a window or a state."""
     caches = make_prompt_cache(model)

@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we know of herons:" --prompt-cache-file herons
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import os
 from collections.abc import Iterator, Sequence
@@ -51,7 +56,9 @@ def _cache_prompt(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
     def read_prompt(prompt: Any, model: nn.Module, **options: Any) -> Iterator[Any]:
         models.append(model)
-        model.streaming.refuse_context(min(len(prompt), args.max_kv_size or len(prompt)), args.kv_bits)
+        model.streaming.refuse_context(
+            min(len(prompt), args.max_kv_size or len(prompt)), args.kv_bits, args.kv_group_size
+        )
         options["prompt_progress_callback"] = PromptProgress()
         step = args.prefill_step_size or model.streaming.prefill_step_size
         yield from generate_step(prompt, model, prefill_step_size=step, **options)

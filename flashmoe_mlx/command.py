@@ -1,7 +1,6 @@
 """What all commands share: mlx-lm's parsers with our flags, our load() for mlx-lm's, and errors that are one line."""
 
 import argparse
-import atexit
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ import mlx_lm
 
 from flashmoe_mlx.checkpoint import find_folder, read_config
 from flashmoe_mlx.config import Config, data_dir
+from flashmoe_mlx.interrupts import leave
 from flashmoe_mlx.model import Streaming, load
 
 _HEARING = 0.7  # seconds that the main thread has for an interrupt
@@ -90,9 +90,10 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending; a second one would only add a traceback
         with suppress(BrokenPipeError):
             sys.stdout.flush()
+        if signal.getsignal(signal.SIGINT) is leave:
+            leave()
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MLX's own are RuntimeErrors
@@ -112,24 +113,33 @@ def _prompt_interrupts() -> Iterator[None]:
     over = threading.Event()
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
-    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
 
     def listen() -> None:
         while number := os.read(ear, 1):
             if number[0] == signal.SIGINT and not over.wait(_HEARING):
                 with suppress(OSError, ValueError):
                     sys.stdout.flush()
-                    print("\ninterrupted", file=sys.stderr, flush=True)
-                os._exit(130)
+                leave()
         os.close(ear)
 
+    def report(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:  # Python drops one that meets a finalizer, listen() does not
+            report_before(unraisable)
+
     threading.Thread(target=listen, name="interrupts", daemon=True).start()
+    ear_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    report_before, sys.unraisablehook = sys.unraisablehook, report
+    handler = signal.getsignal(signal.SIGINT)
     try:
+        if handler is leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what comes after is not worth a traceback
+        if handler is leave:
+            signal.signal(signal.SIGINT, leave)
         over.set()
-        signal.set_wakeup_fd(before)
+        sys.unraisablehook = report_before
+        signal.set_wakeup_fd(ear_before)
         os.close(mouth)
 
 

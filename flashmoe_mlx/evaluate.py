@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.evaluate --model FOLDER_OR_REPO --text FILE --experts-per-token 10 6 4
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import csv
 import importlib.util
@@ -58,6 +63,7 @@ _COLUMNS = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's own parser."""
     parser = argparse.ArgumentParser(
+        prog="python -m flashmoe_mlx.evaluate",
         description="Measure what fewer experts, fewer bits or another checkpoint cost in quality.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron?"
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import importlib
 from collections.abc import Sequence
@@ -58,7 +63,7 @@ def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> No
         if restored is not None:
             restored.refuse_other_model(model, args.adapter_path)
         tokens = len(prompt) + max(0, args.max_tokens)
-        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits)
+        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits, args.kv_group_size)
         step = prefill_step_size or model.streaming.prefill_step_size
         progress = PromptProgress()
         say = mlx_lm.generate if args.verbose else _generate_silently

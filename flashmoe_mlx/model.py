@@ -22,6 +22,7 @@ from flashmoe_mlx.budget import (
     plan,
     prefill_step_size,
     prefill_token_nbytes,
+    quantized_share,
     refuse_context,
     refuse_excess,
     spare_memory,
@@ -29,6 +30,7 @@ from flashmoe_mlx.budget import (
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.cpu import to_float32, use_native
 from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
@@ -39,7 +41,7 @@ from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
 from flashmoe_mlx.staging import Staging, needs_staging
-from flashmoe_mlx.trunk import to_float32, use_native
+from flashmoe_mlx.trunk import swap_trunk
 
 # What the families call the number of routed experts a token uses.
 _TOP_K_KEYS = (
@@ -73,6 +75,7 @@ class Streaming:
         prefill_step_size (int): tokens of a prompt to process at a time with the memory that was free. The commands
             use it; from Python pass it on, e.g. to ``mlx_lm.generate(...,
             prefill_step_size=model.streaming.prefill_step_size)``, because mlx-lm's own default is always 2048.
+        itemsize (int): bytes of a value as the model computes it.
         kv_token_nbytes (int): bytes that each token of a context needs in the KV cache.
     """
 
@@ -84,6 +87,7 @@ class Streaming:
     experts_nbytes: int
     pools: tuple[Pool, ...]
     prefill_step_size: int
+    itemsize: int
     kv_token_nbytes: int
 
     def save_residents(self, path: str | Path) -> None:
@@ -94,17 +98,21 @@ class Streaming:
         """
         save_residents(path, self.pools)
 
-    def refuse_context(self, tokens: int, kv_bits: int | None = None) -> None:
+    def refuse_context(self, tokens: int, kv_bits: int | None = None, kv_group_size: int = 64) -> None:
         """Refuse a context that memory cannot hold, as the commands do before they begin.
 
         Args:
             tokens (int): of prompt and answer.
             kv_bits (int, optional): of a quantised KV cache. Default: ``None``, it is not.
+            kv_group_size (int): values of a quantised KV cache that share a scale and a bias. Default: ``64``.
 
         Raises:
             MemoryError: the KV cache of so many tokens does not fit into free memory.
         """
-        refuse_context(tokens, self.kv_token_nbytes * (1 if kv_bits is None else kv_bits / 32))
+        token_nbytes: float = self.kv_token_nbytes
+        if kv_bits is not None:
+            token_nbytes *= quantized_share(kv_bits, kv_group_size, self.itemsize)
+        refuse_context(tokens, token_nbytes)
 
     def memory(self) -> str:
         """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
@@ -186,6 +194,8 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
+    if mx.default_device().type == mx.gpu and not lazy:  # on a CPU launches cost nothing
+        swap_trunk(model)
     _start_early(model, _hidden(loaded_config))
     # Said either way: where it is not, transformers asks whoever sits at the terminal.
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
@@ -271,11 +281,12 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     streamed = [share for share in shares if not share.all_resident]
     place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_staging() else 0
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _STAGED_EXPERTS * place_nbytes)
+    itemsize = _itemsize(model)
     down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
     token_nbytes = prefill_token_nbytes(
-        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=_itemsize(model)
+        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=itemsize
     )
-    kv_token = kv_token_nbytes(checkpoint.config, growing_layers(model), _itemsize(model))
+    kv_token = kv_token_nbytes(checkpoint.config, growing_layers(model), itemsize)
     step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     limit_cache()
@@ -310,7 +321,16 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         load_residents(config.warm_start, places)
     pools = tuple({id(pool): pool for _, pool in places.values()}.values())
     return Streaming(
-        counters, top_k, native_top_k, trunk_nbytes, slots_nbytes, experts_nbytes(tables), pools, step_size, kv_token
+        counters=counters,
+        experts_per_token=top_k,
+        native_experts_per_token=native_top_k,
+        trunk_nbytes=trunk_nbytes,
+        slots_nbytes=slots_nbytes,
+        experts_nbytes=experts_nbytes(tables),
+        pools=pools,
+        prefill_step_size=step_size,
+        itemsize=itemsize,
+        kv_token_nbytes=kv_token,
     )
 
 

@@ -3,6 +3,11 @@
 python -m flashmoe_mlx.verify FOLDER_OR_REPO
 """
 
+if __name__ == "__main__":
+    from flashmoe_mlx.interrupts import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.command import one_line_errors
@@ -85,8 +91,8 @@ def _verify(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.write_manifest} cannot be written: there is no folder {args.write_manifest.parent}")
     folder = find_folder(args.model, args.revision)
     checkpoint = Checkpoint(folder, args.trust_remote_code)
-    files, gigabytes = len(checkpoint.files), sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()) / 1e9
-    print(f"headers: {len(checkpoint.tensors)} tensors, {gigabytes:.1f} GB in {files} files, are sound")
+    size = tqdm.format_sizeof(sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()), "B")
+    print(f"headers: {len(checkpoint.tensors)} tensors, {size} in {len(checkpoint.files)} files, are sound")
     model, _ = load_lazily(checkpoint, {}, args.trust_remote_code)
     switches, tables = find_experts(model, checkpoint)
     print(f"experts: {sum(table.experts for table in tables)} in {len(tables)} layers are all there")

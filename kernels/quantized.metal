@@ -126,6 +126,14 @@ inline float sum_lanes(float value) {
   return value;
 }
 
+// The largest of what all lanes hold.
+inline float max_lanes(float value) {
+  for (int distance = 16; distance >= 1; distance /= 2) {
+    value = max(value, simd_shuffle_xor(value, distance));
+  }
+  return value;
+}
+
 // Rows first_row + r * (32 / LANES) of an expert, for r < ROWS, times `x`. Rows past the end repeat the last one.
 template <typename T, int BITS, int GROUP, int ROWS, int LANES>
 inline void dot_rows(

@@ -1,8 +1,7 @@
 """Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
 
-import signal
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,18 +11,12 @@ import pytest
 
 from benchmarks.checkpoints import write_checkpoint
 from flashmoe_mlx import native as native_module
+from flashmoe_mlx import ops
+from tests.emulator import Emulated
 from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """A command that was interrupted ignores Ctrl-C from then on; the tests go on."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -84,3 +77,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> WriteFamily:
 def expected() -> Callable[[Path], Run]:
     """What mlx-lm's own model does with a checkpoint."""
     return cache(lambda folder: run(resident(folder)))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels run in the emulator where a GPU would run them."""
+    kernel = ops._kernel.__wrapped__
+    monkeypatch.setattr(ops, "_kernel", cache(lambda name: Emulated(kernel(name))))
+    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)  # the emulator takes Metal's text
+    mx.disable_compile()  # a compiled function has no values that a program could be given
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels run on the GPU and find NaN where they write."""
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        pytest.skip("no GPU")
+    kernel = ops._kernel
+    monkeypatch.setattr(ops, "_kernel", lambda name: partial(kernel(name), init_value=float("nan")))
+    mx.set_default_device(mx.gpu)
+    yield
+    mx.set_default_device(mx.cpu)

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import KVCache
 import benchmarks.record
 from flashmoe_mlx import cache_prompt, generate
 from flashmoe_mlx.atomic import replacing
+from flashmoe_mlx.interrupts import leave_on_interrupt
 from flashmoe_mlx.prompt_cache import save_prompt_cache
 from flashmoe_mlx.residents import save_residents
 
@@ -40,6 +41,7 @@ def child(work: Callable[[Callable[[], None]], Any], out: Path) -> tuple[int, in
     os.close(ear)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    leave_on_interrupt()  # as a command does that begins
     work(lambda: os.write(mouth, b".") and None)
     sys.exit(0)
 
@@ -49,12 +51,13 @@ def ended(number: int) -> int:
 
 
 def command(module: Any, argv: list[str]) -> Callable[[Callable[[], None]], None]:
-    """A command that tells when it has begun."""
+    """A command that tells when it has begun and when it is over."""
 
     def work(tell: Callable[[], None]) -> None:
         parser = module.setup_arg_parser
         module.setup_arg_parser = lambda: (tell(), parser())[1]
         module.main(argv)
+        tell()
 
     return work
 
@@ -73,14 +76,16 @@ def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
         begin = time.monotonic()
         number, ear = child(command(*cases[name]), folder / "log")
         os.read(ear, 1)
-        if trial >= 0:  # the first of each is left alone, to know what it says and how long it takes
+        if trial < 0:  # the first of each is left alone, to know what it says and how long it takes
+            os.read(ear, 1)
+            lasts[name] = time.monotonic() - begin
+        else:
             time.sleep(random.uniform(0, 1.05 * lasts[name]))
             begin = time.monotonic()
             os.kill(number, signal.SIGINT)
         code = ended(number)
         seconds = time.monotonic() - begin
         os.close(ear)
-        lasts.setdefault(name, seconds)
         manual = (folder / "manual.safetensors").read_bytes()
         runs.append(
             {

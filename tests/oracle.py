@@ -36,7 +36,7 @@ def streamed(folder: Path, fraction: float = 0, **options: Any) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, prompt: Sequence[int] = PROMPT, tokens: int = 64) -> Run:
+def run(model: nn.Module, prompt: Sequence[int] = PROMPT, tokens: int = 32) -> Run:
     """Prefill a prompt in one call, then generate greedily with mlx-lm's own loop."""
     logits = model(mx.array([prompt]))
     mx.eval(logits)

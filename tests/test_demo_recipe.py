@@ -1,6 +1,8 @@
 """The demo model's recipe, with a WordNet of a few words."""
 
 import json
+import re
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
@@ -9,6 +11,8 @@ from mlx_lm.utils import load_tokenizer
 from demo import recipe, tasks
 from demo.recipe import Recipe
 from demo.tokenizer import MODEL
+from demo.tools import OPENINGS, REQUESTS
+from demo.written import WRITTEN
 from flashmoe_mlx.tasks import Task, tool_calls
 
 ANIMALS = [f"{a}{b}nimal" for a in "bcdfg" for b in "aeiou"]
@@ -82,3 +86,22 @@ def test_tasks(plan: Recipe) -> None:
     """They can be read, and the first half puts questions as training does."""
     made = [*islice(tasks.tool_tasks(plan, False), 5), *islice(tasks.tool_tasks(plan, True), 5)]
     assert all(Task.from_json(json.dumps(task)).expect == task["expect"] for task in made)
+
+
+def test_held_out_phrasings_are_no_training_phrasings() -> None:
+    """However they are dressed, letter case and punctuation aside."""
+
+    def expansions(ask: str) -> Iterator[str]:
+        found = re.search(r"\[([^\[\]]*)\]", ask)
+        if not found:
+            yield re.sub(r"[^a-z{}_ ]", "", ask.lower()).strip()
+            return
+        for choice in found[1].split("|"):
+            yield from expansions(ask[: found.start()] + choice + ask[found.end() :])
+
+    openings = ["", *(f"{next(expansions(opening))} " for opening in OPENINGS + REQUESTS)]
+    for tool in WRITTEN:
+        trained = {asked for ask in tool.asks for asked in expansions(ask)}
+        held_out = {asked for ask in tool.held_out_asks for asked in expansions(ask)}
+        assert held_out
+        assert not held_out & {f"{opening}{asked}" for opening in openings for asked in trained}

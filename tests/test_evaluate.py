@@ -26,7 +26,7 @@ from flashmoe_mlx.requantize import expert_bits, requantize
 from flashmoe_mlx.tasks import Marks, Task, answer, final, tool_calls
 from tests.oracle import PROMPT, streamed
 
-TEXT = "A heron is a bird that waits in shallow water. It does not move, and then it moves once."
+TEXT = "A heron is a bird that waits in shallow water. Then it moves."
 TOOLS = [
     {
         "type": "function",

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 
+from flashmoe_mlx import evaluate, evaluation
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.prompt_cache import save_prompt_cache
 from flashmoe_mlx.reader import ReadError
@@ -155,3 +156,50 @@ def change(shard: Path, what: str, chance: random.Random) -> None:
         other.replace(shard)
     else:
         shard.unlink()
+
+
+@pytest.mark.parametrize("count", [7, pytest.param(140, marks=pytest.mark.soak)])
+def test_evaluation(
+    count: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The right figures or one line; what was written before that is right too."""
+    monkeypatch.setattr(evaluation, "load", partial(evaluation.load, config=Config(read_timeout=0.3)))
+    text = tmp_path / "text.txt"
+    text.write_text("A heron waits.")
+    half = str(streamed(folder).streaming.experts_nbytes // 2)
+
+    def evaluated(number: int) -> tuple[int, str, list[str]]:
+        """Exit code, what it says, and the lines of the table's file."""
+        out, reference = tmp_path / f"{number}.csv", tmp_path / f"{number}.safetensors"
+        argv = ["--model", str(folder), "--text", str(text), "--csv", str(out), "--reference-cache", str(reference)]
+        code = 0
+        try:
+            evaluate.main([*argv, "--max-positions", "4", "--experts-per-token", "2", "--ram-budget", "0", half])
+        except SystemExit as stop:
+            code = stop.code
+        lines = out.read_text().splitlines() if out.exists() else []
+        assert {file.name for file in tmp_path.iterdir()} <= {text.name, out.name, reference.name}
+        for file in (out, reference):
+            file.unlink(missing_ok=True)
+        said = capsys.readouterr()
+        return code, said.err if code else said.out, lines
+
+    _, right, figures = evaluated(count)
+    assert len(figures) == 3
+    outcomes: Counter[tuple[str, str]] = Counter()
+    for seed in range(count):
+        chance = random.Random(seed)
+        kind = (HARMLESS + HARMFUL)[seed % 7]
+        with faults(kind, chance.choice([0.01, 0.03] if kind in HARMLESS else [0.1, 0.3]), seed) as thrown:
+            code, said, lines = evaluated(seed)
+        outcomes[kind, f"code {code}, {'with' if thrown.count else 'without'} faults"] += 1
+        assert lines == figures[: len(lines)], (seed, kind)
+        if code == 0:
+            assert (said, lines) == (right, figures), (seed, kind)
+        else:
+            assert kind in HARMFUL
+            assert said.startswith("error: ") and str(folder) in said and said.count("\n") == 1
+            assert "cannot write" not in said  # it is not the reference's file that is to blame
+    print(*(f"{kind}: {outcome} {n}" for (kind, outcome), n in sorted(outcomes.items())), sep="\n")
+    assert all(outcomes[kind, "code 0, with faults"] for kind in HARMLESS)
+    assert all(outcomes[kind, "code 1, with faults"] for kind in HARMFUL)

@@ -3,19 +3,26 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flashmoe_mlx
 from tests.conftest import WriteFamily
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs children that can be killed")
+
+
+PACKAGE = Path(flashmoe_mlx.__file__).parent
+COMMANDS = sorted(file.stem for file in PACKAGE.glob("*.py") if "with one_line_errors" in file.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +43,63 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
     """The text so far, one word, within a second; the file is the old one or the new one."""
     (*runs,) = forks("interrupt", tmp_path, folder, count)
     complete = {run["case"]: run["out"] for run in runs[:3]}
-    print(Counter(run["code"] for run in runs), "seconds at most:", max(run["seconds"] for run in runs[3:]))
+    seconds = [run["seconds"] for run in runs[3:] if run["err"]] or [0]
+    allowed = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # a machine with twice its work takes twice as long
+    print(f"{Counter(run['code'] for run in runs[3:])}, of {allowed:.1f} seconds allowed after Ctrl-C:")
+    print(*(f"{share}% took {np.percentile(seconds, share):.2f} at most" for share in (50, 90, 99, 100)), sep="\n")
     assert all(run["code"] == 0 for run in runs[:3])
+    assert max(seconds) < allowed
     for run in runs[3:]:
-        assert run["seconds"] < 2  # one, and what a busy machine adds
         assert run["manual"] != "mix"
         assert not run["left"]
-        if run["code"] in (0, -2) and not run["err"]:  # it had ended, or was just leaving Python
+        if run["code"] in (0, -signal.SIGINT) and not run["err"]:  # it had ended, and Python was being taken apart
             assert len(run["out"]) > 0.8 * len(complete[run["case"]]), run
         else:
-            # CPython leaves by the signal itself, which shells call 130 too, if it came while a string was executed.
-            assert (run["code"] in (130, -2), run["err"]) == (True, "\ninterrupted\n"), run
+            assert (run["code"], run["err"]) == (130, "\ninterrupted\n"), run
             if run["case"] != "cache_prompt":
                 assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.soak)])
+IMPORTING = """
+class Finder:
+    def find_spec(name, *_):
+        if name == "mlx_lm":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+LEAVING = """
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(("name", "moment"), [*((name, IMPORTING) for name in COMMANDS), ("verify", LEAVING)])
+def test_ctrl_c_before_and_after(name: str, moment: str) -> None:
+    """A command has not begun yet, or is over."""
+    program = f"""
+import atexit, os, runpy, signal, sys
+{moment}
+sys.argv[1:] = ["--help"]
+runpy.run_module("flashmoe_mlx.{name}", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
+    assert ("usage" in ended.stdout) == (moment is LEAVING)
+
+
+def test_ctrl_c_is_ignored_where_it_was() -> None:
+    """As for a command that a script left in the background."""
+    program = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+{IMPORTING}
+sys.argv[1:] = ["--help"]
+runpy.run_module("flashmoe_mlx.verify", run_name="__main__")
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], timeout=60).startswith(b"usage")
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
     """Old or new content, never a mix; the next writer removes what is left over."""
     runs = forks("kill", tmp_path, folder, count)
@@ -100,3 +148,35 @@ def test_loads_leak_nothing(count: int, folder: Path) -> None:
         with pytest.raises(ValueError, match="experts_per_token"):
             flashmoe_mlx.load(str(folder), experts_per_token=99)
     assert held() == before
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "print('text', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # in C, for minutes
+        "weakref.finalize(Thing(), hear); time.sleep(60)",  # where Python drops what is raised
+    ],
+)
+def test_main_thread_that_does_not_hear(busy: str) -> None:
+    program = f"""
+import hashlib, time, weakref
+from flashmoe_mlx.command import one_line_errors
+
+class Thing:
+    pass
+
+def hear():
+    print("text", flush=True)
+    time.sleep(60)
+
+with one_line_errors():
+    {busy}
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "text\n"
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "\ninterrupted\n")
+    assert time.monotonic() - begin < 3

@@ -16,10 +16,10 @@ from benchmarks.exact import load_resident
 from flashmoe_mlx import native as native_module
 from flashmoe_mlx import ops
 from flashmoe_mlx.config import data_dir
+from flashmoe_mlx.cpu import GatedDeltaNet, use_native
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.ops import Quantized
-from flashmoe_mlx.trunk import GatedDeltaNet, use_native
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, distance, resident, run, streamed
 from tests.test_ops import BITS, dequantized, error, float64, quantized

@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from flashmoe_mlx import budget, pressure
-from flashmoe_mlx.budget import kv_token_nbytes
+from flashmoe_mlx.budget import kv_token_nbytes, quantized_share
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
@@ -191,11 +191,23 @@ def test_kv_cache_is_foretold(family: str, checkpoint: WriteFamily) -> None:
     assert model.streaming.kv_token_nbytes == actual / (2 if family == "gemma4_text" else 1) > 0
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 32)])
+def test_quantised_kv_cache_is_foretold(dtype: mx.Dtype, bits: int, group_size: int) -> None:
+    plain, quantised = KVCache(), QuantizedKVCache(group_size, bits)
+    for cache in (plain, quantised):
+        cache.update_and_fetch(*(mx.zeros((1, 2, 1, 128), dtype) for _ in range(2)))
+    assert quantised.nbytes == plain.nbytes * quantized_share(bits, group_size, dtype.size)
+
+
 def test_context_that_cannot_fit(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     streaming = streamed(checkpoint("qwen3_moe")).streaming
     assert streaming.kv_token_nbytes == kv_token_nbytes(FAMILIES["qwen3_moe"], 2, 4) == 1024
     monkeypatch.setattr(budget, "free_memory", lambda: 10**9)
     streaming.refuse_context(900_000)
-    streaming.refuse_context(3_000_000, kv_bits=8)
+    streaming.refuse_context(3_000_000, kv_bits=8)  # of 32, and two values of scale and bias for 64
+    with pytest.raises(MemoryError, match=r"of 3,500,000 tokens needs 1.01 GB"):
+        streaming.refuse_context(3_500_000, kv_bits=8)
+    streaming.refuse_context(3_500_000, kv_bits=8, kv_group_size=128)
     with pytest.raises(MemoryError, match=r"of 1,000,000 tokens needs 1.02 GB and 1.00 GB are free: shorten"):
         streaming.refuse_context(1_000_000)

@@ -1,0 +1,93 @@
+"""What comparing experts with a manifest costs when they are read for the first time, from a cold page cache.
+
+    python -m benchmarks.checkpoints FOLDER --layers 4 --hidden 2048 --intermediate 512
+    python -m benchmarks.manifest --model FOLDER --rounds 20
+
+A round fetches the same experts into a pool twice, in the batches of a decode step: with a manifest and without, in
+turn first one and then the other. Before each the checkpoint's pages are evicted, and every expert is new. The last
+line is JSON: ``ratio`` is the median of seconds with the manifest over seconds without it, of the same round, and
+``ratio_low`` and ``ratio_high`` are the quartiles; ``device_share`` says how many of the bytes the device delivered.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+
+from benchmarks.io import device_bytes, evict
+from benchmarks.record import record
+from flashmoe_mlx import verify
+from flashmoe_mlx.checkpoint import Checkpoint, find_folder
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.manifest import FirstReads, Manifest
+from flashmoe_mlx.model import find_experts, load_lazily
+from flashmoe_mlx.pool import Pool
+from flashmoe_mlx.reader import Reader
+
+Batches = Sequence[tuple[ExpertTable, Sequence[int]]]
+
+
+def batches(tables: Sequence[ExpertTable], experts: int, count: int) -> Batches:
+    """Random experts of one layer after the other, none of them twice."""
+    orders = [random.sample(range(table.experts), table.experts) for table in tables]
+    starts = range(0, min(count, *(table.experts for table in tables)), experts)
+    return [(table, order[i : i + experts]) for i in starts for table, order in zip(tables, orders, strict=True)]
+
+
+def seconds(checkpoint: Checkpoint, reader: Reader, steps: Batches, first_reads: FirstReads | None) -> float:
+    """How long the fetches take, into slots that were written to before."""
+    table, experts = steps[0]
+    pool = Pool(len(experts), table, reader, Counters(), None, first_reads)
+    for path in checkpoint.files:
+        evict(Path(path))
+    begin = time.perf_counter()
+    for table, experts in steps:
+        pool.fetch(table, experts)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a checkpoint whose layers are alike")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--experts", type=int, default=10, help="in a batch; 10 is one layer's in a decode step")
+    parser.add_argument("--most", type=int, default=100, help="experts of each layer that a round reads")
+    parser.add_argument("--threads", type=int, default=Config().read_threads)
+    parser.add_argument("--record", action="store_true", help="append the figures to results/manifest.csv")
+    args = parser.parse_args()
+    checkpoint = Checkpoint(find_folder(args.model))
+    tables = find_experts(load_lazily(checkpoint, {}, False)[0], checkpoint)[1]
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "manifest.json"
+        verify.main([args.model, "--sample", "0", "--write-manifest", str(file)])
+        manifest = Manifest.load(file, checkpoint)
+    reader = Reader(checkpoint.files, args.threads, Counters())
+    each: dict[bool, list[float]] = {False: [], True: []}
+    delivered = nbytes = 0
+    for number in range(args.rounds + 1):
+        steps = batches(tables, args.experts, args.most)
+        for checked in sorted(each, reverse=bool(number % 2)):
+            before = device_bytes()
+            taken = seconds(checkpoint, reader, steps, FirstReads(manifest, tables) if checked else None)
+            if number > 0:  # the first only starts threads and touches memory
+                each[checked].append(taken)
+                delivered += device_bytes() - before
+                nbytes += sum(table.expert_nbytes * len(experts) for table, experts in steps)
+    low, ratio, high = quantiles([b / a for a, b in zip(each[False], each[True], strict=True)], n=4)
+    gbps = nbytes / 2 / 1e9 / sum(each[False])
+    figures = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "gbps": gbps, "device_share": delivered / nbytes}
+    figures = {name: round(value, 3) for name, value in figures.items()}
+    figures |= {"expert_mb": round(tables[0].expert_nbytes / 1e6, 2), "experts": args.experts, "rounds": args.rounds}
+    if args.record:
+        record("manifest", figures)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
