@@ -7,7 +7,7 @@ EXTRAS := $(if $(filter Darwin,$(shell uname -s)),test,$(BACKEND)$(comma)test)
 BIN := .venv/bin
 DEMO := demo/model
 
-.PHONY: demo test soak fuzz check
+.PHONY: demo test soak fuzz check wheel
 
 demo: .venv/installed
 	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?"
@@ -27,12 +27,16 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# For this machine's Python and system; native CPU kernels are in it where there is a C++ compiler.
+wheel: .venv/installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 fuzz: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[fuzz]"
 	$(BIN)/python -m tests.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
 		-artifact_prefix=build/
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml hatch_build.py $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@

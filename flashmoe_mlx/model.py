@@ -30,6 +30,7 @@ from flashmoe_mlx.budget import (
 from flashmoe_mlx.checkpoint import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.cpu import to_float32, use_native
 from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
@@ -271,7 +272,8 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     if top_k > fewest:
         raise ValueError(f"experts_per_token is {top_k}, and a layer of {checkpoint.folder} has {fewest} experts")
     if mx.default_device().type == mx.cpu:
-        model.set_dtype(mx.float32)
+        use_native(model)
+        to_float32(model)
     trunk_nbytes = _nbytes(model) - sum(map(_nbytes, switches.values()))
     ram_budget = spare_memory(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
     shares = plan(tables, ram_budget, top_k)
@@ -368,6 +370,8 @@ def _nbytes(module: nn.Module) -> int:
 
 
 def _itemsize(module: nn.Module) -> int:
-    """Bytes of a value as it is computed: those of the largest parameter that is not integers."""
+    """Bytes of a value as it is computed: on a CPU float32's, elsewhere those of the largest parameter of floats."""
+    if mx.default_device().type == mx.cpu:
+        return mx.float32.size
     floats = [array for _, array in tree_flatten(module.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
     return int(max(floats, key=lambda array: array.size).itemsize)

@@ -1,8 +1,8 @@
 """What a token costs, in few launches: one function per kernel, its twin in MLX operations, one dispatch rule.
 
-A kernel is a file of ``kernels/``, whose README tells how it is launched and why. Kernels take few tokens, as decoding
-has them, and read slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a slice
-of another may not.
+A GPU's kernel is a file of ``kernels/``, whose README tells how it is launched and why. It takes few tokens, as in
+decoding, and reads slabs in place. Activations must begin at a multiple of 16 bytes: an array of its own does, a slice
+of another may not. A CPU's kernels are in ``native/`` and take any number of tokens.
 """
 
 import math
@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
+from flashmoe_mlx import native
 from flashmoe_mlx.config import data_dir
 
 MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
@@ -74,6 +75,8 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one for each product.
         matrices (Quantized): what they are multiplied with.
     """
+    if not _on_gpu():
+        return x.dtype == mx.float32 and slots.size > 0 and native.kernels() is not None
     return (
         _on_gpu()
         and 0 < slots.size <= MAX_PAIRS
@@ -85,6 +88,10 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
 def _on_gpu() -> bool:
     on_gpu: bool = mx.default_device().type == mx.gpu
     return on_gpu
+
+
+def _native() -> native.Kernels | None:
+    return None if _on_gpu() else native.kernels()
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
@@ -101,6 +108,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
     """
     if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
+    if kernels := _native():
+        return kernels.gate_up(x, slots.astype(mx.uint32), *gate[:3], *up[:3], gate.group_size, gate.bits)
     return _launch(
         "gate_up",
         [x, slots, *gate[:3], *up[:3]],
@@ -133,6 +142,8 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
     """
     if not has_kernel(x, slots, matrix):
         return down_twin(x, slots, scores, matrix)
+    if kernels := _native():
+        return kernels.down(x, slots.astype(mx.uint32), scores.astype(mx.float32), *matrix)
     tokens, top_k = slots.shape
     return _launch(
         "down",
@@ -184,6 +195,8 @@ def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     """
     if not has_kernel(x, slots, matrix):
         return matvec_twin(x, slots, matrix)
+    if kernels := _native():
+        return kernels.matvec(x, slots.astype(mx.uint32), *matrix)
     return _launch(
         "matvec",
         [x, slots, *matrix[:3]],
@@ -203,8 +216,23 @@ def matvec_twin(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     ).squeeze(-2)
 
 
+def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
+    """Products of vectors and one matrix, as a dense layer has them.
+
+    Args:
+        x (mx.array): ``[..., columns]``.
+        weight (mx.array): ``[rows, columns * bits / 32]``, uint32; see :class:`Quantized` for the rest.
+
+    Returns:
+        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself.
+    """
+    if x.dtype == mx.float32 and (kernels := _native()):
+        return kernels.linear(x, weight, scales, biases, group_size, bits)
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
+
 def product(x: mx.array, matrix: Quantized) -> mx.array:
-    """``x`` times a matrix: MLX's own product, next to which no kernel of ours is needed.
+    """``x`` times a matrix: on a GPU MLX's own product, next to which no kernel of ours is needed.
 
     Args:
         x (mx.array): ``[tokens, columns]``.
@@ -214,7 +242,7 @@ def product(x: mx.array, matrix: Quantized) -> mx.array:
         mx.array: ``[tokens, rows]``.
     """
     weight, scales, biases = (part.squeeze(0) for part in matrix[:3])
-    return mx.quantized_matmul(x, weight, scales, biases, True, matrix.group_size, matrix.bits)
+    return linear(x, weight, scales, biases, matrix.group_size, matrix.bits)
 
 
 def gated_delta(

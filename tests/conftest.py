@@ -10,12 +10,29 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
+from flashmoe_mlx import native as native_module
 from flashmoe_mlx import ops
 from tests.emulator import Emulated
 from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
+
+
+@pytest.fixture
+def native() -> native_module.Kernels:
+    """The native kernels run, as on any Linux with a compiler."""
+    kernels = native_module.kernels()
+    if kernels is None:
+        pytest.skip("no native kernels")
+    return kernels
+
+
+@pytest.fixture(autouse=True)
+def twins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own operations run, unless a test asks for ``native``: what is streamed then has the bits of mlx-lm's."""
+    if "native" not in request.fixturenames:
+        monkeypatch.setattr(native_module, "kernels", lambda: None)
 
 
 class WriteFamily(Protocol):

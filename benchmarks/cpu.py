@@ -1,0 +1,177 @@
+"""Speed of the native CPU kernels against the rate at which the same machine reads memory.
+
+    python -m benchmarks.cpu
+
+Every call multiplies with matrices that no cache holds: slots rotate through slabs of 240 MB or more. A call is timed
+from Python until its result is there, and counts the bytes of weights, scales and biases that it needs. The ceiling is
+a C program that adds up the same number of bytes on the same number of threads. The two take turns; figures are
+medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with scales in float32
+because it is several times slower with others. The last line is JSON.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.record import record
+from flashmoe_mlx import native, ops
+from flashmoe_mlx.ops import Quantized
+
+SLAB_NBYTES = 240e6
+
+# hidden, intermediate, experts a token, bits, group size: those of the 397B model first
+CASES = [
+    (4096, 1024, 10, 4, 64),
+    (2048, 512, 8, 4, 64),
+    (4096, 1024, 10, 2, 64),
+    (4096, 1024, 10, 3, 64),
+    (4096, 1024, 10, 6, 64),
+    (4096, 1024, 10, 8, 64),
+    (4096, 1024, 10, 4, 32),
+    (4096, 1024, 10, 4, 128),
+]
+
+
+def memory_reader(folder: Path) -> Callable[[int, int], float]:
+    """The ceiling: seconds to read so many bytes on so many threads."""
+    source = Path(__file__).with_name("bandwidth.c")
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run(["cc", *flags, "-o", folder / "bandwidth.so", source], check=True)
+    library = ctypes.CDLL(str(folder / "bandwidth.so"))
+    library.read_all.restype = ctypes.c_uint64
+    memory = mx.ones((int(2 * SLAB_NBYTES) // 4,), mx.uint32)
+    mx.eval(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memoryview(memory).cast("B")))
+    begins = count()
+
+    def seconds(nbytes: int, threads: int) -> float:
+        nbytes = min(nbytes, memory.nbytes) // 64 * 64
+        places = memory.nbytes // nbytes
+        begin = time.perf_counter()
+        library.read_all(
+            ctypes.c_void_p(address + next(begins) % places * nbytes), ctypes.c_size_t(nbytes // 8), threads
+        )
+        return time.perf_counter() - begin
+
+    return seconds
+
+
+def random_slab(rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> Quantized:
+    """Matrices that no cache holds, of random numbers in place of quantised ones."""
+    row_nbytes = columns * bits // 8 + 2 * dtype.size * columns // group_size
+    slots = int(SLAB_NBYTES / (rows * row_nbytes)) + 1
+    words = np.random.default_rng(0).integers(0, 2**32, (slots, rows, columns * bits // 32), np.uint32)
+    scales = mx.full((slots, rows, columns // group_size), 2.0 ** (1 - bits) * columns**-0.5, dtype)
+    slab = Quantized(mx.array(words), scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
+    mx.eval(slab[:3])
+    return slab
+
+
+def rotating(slots: int, top_k: int) -> Iterator[mx.array]:
+    """Slots of one token after the other, ``[1, top_k]``, so that each is used again after all others."""
+    for first in count(step=top_k):
+        yield mx.array([[(first + k) % slots for k in range(top_k)]], mx.uint32)
+
+
+def timed(call: Callable[[], mx.array]) -> float:
+    begin = time.perf_counter()
+    mx.eval(call())
+    return time.perf_counter() - begin
+
+
+def nbytes_of(matrix: Quantized, matrices: int) -> int:
+    return sum(part.nbytes for part in matrix[:3]) // matrix.weight.shape[0] * matrices
+
+
+def measure(case: tuple[int, int, int, int, int], rounds: int, reader: Callable[[int, int], float]) -> Iterator[Any]:
+    """Rates of each kernel at one case, with one thread and with all."""
+    hidden, intermediate, top_k, bits, group_size = case
+    kernels = native.kernels()
+    assert kernels is not None
+    gate, up = (random_slab(intermediate, hidden, bits, group_size, mx.bfloat16) for _ in range(2))
+    down = random_slab(hidden, intermediate, bits, group_size, mx.bfloat16)
+    x = mx.random.normal((1, hidden))
+    h = mx.random.normal((1, top_k, intermediate))
+    scores = mx.full((1, top_k), 1 / top_k)
+    mx.eval(x, h, scores)
+    slots = rotating(gate.weight.shape[0], top_k)
+    flat = tuple(part.flatten(0, 1) for part in gate[:3])  # a dense matrix, such as an output head
+    mx.eval(flat)
+    runs: dict[str, tuple[Callable[[], mx.array], int]] = {
+        "gate_up": (lambda: ops.gate_up(x, next(slots), gate, up), 2 * nbytes_of(gate, top_k)),
+        "matvec": (lambda: ops.matvec(h, next(slots), down), nbytes_of(down, top_k)),
+        "down": (lambda: ops.down(h, next(slots), scores, down), nbytes_of(down, top_k)),
+        "linear": (lambda: ops.linear(x, *flat, group_size, bits), sum(part.nbytes for part in flat)),
+    }
+    for threads in sorted({1, all_threads := kernels.threads()}):
+        kernels.set_threads(threads)
+        for name, (call, nbytes) in runs.items():
+            timed(call), reader(nbytes, threads)  # warm up
+            pairs = [(reader(nbytes, threads), timed(call)) for _ in range(rounds)]
+            yield {
+                "kernel": name,
+                "hidden": hidden,
+                "intermediate": intermediate,
+                "experts": top_k,
+                "bits": bits,
+                "group_size": group_size,
+                "threads": threads,
+                "mb": round(nbytes / 1e6, 1),
+                "gbps": round(nbytes / median(ours for _, ours in pairs) / 1e9, 2),
+                "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
+                "ratio": round(median(theirs / ours for theirs, ours in pairs), 3),
+            }
+    kernels.set_threads(all_threads)
+
+
+def mlx_gbps(case: tuple[int, int, int, int, int]) -> float:
+    """What MLX's own operation does with the gate matrices of a case."""
+    hidden, intermediate, top_k, bits, group_size = case
+    gate = random_slab(intermediate, hidden, bits, group_size, mx.float32)
+    x = mx.random.normal((1, 1, hidden))
+    slots = rotating(gate.weight.shape[0], top_k)
+    seconds = median(timed(lambda: ops.matvec_twin(x, next(slots), gate)) for _ in range(3))
+    return nbytes_of(gate, top_k) / seconds / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="from 0 (default: all)")
+    parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv")
+    args = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    kernels = native.kernels()
+    if kernels is None:
+        raise SystemExit("no native kernels to measure")
+
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        reader = memory_reader(Path(folder))
+        for number in args.cases:
+            print(f"{kernels.instruction_set()}, {CASES[number]}; MLX's own: {mlx_gbps(CASES[number]):.2f} GB/s")
+            for run in measure(CASES[number], args.rounds, reader):
+                runs.append({"instruction_set": kernels.instruction_set(), **run})
+                print(
+                    f"  {run['kernel']:8} {run['threads']:3} threads: {run['gbps']:6.2f} GB/s of "
+                    f"{run['read_gbps']:6.2f}, ratio {run['ratio']:.2f}",
+                    flush=True,
+                )
+                if args.record:
+                    record("cpu", runs[-1])
+    print(json.dumps({"runs": runs}))
+
+
+if __name__ == "__main__":
+    main()

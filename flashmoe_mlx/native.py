@@ -1,0 +1,121 @@
+"""The native kernels of the CPU: whether they are there, and their types. What they compute is told in ops.py."""
+
+import sys
+import warnings
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import Protocol, cast
+
+import mlx.core as mx
+
+
+class Kernels(Protocol):
+    """The functions of ``native/``. All are lazy, take float32 vectors and add up in float32.
+
+    Matrices are given as ``weight, scales, biases``, with scales in float32, float16 or bfloat16. Their errors are
+    TypeErrors and ValueErrors: an argument of another kind, shape or dtype.
+    """
+
+    mlx_version: str
+
+    def linear(
+        self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
+    ) -> mx.array: ...
+
+    def matvec(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def gate_up(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        gate_weight: mx.array,
+        gate_scales: mx.array,
+        gate_biases: mx.array,
+        up_weight: mx.array,
+        up_scales: mx.array,
+        up_biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def down(
+        self,
+        x: mx.array,
+        slots: mx.array,
+        scores: mx.array,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> mx.array: ...
+
+    def delta_net(
+        self,
+        qkv: mx.array,
+        z: mx.array,
+        a: mx.array,
+        b: mx.array,
+        recent: mx.array,
+        state: mx.array,
+        convolution: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        norm: mx.array,
+        key_heads: int,
+        norm_eps: float,
+        /,
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def rms_norm(self, x: mx.array, weight: mx.array, eps: float, /) -> mx.array: ...
+
+    def instruction_set(self) -> str: ...
+
+    def choose_instruction_set(self, name: str, /) -> bool: ...
+
+    def threads(self) -> int: ...
+
+    def set_threads(self, threads: int, /) -> None: ...
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The native kernels, or ``None`` where they were not built: then MLX's own operations serve, much slower."""
+    try:
+        module = cast(Kernels, import_module("flashmoe_mlx._native"))
+    except ImportError as error:
+        _advise(f"not built ({error})" if "_native" not in str(error) else "not built")
+        return None
+    # They use MLX's C++ classes, which change from one version to the next.
+    if module.mlx_version != (running := version("mlx")):
+        _advise(f"built for MLX {module.mlx_version}, and this is {running}")
+        return None
+    try:
+        module.rms_norm(mx.ones((1,)), mx.ones((1,)), 0.0)
+    except TypeError:  # arrays are no arrays to it
+        _advise("built with another nanobind than MLX")
+        return None
+    return module
+
+
+def _advise(what: str) -> None:
+    if sys.platform != "linux":  # nothing is built there
+        return
+    warnings.warn(
+        f"the native CPU kernels are {what}, and without them a CPU is some 20 times slower: "
+        "with a C++20 compiler installed, run pip install again",
+        stacklevel=3,
+    )

@@ -1,0 +1,68 @@
+// What Python sees: functions of mlx.core.array, in MLX's own nanobind domain.
+#include <nanobind/nanobind.h>
+
+#include <nanobind/stl/vector.h>
+
+#include "delta.h"
+#include "kernels.h"
+#include "mlx/version.h"
+#include "norm.h"
+#include "products.h"
+#include "workers.h"
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using flashmoe::Quantized;
+using mlx::core::array;
+
+NB_MODULE(_native, m) {
+  m.attr("mlx_version") = TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
+  m.def("instruction_set", [] { return flashmoe::kernels().name; });
+  m.def("choose_instruction_set", &flashmoe::choose_kernels);
+  m.def("threads", [] { return flashmoe::Workers::shared().threads(); });
+  m.def("set_threads", [](int threads) { flashmoe::Workers::shared().set_threads(threads); });
+  m.def(
+      "linear",
+      [](const array& x, const array& weight, const array& scales, const array& biases, int group, int bits) {
+        return flashmoe::linear(x, {weight, scales, biases}, group, bits);
+      });
+  m.def(
+      "matvec",
+      [](const array& x,
+         const array& slots,
+         const array& weight,
+         const array& scales,
+         const array& biases,
+         int group,
+         int bits) { return flashmoe::matvec(x, slots, {weight, scales, biases}, group, bits); });
+  m.def(
+      "gate_up",
+      [](const array& x,
+         const array& slots,
+         const array& weight,
+         const array& scales,
+         const array& biases,
+         const array& up_weight,
+         const array& up_scales,
+         const array& up_biases,
+         int group,
+         int bits) {
+        return flashmoe::gate_up(
+            x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
+      });
+  m.def("delta_net", &flashmoe::delta_net);
+  m.def("rms_norm", &flashmoe::rms_norm);
+  m.def(
+      "down",
+      [](const array& x,
+         const array& slots,
+         const array& scores,
+         const array& weight,
+         const array& scales,
+         const array& biases,
+         int group,
+         int bits) { return flashmoe::down(x, slots, scores, {weight, scales, biases}, group, bits); });
+}

@@ -1,0 +1,73 @@
+// What a kernel of one instruction set offers to the primitives. kernels.cpp is compiled once for each set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashmoe {
+
+enum class Scales { float32, float16, bfloat16 };  // how scales and biases are stored
+
+// One matrix in MLX's affine quantisation: weight = scale * q + bias, for each group of a row's elements.
+struct Matrix {
+  const uint32_t* weight;  // [rows, columns * bits / 32]
+  const void* scales;      // [rows, columns / group]
+  const void* biases;
+  Scales stored;
+  int64_t rows;
+  int64_t columns;
+  int group;
+  int bits;
+};
+
+// Where vectors lie: how many floats each takes once it is arranged, and what a row's scales take besides.
+struct Layout {
+  int64_t arranged;
+  int64_t scratch;
+};
+
+struct Kernels {
+  const char* name;
+
+  Layout (*layout)(const Matrix& matrix);
+
+  // Put a vector in the order in which weights are unpacked, and the sums of its groups behind it.
+  void (*arrange)(const Matrix& matrix, const float* x, float* arranged);
+
+  // out[t][row - begin] = matrix[row] x[t], for rows from begin to end and arranged vectors x. What comes out depends on
+  // the row and the vector only, not on which are computed together.
+  void (*multiply)(
+      const Matrix& matrix,
+      int64_t begin,
+      int64_t end,
+      const float* const* x,
+      float* const* out,
+      int64_t vectors,
+      float* scratch);
+
+  // One step of the gated delta rule for one head: the state, [values, keys], decays by g, forgets what it would recall
+  // for k and learns v for it, by beta; out is what it recalls for q. `before` may be `state` itself.
+  void (*delta_step)(
+      const float* before,
+      float* state,
+      int64_t values,
+      int64_t keys,  // a multiple of 16
+      const float* q,
+      const float* k,
+      const float* v,
+      float g,
+      float beta,
+      float* out);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// Those of the best instruction set that this CPU has, or of the one that was chosen.
+const Kernels& kernels();
+
+// Use a certain set from now on, for tests: nothing may be under way. False if this CPU does not have it.
+bool choose_kernels(const char* name);
+
+}  // namespace flashmoe

@@ -1,0 +1,44 @@
+// Products with quantised matrices as lazy MLX operations on the CPU.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace flashmoe {
+
+// A stack of matrices in MLX's affine quantisation.
+struct Quantized {
+  mlx::core::array weight;  // [slots, rows, columns * bits / 32], uint32; a single matrix has no slots
+  mlx::core::array scales;  // [slots, rows, columns / group], float32, float16 or bfloat16
+  mlx::core::array biases;
+};
+
+// [..., rows]: matrix x for each vector of x [..., columns].
+mlx::core::array linear(const mlx::core::array& x, const Quantized& matrix, int group, int bits);
+
+// [tokens, top_k, rows]: matrix[slot] x for each slot [tokens, top_k] and its own vector [tokens, top_k, columns].
+mlx::core::array matvec(
+    const mlx::core::array& x, const mlx::core::array& slots, const Quantized& matrix, int group, int bits);
+
+// [tokens, top_k, rows]: silu(gate[slot] x) * (up[slot] x) for each slot and the token's vector [tokens, columns].
+mlx::core::array gate_up(
+    const mlx::core::array& x,
+    const mlx::core::array& slots,
+    const Quantized& gate,
+    const Quantized& up,
+    int group,
+    int bits);
+
+// [tokens, rows]: sum over k of scores[k] * (matrix[slots[k]] x[k]), with a vector for each slot.
+mlx::core::array down(
+    const mlx::core::array& x,
+    const mlx::core::array& slots,
+    const mlx::core::array& scores,
+    const Quantized& matrix,
+    int group,
+    int bits);
+
+
+}  // namespace flashmoe
