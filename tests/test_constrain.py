@@ -1,21 +1,19 @@
 """Constrained calls and JSON, token by token, on the demo model's tokenizer."""
 
 import json
+from itertools import count
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from jsonschema import Draft202012Validator
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from mlx_lm.tool_parsers import json_tools, qwen3_coder
+from mlx_lm.tool_parsers import json_tools
 
 from flashmoe_mlx import constrain
-from flashmoe_mlx.grammar import readable
 
 TOOL = {
     "type": "function",
@@ -39,10 +37,10 @@ def tokenizer():
     return load_tokenizer(Path("demo/model"))
 
 
-def accepts(processor, tokenizer, text: str) -> bool:
-    """Whether every token of the text is allowed in its place."""
+def accepts(processor, tokenizer, *texts: str) -> bool:
+    """Whether every token of the texts, each encoded by itself, is allowed in its place."""
     width, past = len(tokenizer.get_vocab()) + 8, [0]
-    for token in tokenizer.encode(text, add_special_tokens=False):
+    for token in (token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)):
         if processor(mx.array(past), mx.zeros((1, width)))[0, token].item() != 0:
             return False
         past.append(token)
@@ -65,7 +63,7 @@ WORD = "<parameter=word>\na heron\n</parameter>\n"
         (call(WORD + "<parameter=count>\ntwo\n</parameter>\n"), False),
         (call(WORD + "<parameter=kind>\nadverb\n</parameter>\n"), False),
         (call(""), False),
-        (call("<parameter=count>\n12\n</parameter>\n" + WORD), True),  # in any order
+        (call("<parameter=count>\n12\n</parameter>\n" + WORD), True),
         (call(WORD + WORD), False),
         (call(WORD, "other"), False),
     ],
@@ -94,138 +92,217 @@ def test_json_begins_after_thinking(tokenizer):
         assert accepts(constrain.json(tokenizer, {"type": "object"}, thinking=True), tokenizer, text) is fits
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
-def test_a_call_that_must_come(tokenizer, choice):
-    other = {"type": "function", "function": {"name": "other"}}
-    for text, fits in [
-        (call(WORD), True),
-        ("\n" + call(WORD) + "\nand more", True),
-        ("Well. " + call(WORD), False),
-        (call("", "other"), choice == "required"),
-    ]:
-        processor = constrain.constrained(tokenizer, tools=[TOOL, other], tool_choice=choice)
-        assert accepts(processor, tokenizer, text) is fits
+OTHER = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
+NAMED = {"type": "function", "function": {"name": "look"}}
 
 
-def test_a_thought_is_free(tokenizer):
-    for choice in ("auto", "required"):
-        for text, fits in [
-            ("as <tool_call> in" + "</think>\n\n" + call(WORD), True),
-            ("</think>\n\n" + call(""), False),
-            ("</think>\n\nWell." + call(WORD), choice == "auto"),
-        ]:
-            processor = constrain.constrained(tokenizer, tools=[TOOL], tool_choice=choice, thinking=True)
-            assert accepts(processor, tokenizer, text) is fits
+@pytest.mark.parametrize(
+    ("choice", "text", "fits"),
+    [
+        ("required", call(WORD), True),
+        ("required", call("", "other"), True),
+        ("required", call(WORD) + "\nText, and " + call("", "other"), True),
+        ("required", call(WORD) + "\n" + call(""), False),
+        ("required", "Let me see. " + call(WORD), False),
+        ("required", "<|im_end|>", False),
+        (NAMED, call(WORD), True),
+        (NAMED, call("", "other"), False),
+        (NAMED, call(WORD) + call("", "other"), False),
+    ],
+)
+def test_a_call_is_forced(tokenizer, choice, text, fits):
+    assert accepts(constrain.constrained(tokenizer, tools=[TOOL, OTHER], tool_choice=choice), tokenizer, text) is fits
 
 
-def test_free_text_is_not_touched(tokenizer):
-    """The very array comes back: nothing is computed."""
-    processor = constrain.constrained(tokenizer, tools=[TOOL])
-    logits = mx.zeros((1, 8))
-    assert all(processor(mx.array([token]), logits) is logits for token in range(5))
+@pytest.mark.parametrize("choice", ["none", "any", {"function": {"name": "missing"}}])
+def test_other_choices_are_refused(tokenizer, choice):
+    with pytest.raises(ValueError, match="tool_choice"):
+        constrain.constrained(tokenizer, tools=[TOOL], tool_choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "fits"),
+    [
+        ("auto", "A <tool_call> opens a call.</think>\n\nText", True),
+        ("auto", "A <tool_call> opens a call.</think>\n\n" + call(WORD), True),
+        ("auto", "Well.</think>\n\n" + call(""), False),
+        ("auto", "Well.</think>\n<think>A <tool_call>?</think>" + call(WORD), True),
+        ("required", "A <tool_call> opens a call.</think>\n\n" + call(WORD), True),
+        ("required", "A <tool_call> opens a call.</think>\n\nText", False),
+        ("required", "A thought.<|im_end|>", False),
+        ("auto", "A thought.<|im_end|>", True),
+        ("required", "</think>" + call(WORD) + "<think>again</think>Text", True),
+    ],
+)
+def test_thoughts_are_free(tokenizer, choice, text, fits):
+    processor = constrain.constrained(tokenizer, tools=[TOOL], tool_choice=choice, thinking=True)
+    assert accepts(processor, tokenizer, text) is fits
+
+
+@pytest.mark.parametrize(("rest", "fits"), [(WORD, True), ("", False)])
+def test_a_mark_in_ordinary_tokens_opens_a_call(tokenizer, rest, fits):
+    texts = ["Now <", "tool", "_call", ">", call(rest).removeprefix("<tool_call>")]
+    assert accepts(constrain.constrained(tokenizer, tools=[TOOL]), tokenizer, *texts) is fits
+
+
+def test_text_without_calls_is_untouched(tokenizer):
+    processor, logits = constrain.constrained(tokenizer, tools=[TOOL]), mx.random.normal((1, 9000))
+    past = [0]
+    for token in tokenizer.encode("No call, <tool_response> or not.</tool_call>", add_special_tokens=False):
+        assert processor(mx.array(past), logits) is logits
+        past.append(token)
+
+
+WISHES = ["null", "Null", "12", "-0.5e9", "true", '{"a": [1]}', "[null]", " [1, 2]", "\n", "<tool_call>", '"', "\\"]
+WISHES += [
+    "\n</parameter>\n<parameter=p0>\n1",
+    "</parameter>",
+    "</function>",
+    "</tool_call>",
+    "<|im_end|>",
+    "'",
+    "99999",
+]
+ENDS = ["\n</parameter>\n</function>\n", "b/x\n</parameter>\n", '"', "]", "}"]
+SCALARS = st.one_of(
+    st.just({"type": "string"}),
+    st.builds(
+        lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more}, *[st.integers(0, 4)] * 2
+    ),
+    st.sampled_from([r"^[a-z]{2,4}$", r"^\d+$", "b", "^(a|b)", r"/x$", "n|m", r"^\$\d\.\d\d$"]).map(
+        lambda pattern: {"type": "string", "pattern": pattern}
+    ),
+    st.sampled_from(["date", "time", "date-time", "uuid", "email", "ipv4"]).map(
+        lambda name: {"type": "string", "format": name}
+    ),
+    st.just({"type": "integer"}),
+    st.builds(
+        lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more},
+        st.integers(-50, 50),
+        st.integers(0, 50),
+    ),
+    st.sampled_from([{}, {"minimum": 0.5}, {"maximum": 3}]).map(lambda bounds: {"type": "number", **bounds}),
+    st.just({"type": "boolean"}),
+    st.sampled_from(["noun", "a <b>", "12", "", 7, -1.5, True, None, "{", "null", [1, "a"]]).map(
+        lambda value: {"const": value}
+    ),
+    st.lists(st.sampled_from(["noun", "verb", "3", 4, 5, False]), min_size=1, max_size=4, unique_by=json.dumps).map(
+        lambda values: {"enum": values}
+    ),
+    st.just({"type": "string", "enum": ["one", "two", "null"]}),
+)
+
+
+def objects(values):
+    def schema(properties, optional):
+        named = {f"p{number}": value for number, value in enumerate(properties)}
+        required = [key for number, key in enumerate(named) if not optional >> number & 1]
+        return {"type": "object", "properties": named, "required": required, "additionalProperties": False}
+
+    return st.builds(schema, st.lists(values, max_size=3), st.integers(0, 7))
+
+
+def arrays(values):
+    return st.builds(
+        lambda items, low: {"type": "array", "items": items, "minItems": low, "maxItems": 3}, values, st.integers(0, 1)
+    )
+
+
+NESTED = st.recursive(SCALARS, lambda values: st.one_of(arrays(values), objects(values)), max_leaves=4)
+VALUES = st.one_of(
+    SCALARS,
+    NESTED,
+    NESTED.map(lambda schema: {"anyOf": [schema, {"type": "null"}], "default": None}),
+    st.lists(SCALARS, min_size=2, max_size=3).map(lambda schemas: {"anyOf": schemas}),
+    st.sets(st.sampled_from(["string", "integer", "number", "boolean", "null", "array"]), min_size=1).map(
+        lambda types: {"type": sorted(types)}
+    ),
+    st.just({"oneOf": [{"type": "string"}, {"type": "object"}]}),
+    st.just({"$ref": "#/$defs/tree"}),
+    st.just({}),
+)
+TREE = {"type": "object", "properties": {"leaf": {"type": "string"}, "next": {"$ref": "#/$defs/tree"}}}
+TREE |= {"required": ["leaf"], "additionalProperties": False}
+PARAMETERS = objects(VALUES).map(lambda schema: schema | {"$defs": {"tree": TREE}})
+
+
+def written_at_random(processor, tokenizer, pieces, seed: int) -> str:
+    """What a model writes that wants anything, bad texts above all, and after a while an end."""
+    random = np.random.default_rng(seed)
+    past, wish = [0], []
+    for step in count():
+        assert step < 800, f"no end: {tokenizer.decode(past)!r}"
+        if not wish:
+            wish = tokenizer.encode(str(random.choice(WISHES if step < 40 else ENDS)), add_special_tokens=False)
+        logits = random.normal(size=len(pieces)).astype(np.float32)
+        logits[wish[0]] += 8
+        token = int(mx.argmax(processor(mx.array(past), mx.array(logits[None]))).item())
+        wish = wish[1:] if token == wish[0] else []
+        past.append(token)
+        if pieces[token] == tokenizer.tool_call_end:
+            return str(tokenizer.decode(past[1:]))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer):
+    return constrain.vocabulary_of(tokenizer)
+
+
+@pytest.fixture(scope="module", params=["qwen3_coder", "json_tools"])
+def caller(request):
+    """A tokenizer whose model writes calls of a format."""
+    tokenizer = load_tokenizer(Path("demo/model"))
+    if request.param == "json_tools":
+        tokenizer._tool_parser = json_tools.parse_tool_call
+    return tokenizer, [tokenizer.decode([token]) for token in range(len(tokenizer))]
+
+
+def check_a_call_at_random(caller, vocabulary, schemas, seed):
+    tokenizer, pieces = caller
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": each}} for i, each in enumerate(schemas)]
+    try:
+        processor = constrain.constrained(tokenizer, tools=tools, tool_choice="required", vocabulary=vocabulary)
+    except ValueError:
+        reject()
+    text = written_at_random(processor, tokenizer, pieces, seed)
+    start, end = tokenizer.tool_call_start, tokenizer.tool_call_end
+    assert text.startswith(start) and text.count(end) == 1
+    call = tokenizer.tool_parser(text.removeprefix(start).removesuffix(end).strip(), constrain.readable(tools))
+    schema = schemas[int(call["name"][1:])]
+    Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(call["arguments"])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(schemas=st.lists(PARAMETERS, min_size=1, max_size=2), seed=st.integers(0, 2**32))
+def test_any_model_writes_calls_that_fit(caller, vocabulary, schemas, seed):
+    check_a_call_at_random(caller, vocabulary, schemas, seed)
+
+
+@pytest.mark.soak
+@settings(max_examples=2000, deadline=None)
+@given(schemas=st.lists(PARAMETERS, min_size=1, max_size=3), seed=st.integers(0, 2**32))
+def test_any_model_writes_many_calls_that_fit(caller, vocabulary, schemas, seed):
+    check_a_call_at_random(caller, vocabulary, schemas, seed)
 
 
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "string", "pattern": "(?=a)b"}, "regex"),
-        ({"enum": ["null"]}, r"f\.x: no call can carry the text null"),
-        ({"$ref": "#/nowhere"}, "#/nowhere"),
-        ({"type": "object", "properties": {"</tool_call>": {}}}, r"f\.x: .*ends a call"),
+        ({"properties": {"x": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
+        ({"properties": {"x": {"type": "string", "pattern": "(?=a)b"}}}, "regex"),
+        ({"properties": {"x": {"type": "string", "format": "iri"}}}, r"f\.x: the format 'iri'"),
+        ({"properties": {"x": {"type": "string", "not": {}}}}, r"f\.x: not"),
+        ({"properties": {"x": {"enum": ["null"]}}}, r"f\.x: .* reads no value"),
+        ({"properties": {"x": {"$ref": "#/nowhere"}}}, r"f\.x: .*#/nowhere"),
+        ({"properties": {"two words": {}}}, r"f\.two words: names"),
+        ({"properties": {"x": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, r"f\.x: oneOf"),
+        ({"minProperties": 1}, "f: minProperties"),
+        ({"required": ["x"]}, "f: x is required"),
+        ({"properties": {f"x{i}": {} for i in range(65)}}, "f: 65 parameters"),
     ],
 )
-def test_an_unsupported_schema_is_one_line(tokenizer, schema, message):
-    tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}}}
+def test_what_is_not_supported_is_one_line(tokenizer, schema, message):
+    tool = {"function": {"name": "f", "parameters": {"type": "object", **schema}}}
     with pytest.raises(ValueError, match=message) as caught:
         constrain.constrained(tokenizer, tools=[tool])
     assert "\n" not in str(caught.value)
-
-
-TEXTS = st.sampled_from(["noun", "null", "12", "true", "a b", '"', "[1]", "<b>", "né"])
-PLAIN = st.one_of(
-    st.just({"type": "string"}),
-    st.builds(lambda low: {"type": "string", "minLength": low, "maxLength": low + 2}, st.integers(0, 3)),
-    st.sampled_from([{"type": "string", "pattern": "^[a-c]+$"}, {"type": "string", "pattern": "[aeiou]"}]),
-    st.sampled_from([{"type": "string", "format": "date"}, {"type": "string", "format": "uri-reference"}]),
-    st.sampled_from([{"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "null"}, {}]),
-    st.builds(lambda low: {"type": "integer", "minimum": low, "maximum": low + 9}, st.integers(-20, 2000)),
-    st.builds(lambda low: {"type": "number", "exclusiveMinimum": low}, st.integers(-3, 3)),
-    st.builds(lambda choices: {"enum": ["other", *choices]}, st.lists(st.one_of(TEXTS, st.integers(0, 9)), max_size=3)),
-    st.builds(lambda value: {"const": value}, st.one_of(st.integers(0, 99), st.just("so"), st.booleans())),
-    st.just({"type": ["string", "null"]}),
-    st.just({"$ref": "#/$defs/pair"}),
-)
-
-
-def _deeper(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.one_of(
-        st.builds(lambda items: {"type": "array", "items": items, "maxItems": 3}, inner),
-        st.builds(lambda a, b: {"anyOf": [a, b, {"type": "null"}]}, inner, inner),
-        st.builds(lambda a, b: _object({"a": a, "the b": b}, ["a"]), inner, inner),
-        st.just({"type": "object", "additionalProperties": {"type": "integer"}}),
-    )
-
-
-def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required}
-
-
-PARAMETERS = st.dictionaries(
-    st.sampled_from(["word", "count", "the_kind", "x-y"]), st.recursive(PLAIN, _deeper, max_leaves=4)
-)
-
-
-def speak(processor: constrain.Processor, tokenizer: TokenizerWrapper, seed: int) -> str:
-    """What a model says that wants anything, and after a while an end of its call, until it has ended."""
-    rng = np.random.default_rng(seed)
-    width = len(tokenizer.get_vocab()) + 8
-    ends = [tokenizer.encode(end, add_special_tokens=False) for end in ("\n</parameter>\n</function>\n", *'"}]\n')]
-    closer = tokenizer.encode("</tool_call>", add_special_tokens=False)[-1]
-    past = [0]
-    for step in range(1000):
-        logits = rng.normal(size=(1, width)).astype(np.float32)
-        logits[0, closer] += step
-        for end in ends:
-            said = max(n for n in range(len(end)) if past[len(past) - n :] == end[:n])
-            logits[0, end[said]] += step * (1 + said) / 8  # what it has begun it likes to end
-        token = int(processor(mx.array(past[-1:]), mx.array(logits)).argmax(-1).item())
-        past.append(token)
-        if token == closer:
-            return str(tokenizer.decode(past[1:]))
-    raise AssertionError(f"no end of {tokenizer.decode(past[1:])[:300]}")
-
-
-def check_random_calls(tokenizer: TokenizerWrapper, style: Any, examples: int) -> None:
-    vocabulary = constrain.vocabulary_of(tokenizer)
-
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(PARAMETERS, st.data(), st.integers(0, 2**32))
-    def check(properties: dict[str, Any], data: st.DataObject, seed: int) -> None:
-        required = data.draw(st.lists(st.sampled_from(sorted(properties)), unique=True)) if properties else []
-        schema = _object(properties, required) | {"$defs": {"pair": _object({"n": {"type": "integer"}}, ["n"])}}
-        tools = [TOOL, {"type": "function", "function": {"name": "f", "parameters": schema}}]
-        choice = {"type": "function", "function": {"name": "f"}}
-        processor = constrain.constrained(tokenizer, tools=tools, tool_choice=choice, vocabulary=vocabulary)
-        text = speak(processor, tokenizer, seed).strip()
-        inner = text.removeprefix("<tool_call>").removesuffix("</tool_call>")
-        assert "</tool_call>" not in inner
-        found = style.parse_tool_call(inner.strip(), readable(tools))
-        assert found["name"] == "f"
-        jsonschema.validate(found["arguments"], schema)
-        json.dumps(found["arguments"], allow_nan=False)
-
-    check()
-
-
-@pytest.mark.parametrize("style", [qwen3_coder, json_tools])
-def test_any_call_parses_and_fits(tokenizer, monkeypatch, style):
-    monkeypatch.setattr(tokenizer, "_tool_parser", style.parse_tool_call)
-    check_random_calls(tokenizer, style, 60)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("style", [qwen3_coder, json_tools])
-def test_any_of_many_calls_parses_and_fits(tokenizer, monkeypatch, style):
-    monkeypatch.setattr(tokenizer, "_tool_parser", style.parse_tool_call)
-    check_random_calls(tokenizer, style, 3000)

@@ -9,8 +9,6 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.grammar import readable
-
 
 @dataclass
 class Piece:
@@ -43,7 +41,7 @@ class Pieces:
         tools: Sequence[dict[str, Any]] = (),
     ):
         self._tokenizer = tokenizer
-        self._tools = readable(tools)
+        self._tools = list(tools)
         if tokenizer is None:
             self._marks = TextStateMachine().make_state()
         else:

@@ -7,6 +7,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx import __version__
+from flashmoe_mlx.constrain import readable
 from flashmoe_mlx.serving.generation import Generation, Token
 from flashmoe_mlx.serving.pieces import Piece, Pieces
 from flashmoe_mlx.serving.prompt import Prompt
@@ -36,7 +37,7 @@ class Reply:
         self._tokenizer = tokenizer
         self._tells_logprobs = request.logprobs not in (None, False)
         if isinstance(request, ChatRequest):
-            tools = [] if request.tool_choice == "none" else request.tools
+            tools = [] if request.tool_choice == "none" else readable(request.tools)
             self._pieces = Pieces(tokenizer, request.stops, prompt.thinks, tools)
             self._one_call = not request.parallel_tool_calls
         else:
