@@ -15,23 +15,40 @@ def cache_path(name: str) -> Path:
     return Path(name if name.endswith(".safetensors") else f"{name}.safetensors").expanduser()
 
 
-def save_prompt_cache(path: Path, cache: list[Any], metadata: dict[str, str]) -> None:
+def save_prompt_cache(path: Path, cache: list[Any], metadata: dict[str, str], mode: int = 0o666) -> None:
     """mlx-lm's ``save_prompt_cache``; whatever interrupts it, ``path`` is the old file or the new one.
 
     Args:
         path (Path): ends in ``.safetensors``.
         cache (list): the model's, one item a layer.
         metadata (dict[str, str]): what to keep with it.
+        mode (int): the file's permissions, of which the process's umask may take some.
 
     Raises:
         OSError: the file cannot be written, e.g. because the disk is full.
     """
     try:
-        with replacing(path) as unfinished:
+        with replacing(path, mode) as unfinished:
             mlx_cache.save_prompt_cache(str(unfinished), cache, metadata)
     except RuntimeError as error:  # how MLX says so
         nbytes = sum(item.nbytes for item in cache)
         raise OSError(f"cannot write {path}: {error}. It needs {nbytes / 1e6:.1f} MB: make room on the disk") from error
+
+
+def load_prompt_cache(path: Path) -> tuple[list[Any], dict[str, str]]:
+    """mlx-lm's ``load_prompt_cache``.
+
+    Returns:
+        tuple: (cache, metadata). Its arrays are read when they are used.
+
+    Raises:
+        ValueError: the file is missing, damaged, cut off, or something else than a prompt cache.
+    """
+    try:
+        cache, metadata = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
+        return list(cache), dict(metadata)
+    except Exception as error:  # mlx-lm unpacks what it finds, and stumbles in any way over what is no cache
+        raise ValueError(f"{path} is damaged or not a prompt cache: {error}. Make it again") from error
 
 
 @dataclass(frozen=True)
@@ -60,10 +77,7 @@ class RestoredPrompt:
         path = cache_path(name)
         if not path.is_file():
             raise FileNotFoundError(f"no such prompt cache: {path}. Make it with flashmoe_mlx.cache_prompt")
-        try:
-            cache, metadata = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
-        except Exception as error:  # mlx-lm unpacks what it finds, and stumbles in any way over what is no cache
-            raise ValueError(f"{path} is damaged or not a prompt cache: {error}. Make it again") from error
+        cache, metadata = load_prompt_cache(path)
         if not {"model", "tokenizer_config"} <= set(metadata):
             raise ValueError(f"{path} does not name its model: only files of a cache_prompt command can be continued")
         return cls(path, cache, metadata)

@@ -20,8 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
+from flashmoe_mlx.checkpoint import find_folder
 from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
 from flashmoe_mlx.config import parse_size
+from flashmoe_mlx.prefixes import Prefixes, model_identity
+from flashmoe_mlx.prompt_cache import cache_settings
 from flashmoe_mlx.serving.generation import Generations
 from flashmoe_mlx.serving.handler import Server
 from flashmoe_mlx.serving.metrics import Metrics
@@ -82,6 +87,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="For the state of prompts that may come again (default: %(default)s)",
     )
+    group.add_argument(
+        "--preamble-folder",
+        metavar="FOLDER",
+        help="Keep the state after system messages and tools there too, so that the next run need not read them again. "
+        "The files tell of what was in them; they are yours alone (default: in memory only)",
+    )
+    group.add_argument(
+        "--preamble-folder-bytes",
+        type=parse_size,
+        default="10GB",
+        metavar="SIZE",
+        help="What that folder may take; what was not used for the longest time leaves (default: %(default)s)",
+    )
     group.add_argument("--kv-bits", type=int, help="Bits of the KV cache, e.g. 8 (default: not quantised)")
     group.add_argument("--kv-group-size", type=int, default=64, help="Its group size (default: %(default)s)")
     group.add_argument(
@@ -109,17 +127,15 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     metrics = Metrics()
     with Server((args.host, args.port), key, args.allowed_host) as server:
         load = streamed_load(args, config)
+        kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
         generations = Generations(
             lambda: load(args.model, **_load_options(args)),
             metrics,
             args.most_waiting,
             args.prompt_cache_bytes,
             args.prefill_step_size,
-            {
-                "kv_bits": args.kv_bits,
-                "kv_group_size": args.kv_group_size,
-                "quantized_kv_start": args.quantized_kv_start,
-            },
+            kv_cache,
+            None if args.preamble_folder is None else lambda model: _preambles(args, model, kv_cache),
         )
         server.service = Service(
             _name(args.model),
@@ -167,6 +183,12 @@ def _read_key(path: Path) -> str:
     if len(key) < _SHORTEST_KEY or not key.isascii() or len(key.split()) != 1:
         raise ValueError(f"{path} must hold one key, of {_SHORTEST_KEY} ASCII characters or more and no spaces")
     return key
+
+
+def _preambles(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str, Any]) -> Prefixes:
+    settings = cache_settings(model, args.adapter_path) | {name: str(value) for name, value in kv_cache.items()}
+    identity = model_identity(find_folder(args.model), settings, args.trust_remote_code)
+    return Prefixes(Path(args.preamble_folder).expanduser(), args.preamble_folder_bytes, identity)
 
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:

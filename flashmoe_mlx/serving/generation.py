@@ -1,6 +1,7 @@
 """The model's one thread: requests take turns on it, in the order they came."""
 
 import copy
+import logging
 import secrets
 import threading
 import time
@@ -18,6 +19,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from flashmoe_mlx.prefixes import Prefixes
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.request import Refusal
 from flashmoe_mlx.threads import Threads
@@ -57,6 +59,7 @@ class Order:
         constraints (Sequence): logits processors besides.
         seed (int, optional): of the sampling. Default: ``None``, another one each time.
         top_logprobs (int): how many of the likeliest tokens to tell.
+        preamble (int): length of the part of the prompt that is worth keeping on disk, if there is one.
     """
 
     prompt: Sequence[int]
@@ -67,6 +70,7 @@ class Order:
     constraints: Sequence[Processor] = ()
     seed: int | None = None
     top_logprobs: int = 0
+    preamble: int = 0
 
 
 class Generation:
@@ -123,6 +127,7 @@ class Generations:
         prefix_bytes (int): memory for the state of prompts that may come again.
         prefill_step_size (int, optional): tokens of a prompt at a time. Default: what the model's loading chose.
         kv_cache (dict, optional): mlx-lm's settings of a quantised KV cache. Default: it is not.
+        on_disk (Callable, optional): gives the loaded model's store of preambles. Default: memory keeps them alone.
 
     Attributes:
         model (nn.Module): the loaded model. Only its ``streaming`` may be used on other threads.
@@ -141,6 +146,7 @@ class Generations:
         prefix_bytes: int,
         prefill_step_size: int | None = None,
         kv_cache: dict[str, Any] | None = None,
+        on_disk: Callable[[nn.Module], Prefixes] | None = None,
     ):
         self._metrics = metrics
         self._most_waiting = most_waiting
@@ -155,6 +161,7 @@ class Generations:
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
         self.model, self.tokenizer = loaded.result()[:2]
+        self._on_disk = on_disk and on_disk(self.model)
         self._step = prefill_step_size or self.model.streaming.prefill_step_size
 
     def submit(self, order: Order) -> Generation:
@@ -226,9 +233,7 @@ class Generations:
         order = generation.order
         prompt = list(order.prompt)
         mx.random.seed(secrets.randbits(63) if order.seed is None else order.seed % 2**64)
-        cache, rest = self._prefixes.fetch_nearest_cache(None, prompt[:-1])  # the last one is always computed
-        generation.cached_tokens = len(prompt) - 1 - len(rest)
-        cache = cache or make_prompt_cache(self.model)
+        cache, generation.cached_tokens = self._nearest(prompt[:-1])  # the last one is always computed
         with wired_limit(self.model, [generation_stream]), mx.stream(generation_stream):  # as mlx-lm generates
             self._prefill(generation, prompt, cache)
         if generation.cancelled:
@@ -258,10 +263,33 @@ class Generations:
                 break
         self._prefixes.insert_cache(None, prompt, cache)  # it has seen every token so far
 
+    def _nearest(self, prompt: list[int]) -> tuple[list[Any], int]:
+        """The state that can be gone on from with the fewest tokens left, and how many it has seen."""
+        cache, rest = self._prefixes.fetch_nearest_cache(None, prompt)
+        seen = len(prompt) - len(rest)
+        try:
+            found = self._on_disk and self._on_disk.longest(prompt, beyond=seen)
+        except OSError as error:
+            logging.warning("cannot look for a preamble on disk: %s", error)
+            found = None
+        if found:
+            cache, seen = found
+            self._prefixes.insert_cache(None, prompt[:seen], copy.deepcopy(cache), cache_type="system")
+        return cache or make_prompt_cache(self.model), seen
+
+    def _keep_on_disk(self, preamble: list[int], cache: list[Any]) -> None:
+        try:
+            if self._on_disk is not None:
+                self._on_disk.store(preamble, cache)
+        except OSError as error:  # the answer does not depend on it
+            logging.warning("cannot keep a preamble: %s", error)
+
     def _prefill(self, generation: Generation, prompt: list[int], cache: list[Any]) -> None:
         """Read all of the prompt but its last token, in chunks that end where other prompts may go another way."""
         position, end = generation.cached_tokens, len(prompt) - 1
-        cuts = [] if can_trim_prompt_cache(cache) else [cut for cut in generation.order.beginnings if cut < end]
+        cuts = set() if can_trim_prompt_cache(cache) else set(generation.order.beginnings)
+        preamble = generation.order.preamble if self._on_disk is not None else 0
+        cuts |= {preamble}
         while position < end and not generation.cancelled:
             stop = min([position + self._step, end, *(cut for cut in cuts if cut > position)])
             self.model(mx.array(prompt[position:stop])[None], cache=cache)
@@ -271,6 +299,8 @@ class Generations:
             position = stop
             if position in cuts:  # a system's state is kept longest
                 self._prefixes.insert_cache(None, prompt[:position], copy.deepcopy(cache), cache_type="system")
+            if position == preamble:
+                self._keep_on_disk(prompt[:position], cache)
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

@@ -22,11 +22,13 @@ class Prompt:
         thinks (bool): the answer begins inside a thought.
         beginnings (tuple[int, ...]): lengths of the parts that other prompts may begin with: system message and tools,
             and all but the start of the answer, which a template may leave out once there is an answer.
+        preamble (int): length of the part with system message and tools, 0 if it is short.
     """
 
     tokens: list[int]
     thinks: bool = False
     beginnings: tuple[int, ...] = ()
+    preamble: int = 0
 
     @classmethod
     def of_chat(cls, request: ChatRequest, tokenizer: TokenizerWrapper, options: dict[str, Any]) -> Self:
@@ -61,15 +63,15 @@ class Prompt:
         start, end = -1, -1
         if tokenizer.has_thinking:
             start, end = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
-        beginnings = set()
+        preamble = 0
         system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
         if len(tokens) > _CHUNK and (tools or system):
-            preamble = render([*messages[:system], {"role": "user", "content": ""}], False)
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(preamble, tokens, strict=False))
-            beginnings |= {sum(1 for _ in same)}
-        if start >= max(1, len(tokens) - _TAIL):
-            beginnings |= {start}
-        return cls(tokens, start > end, tuple(sorted(length for length in beginnings if length >= _CHUNK)))
+            other = render([*messages[:system], {"role": "user", "content": ""}], False)
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(other, tokens, strict=False))
+            preamble = sum(1 for _ in same)
+        beginnings = {preamble, start} if start >= len(tokens) - _TAIL else {preamble}
+        beginnings = {length for length in beginnings if length >= _CHUNK}
+        return cls(tokens, start > end, tuple(sorted(beginnings)), preamble if preamble in beginnings else 0)
 
     @classmethod
     def of_completion(cls, request: CompletionRequest, tokenizer: TokenizerWrapper) -> Self:

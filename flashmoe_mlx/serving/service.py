@@ -87,6 +87,7 @@ class Service:
                 constraints,
                 request.seed,
                 _top_logprobs(request),
+                prompt.preamble,
             )
         )
         return Reply(request, prompt, generation, self._tokenizer, self.name), generation
