@@ -18,13 +18,13 @@ from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from jsonschema import Draft202012Validator
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+import flashmoe_mlx
 from benchmarks.record import record
 from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
 from flashmoe_mlx.quality import share
@@ -60,8 +60,7 @@ def main() -> None:
 
 def measure(folder: Path, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     """The figures of a model at one bit width."""
-    model, tokenizer = mlx_lm.load(str(folder))[:2]
-    model.set_dtype(mx.float32)  # without a GPU, other types are slow
+    model, tokenizer = flashmoe_mlx.load(str(folder), ram_budget="auto")
     vocabulary = vocabulary_of(tokenizer)
     counts = {"constrained": 0, "unconstrained": 0, "unconstrained_calls": 0}
     unended, building = 0, 0.0

@@ -163,7 +163,8 @@ WISHES += [
     "'",
     "99999",
 ]
-ENDS = ["\n</parameter>\n</function>\n", "b/x\n</parameter>\n", '"', "]", "}"]
+ENDS = ["\n</parameter>\n</function>\n", '"', "]", "}"]
+ENDS += [end + close for end in ("b/x", "@b.co") for close in ("\n</parameter>\n", '"')]  # as some schemas ask for
 SCALARS = st.one_of(
     st.just({"type": "string"}),
     st.builds(
