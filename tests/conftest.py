@@ -1,5 +1,6 @@
 """Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +18,13 @@ from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C reaches the commands that tests start, also where the tests run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
