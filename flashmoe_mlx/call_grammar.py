@@ -19,6 +19,8 @@ _END_OF_VALUE = f"\n{_CLOSER}\n"
 _EXACT = 2**53 - 1  # the parser reads integers as float64
 _FINEST = 1e-9  # digits behind the point
 _NOT_INFINITE = r"~/(?s:.*[0-9][eE][+-]?[0-9]{3}.*)/"  # as JSON of any type could be
+_CLASSES = {"d": "[0-9]", "D": "[^0-9]", "w": "[A-Za-z0-9_]", "W": "[^A-Za-z0-9_]"}
+_CLASSES |= {"s": "[ \\t\\r\\n]", "S": "[^ \\t\\r\\n]"}
 _MOST_PARAMETERS = 64  # llguidance counts in so many bits which of them have been written
 _COMBINED = {"anyOf", "oneOf", "allOf", "not", "if", "dependentRequired", "dependentSchemas", "$ref"}
 _OF_TEXT = {"minLength", "maxLength", "pattern", "format"}
@@ -134,6 +136,8 @@ def _bounded(schema: Any) -> Any:
             bounded[key] = _bounded(part)
         elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
             bounded[key] = [_bounded(each) for each in part]
+    if "pattern" in schema:
+        bounded["pattern"] = _ascii(schema["pattern"])
     kinds = schema.get("type", ())
     kinds = {kinds} if isinstance(kinds, str) else set(kinds)
     if kinds & {"integer", "number"} and not schema.keys() & {"enum", "const"}:
@@ -328,8 +332,14 @@ def _type(choices: Sequence[Schema]) -> str | None:
     return types.pop()
 
 
+def _ascii(pattern: str) -> str:
+    """The pattern with classes as JSON Schema has them, of ASCII alone: llguidance's have all of Unicode."""
+    return re.sub(r"\\(.)", lambda found: _CLASSES.get(found[1], found[0]), pattern, flags=re.DOTALL)
+
+
 def _whole(pattern: str, where: str) -> str:
     """A pattern that may match anywhere, as one of the whole text."""
+    pattern = _ascii(pattern)
     body = pattern.removeprefix("^")
     ends = body.endswith("$") and (len(body) - len(body[:-1].rstrip("\\"))) % 2 == 1
     body = body[:-1] if ends else body

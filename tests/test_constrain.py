@@ -81,6 +81,13 @@ def test_hermes_calls(tokenizer, monkeypatch, arguments, fits):
     assert accepts(constrain.constrained(tokenizer, tools=[TOOL]), tokenizer, text) is fits
 
 
+@pytest.mark.parametrize(("digit", "fits"), [("7", True), ("\u0667", False)])
+def test_digits_are_ascii(tokenizer, digit, fits):
+    tool = {"function": {"name": "f", "parameters": {"properties": {"x": {"type": "string", "pattern": r"^[\da]+$"}}}}}
+    text = call(f"<parameter=x>\na{digit}\n</parameter>\n", "f")
+    assert accepts(constrain.constrained(tokenizer, tools=[tool]), tokenizer, text) is fits
+
+
 @pytest.mark.parametrize(("text", "fits"), [('{"n":3}', True), ('{"n":"x"}', False), ("Well", False)])
 def test_json_from_the_first_token(tokenizer, text, fits):
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
