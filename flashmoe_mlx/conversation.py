@@ -13,11 +13,10 @@ from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.constrain import constrained, vocabulary_of
+from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
 from flashmoe_mlx.serving.pieces import Piece, Pieces
 
 Message = dict[str, Any]
-Processor = Callable[[mx.array, mx.array], mx.array]
 
 
 class Conversation:
@@ -99,7 +98,7 @@ class Conversation:
         else:
             rest = tokens[len(seen) :]
         read, seconds = len(tokens) - len(seen), 0.0
-        pieces = Pieces(self._tokenizer, thinks=self._begins_in_thought(tokens), tools=self._tools)
+        pieces = Pieces(self._tokenizer, thinks=self._begins_in_thought(tokens), tools=readable(self._tools))
         whole = Piece()
         for response in stream_generate(
             self._model,

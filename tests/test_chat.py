@@ -147,6 +147,18 @@ def test_only_new_tokens_are_read() -> None:
     )
 
 
+def test_an_argument_that_may_be_null_keeps_its_type() -> None:
+    number = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    parameters = {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"]}
+    add = {"name": "add", "description": "Add two numbers.", "parameters": parameters}
+    question = [{"role": "user", "content": "Add 7 and 81."}]
+    conversation = Conversation(
+        streamed(MODEL), load_tokenizer(MODEL), question, [{"type": "function", "function": add}]
+    )
+    list(conversation.answer(60))
+    assert conversation.messages[-1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 7, "b": 81}}
+
+
 def test_thoughts_that_the_template_forgets() -> None:
     """What was thought is not in the next prompt: the conversation goes on from before the answer."""
     model, tokenizer = streamed(MODEL), load_tokenizer(MODEL)
