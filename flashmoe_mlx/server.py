@@ -141,7 +141,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
             _name(args.model),
             generations,
             metrics,
-            Limits(args.most_prompt_tokens, max(args.most_tokens, args.max_tokens), args.kv_bits),
+            Limits(args.most_prompt_tokens, max(args.most_tokens, args.max_tokens)),
             _defaults(args),
             args.chat_template_args,
         )

@@ -16,6 +16,7 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 from flashmoe_mlx import server
+from flashmoe_mlx.model import Streaming
 from flashmoe_mlx.serving import handler, prompt
 from tests.faults import faults
 from tests.serving import Running, serve
@@ -206,6 +207,14 @@ def test_a_quantised_cache() -> None:
         running.generations.close(0)
         assert running.ask("GET", "/health")[::2] == (503, {"status": "unavailable"})
         assert running.ask("POST", CHAT, {"messages": HERON})[0] == 503
+
+
+def test_a_context_is_reckoned_as_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reckoned: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Streaming, "refuse_context", lambda _, *context: reckoned.append(context))
+    with serve(kv_cache={"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}) as running:
+        assert running.chat(messages=HERON, max_tokens=2)[0] == 200
+    assert reckoned == [(20 + 2, 8, 32)]
 
 
 @pytest.mark.parametrize("busy", [False, True])

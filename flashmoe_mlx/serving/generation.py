@@ -19,12 +19,11 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.prefixes import Prefixes
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.request import Refusal
 from flashmoe_mlx.threads import Threads
-
-Processor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -179,6 +178,17 @@ class Generations:
             self._accepted.append(generation)
         self._thread.submit(lambda: self._run(generation))
         return generation
+
+    def refuse_context(self, tokens: int) -> None:
+        """Refuse a context that memory cannot hold, with the KV cache as it is here.
+
+        Args:
+            tokens (int): of prompt and answer.
+
+        Raises:
+            MemoryError: it does not fit.
+        """
+        self.model.streaming.refuse_context(tokens, self._kv_cache["kv_bits"], self._kv_cache["kv_group_size"])
 
     def gauges(self) -> dict[str, float]:
         """How many requests wait and run, and the bytes of kept prefixes."""

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from flashmoe_mlx import constrain
-from flashmoe_mlx.serving.generation import Generation, Generations, Order, Processor
+from flashmoe_mlx.serving.generation import Generation, Generations, Order
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.prompt import Prompt
 from flashmoe_mlx.serving.reply import Reply
@@ -24,12 +24,10 @@ class Limits:
     Args:
         prompt_tokens (int): the longest prompt.
         max_tokens (int): the longest answer.
-        kv_bits (int, optional): of the KV cache, which must fit into memory. Default: ``None``, it is not quantised.
     """
 
     prompt_tokens: int
     max_tokens: int
-    kv_bits: int | None = None
 
 
 class Service:
@@ -126,11 +124,11 @@ class Service:
         if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self._tokenizer):
             raise Refusal(400, f"The vocabulary has {len(self._tokenizer)} tokens, from 0 on.", "logit_bias")
         try:
-            self._generations.model.streaming.refuse_context(tokens + request.max_tokens, self._limits.kv_bits)
+            self._generations.refuse_context(tokens + request.max_tokens)
         except MemoryError as error:
             raise Refusal(400, f"{error}.", where, "context_length_exceeded") from error
 
-    def _constraints(self, request: Request, prompt: Prompt) -> Sequence[Processor]:
+    def _constraints(self, request: Request, prompt: Prompt) -> Sequence[constrain.Processor]:
         """What holds tool calls and JSON to their schemas."""
         if not isinstance(request, ChatRequest):
             return []
