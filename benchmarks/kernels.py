@@ -185,9 +185,9 @@ def launch(way: Step, x: mx.array, rotation: list[mx.array], scores: mx.array) -
     return x
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that a plain elementwise kernel reads and writes, counting both."""
-    big = mx.zeros((2**28,))
+def copy_bandwidth(values: int = 2**28) -> float:
+    """Bytes a second that a plain elementwise kernel reads and writes, counting both, for so many values."""
+    big = mx.zeros((values,))
     times = []
     for _ in range(9):
         mx.eval(big)
@@ -197,9 +197,10 @@ def copy_bandwidth() -> float:
             copy = -copy
         mx.eval(copy)
         times.append((time.perf_counter() - begin) / 16)
+    nbytes = big.nbytes
     del big, copy
     mx.clear_cache()
-    return 2 * 2**30 / median(times)
+    return 2 * nbytes / median(times)
 
 
 def moe_blocks(matrices: list[Quantized], top_k: int) -> dict[str, nn.Module]:

@@ -34,6 +34,7 @@ import flashmoe_mlx
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.decode import seconds_per_token
 from benchmarks.exact import load_resident
+from benchmarks.kernels import copy_bandwidth
 from benchmarks.record import record
 from flashmoe_mlx import budget, ops
 from flashmoe_mlx.layers import ResidentSwitchGLU
@@ -194,21 +195,6 @@ def layer_nbytes(layer: nn.Module, cache: Any) -> int:
     return trunk + switch * layer.mlp.top_k // layer.mlp.num_experts + state
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that an elementwise operation reads and writes, counting both."""
-    big = mx.zeros((2**26,))
-    times = []
-    for _ in range(5):
-        mx.eval(big)
-        begin = time.perf_counter()
-        moved = big
-        for _ in range(8):
-            moved = -moved
-        mx.eval(moved)
-        times.append((time.perf_counter() - begin) / 8)
-    return 2 * big.nbytes / median(times)
-
-
 def measure(
     kind: str, both: dict[str, list[nn.Module]], context: int, args: argparse.Namespace, dtype: mx.Dtype
 ) -> list[dict[str, Any]]:
@@ -334,7 +320,7 @@ def main() -> None:
         print(json.dumps(figures))
         return
 
-    rate = copy_bandwidth()
+    rate = copy_bandwidth(2**26)
     print(f"copy: {rate / 1e12:.2f} TB/s", flush=True)
     text = DIMS[args.dims] | {"rope_parameters": ROPE, "rms_norm_eps": 1e-6}
     lines: list[dict[str, Any]] = []
