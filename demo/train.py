@@ -30,9 +30,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from demo import recipe
+from demo import layers, recipe
 from demo.batches import Bucket, bucketed, encode, forever
 from demo.recipe import Recipe
 from demo.scores import scores
@@ -47,10 +46,9 @@ LINES = 4  # plain entries of every word
 CHATS = 60_000
 WITHOUT_TOOLS = 8_000
 TOOL_DIALOGUES = 400_000
-SHARES = {"words": 1, "tools": 3}  # tokens in a step
+SHARES = {"words": 1, "tools": 7}  # tokens in a step
 PEAK, WARM_UP, DECAY, CLIP = 2e-3, 0.02, 0.1, 1.0
 RESERVE = 45.0  # seconds for scores and the last save
-CHUNK = 64  # tokens
 SHARD = 15_000_000  # bytes
 _JOB = 1000  # documents that a process writes in one go
 TINY = {
@@ -154,71 +152,6 @@ def _unevenness(logits: Tensor, weights: Tensor, count: int) -> Tensor:
     return logits.shape[-1] * (share * (weights @ probabilities)).sum()
 
 
-def convolve(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
-    """The causal depthwise convolution of GatedDeltaNet as shifts and sums: PyTorch's own is slow to differentiate."""
-    length = x.shape[-1]
-    padded = nn.functional.pad(x, (weight.shape[-1] - 1, 0))
-    taps = (padded[..., tap : tap + length] * weight[:, tap, None] for tap in range(weight.shape[-1]))
-    return nn.functional.silu(sum(taps, torch.zeros_like(x)))
-
-
-class _Inverse(torch.autograd.Function):
-    """The inverses of lower triangular matrices with ones on the diagonal."""
-
-    @staticmethod
-    def forward(ctx: Any, matrices: Tensor) -> Tensor:
-        """Blocks on the diagonal twice as large each time: [[A, 0], [C, B]] has -1/B C 1/A in its corner."""
-        size = matrices.shape[-1]
-        row = torch.arange(size, device=matrices.device)
-        inverses = torch.eye(size, device=matrices.device, dtype=matrices.dtype).expand_as(matrices)
-        for bit in range((size - 1).bit_length()):
-            half = row >> bit
-            corners = (half[:, None] == half + 1) & (half % 2 == 0)
-            inverses = inverses - inverses @ (matrices * corners) @ inverses
-        ctx.save_for_backward(inverses)
-        return inverses
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """What is above the diagonal is zero whatever its gradient."""
-        (inverses,) = ctx.saved_tensors
-        return -(inverses.mT @ gradient @ inverses.mT).tril(-1)
-
-
-def delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any) -> tuple[Tensor, None]:
-    """The gated delta rule of Transformers from an empty state, in fewer operations: only states go chunk by chunk.
-
-    Within a chunk the values written are w - k S, with S the state before it: so the next state is linear in S too.
-    """
-    dtype, length = query.dtype, value.shape[1]
-
-    def chunks(x: Tensor) -> Tensor:
-        x = nn.functional.pad(x.transpose(1, 2).float(), (0, 0, 0, -length % CHUNK))
-        return x.unflatten(2, (-1, CHUNK))
-
-    query, key, value = chunks(query), chunks(key), chunks(value)
-    beta, decay = chunks(beta[..., None]), chunks(g[..., None]).cumsum(3)
-    query = query * (query.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * query.shape[-1] ** -0.5
-    key = key * (key.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key.device).triu(1)
-    pairs = (decay - decay.mT).masked_fill(later, -math.inf).exp()
-
-    inverse = _Inverse.apply((key * beta) @ key.mT * pairs)
-    written, read = (inverse @ torch.cat([value * beta, key * (beta * decay.exp())], -1)).split(
-        [value.shape[-1], key.shape[-1]], -1
-    )
-    kept = (key * (decay[..., -1:, :] - decay).exp()).mT
-    change = decay[..., -1:, :].exp() * torch.eye(key.shape[-1], device=key.device) - kept @ read
-    news = kept @ written
-    states = [torch.zeros_like(news[:, :, 0])]
-    for old, new in zip(change.unbind(2)[:-1], news.unbind(2), strict=False):
-        states.append(new + old @ states[-1])
-    state = torch.stack(states, 2)
-    out = (query * decay.exp()) @ state + (query @ key.mT * pairs) @ (written - read @ state)
-    out = out.flatten(2, 3)[:, :, :length].transpose(1, 2)
-    return out.to(dtype, memory_format=torch.contiguous_format), None
-
-
 def rate(progress: float) -> float:
     """The learning rate at a point of the run between 0 and 1: a short rise, then half a cosine down to zero."""
     return PEAK * min(progress / WARM_UP, (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
@@ -305,15 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     settings = json.loads((MODEL / "config.json").read_text())["text_config"] | (TINY if options.tiny else {})
     config = Qwen3_5MoeTextConfig(**settings)
-    config._experts_implementation = "grouped_mm"
-    modeling_qwen3_5_moe.causal_conv1d_fn = convolve
-    modeling_qwen3_5_moe.torch_chunk_gated_delta_rule = delta_rule
+    layers.replace_in_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.compiler.set_stance("default" if device == "cuda" else "force_eager")
     with torch.device(device):
         model = Qwen3_5MoeForCausalLM(config).float()
     print(f"{sum(p.numel() for p in model.parameters())} parameters on {device}", flush=True)
 
     facts = train(model, kinds, started + 60 * options.minutes - RESERVE, options.out)
+    torch.compiler.set_stance("force_eager")  # scores meet many shapes once
     facts["device"] = torch.cuda.get_device_name() if device == "cuda" else device
     facts["words"], facts["held_out_words"] = len(plan.entries), len(plan.held_out)
     facts |= scores(model.eval(), tokenizer, plan, 20 if options.tiny else 2000)

@@ -268,7 +268,7 @@ WRITTEN = (  # similar ones side by side
             "What do {a} and {b} [make|give] together?",
             "What [is|would be] the [total|result] of {a} [and|plus] {b}?",
             "[Give me|Tell me|Calculate|Compute|Find] the [sum|total] of {a} and {b}.",
-            "Add {b} to {a}.",
+            "Add {a} on top of {b}.",
             "I have {a} and get {b} more. How many is that?",
             "[Put|Take] {a} and {b} together.",
             "[What|How much] [do I get for|comes of|is the result of adding] {a} and {b}[| together| in "
