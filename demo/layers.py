@@ -1,11 +1,9 @@
 """Parts of Transformers' Qwen3.5-MoE in fewer operations and less traffic, for training on one GPU.
 
-What lies between matrix products moves most of a step's bytes, so it is compiled: ``@fused`` functions become a kernel
-or two, whatever their shapes. Each part computes what Transformers' own does.
+Each computes what Transformers' own does.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
 
-CHUNK = 32  # tokens
-
-fused = partial(torch.compile, dynamic=True)
+CHUNK = 64  # tokens
 
 
 def replace_in_transformers() -> None:
@@ -29,20 +25,17 @@ def replace_in_transformers() -> None:
     )
 
 
-@fused
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())).to(x.dtype)
 
 
-@fused
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype) * nn.functional.silu(gate.float())).to(x.dtype)
 
 
-@fused
 def convolve(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
     """The causal depthwise convolution of GatedDeltaNet as shifts and sums: PyTorch's own is slow to differentiate."""
     length = x.shape[-1]
@@ -80,13 +73,11 @@ def experts(self: nn.Module, x: Tensor, chosen: Tensor, scores: Tensor) -> Tenso
     return _weighted(_Rows.apply(y, places, order).view(*chosen.shape, -1), scores)
 
 
-@fused
 def _swiglu(gate_and_up: Tensor) -> Tensor:
     gate, up = gate_and_up.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
 
-@fused
 def _weighted(y: Tensor, scores: Tensor) -> Tensor:
     return (y.float() * scores[..., None].float()).sum(1).to(y.dtype)
 
@@ -128,7 +119,6 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tenso
     return out[:, :length].to(query.dtype, memory_format=torch.contiguous_format), None
 
 
-@fused
 def _within_chunks(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
     """What chunks need no state for: ``[batch, heads, chunks, ...]`` in float32."""
 
@@ -154,7 +144,6 @@ def _within_chunks(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: T
     return query * decay.exp(), query @ key.mT * pairs, written, read, change, kept @ written
 
 
-@fused
 def _answers(asked: Tensor, pairs: Tensor, written: Tensor, read: Tensor, states: Tensor) -> Tensor:
     """What queries find in the states before their chunks and in the chunks: ``[batch, length, heads, dim]``."""
     return (asked @ states + pairs @ (written - read @ states)).flatten(2, 3).transpose(1, 2)
