@@ -20,7 +20,9 @@ struct Matrix {
   int bits;
 };
 
-// Where vectors lie: how many floats each takes once it is arranged, and what a row's scales take besides.
+constexpr int64_t MOST_CHUNK = 256;  // rows that are multiplied in one call
+
+// Where vectors lie: how many floats each takes once it is arranged, and what the scales of a chunk take besides.
 struct Layout {
   int64_t arranged;
   int64_t scratch;
