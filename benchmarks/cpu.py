@@ -2,9 +2,10 @@
 
     python -m benchmarks.cpu
 
-Every call multiplies with matrices that no cache holds: slots rotate through slabs of 240 MB or more. A call is timed
-from Python until its result is there, and counts the bytes of weights, scales and biases that it needs. The ceiling is
-a C program that adds up the same number of bytes on the same number of threads. The two take turns; figures are
+Calls multiply with matrices that no cache holds: slots rotate through slabs of twice the last cache, or 240 MB. As many
+are launched together as read 100 MB, as a model's operations follow each other, and timed from Python until the results
+are there. What counts is the bytes of weights, scales and biases that they need. The ceiling is a C program that adds up
+the same number of bytes in the same kind of memory on the same number of threads. The two take turns; figures are
 medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with scales in float32
 because it is several times slower with others. The last line is JSON.
 """
@@ -16,7 +17,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import count
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,9 +29,11 @@ import numpy as np
 
 from benchmarks.record import record
 from flashmoe_mlx import native, ops
+from flashmoe_mlx.config import parse_size
 from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.pages import use_large_pages
 
-SLAB_NBYTES = 240e6
+TURN_NBYTES = 100e6
 
 # hidden, intermediate, experts a token, bits, group size: those of the 397B model first
 CASES = [
@@ -43,6 +48,13 @@ CASES = [
 ]
 
 
+@cache
+def slab_nbytes() -> int:
+    """Enough that no cache holds it."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max(240_000_000, *(2 * parse_size(f"{size.read_text().strip()}iB") for size in sizes))
+
+
 def memory_reader(folder: Path) -> Callable[[int, int], float]:
     """The ceiling: seconds to read so many bytes on so many threads."""
     source = Path(__file__).with_name("bandwidth.c")
@@ -50,8 +62,9 @@ def memory_reader(folder: Path) -> Callable[[int, int], float]:
     subprocess.run(["cc", *flags, "-o", folder / "bandwidth.so", source], check=True)
     library = ctypes.CDLL(str(folder / "bandwidth.so"))
     library.read_all.restype = ctypes.c_uint64
-    memory = mx.ones((int(2 * SLAB_NBYTES) // 4,), mx.uint32)
+    memory = mx.ones((slab_nbytes() // 2,), mx.uint32)
     mx.eval(memory)
+    use_large_pages(memory)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memoryview(memory).cast("B")))
     begins = count()
 
@@ -70,11 +83,13 @@ def memory_reader(folder: Path) -> Callable[[int, int], float]:
 def random_slab(rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> Quantized:
     """Matrices that no cache holds, of random numbers in place of quantised ones."""
     row_nbytes = columns * bits // 8 + 2 * dtype.size * columns // group_size
-    slots = int(SLAB_NBYTES / (rows * row_nbytes)) + 1
+    slots = slab_nbytes() // (rows * row_nbytes) + 1
     words = np.random.default_rng(0).integers(0, 2**32, (slots, rows, columns * bits // 32), np.uint32)
     scales = mx.full((slots, rows, columns // group_size), 2.0 ** (1 - bits) * columns**-0.5, dtype)
     slab = Quantized(mx.array(words), scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
-    mx.eval(slab[:3])
+    for part in slab[:3]:
+        mx.eval(part)
+        use_large_pages(part)
     return slab
 
 
@@ -84,9 +99,9 @@ def rotating(slots: int, top_k: int) -> Iterator[mx.array]:
         yield mx.array([[(first + k) % slots for k in range(top_k)]], mx.uint32)
 
 
-def timed(call: Callable[[], mx.array]) -> float:
+def timed(call: Callable[[], mx.array], calls: int = 1) -> float:
     begin = time.perf_counter()
-    mx.eval(call())
+    mx.eval([call() for _ in range(calls)])
     return time.perf_counter() - begin
 
 
@@ -106,19 +121,20 @@ def measure(case: tuple[int, int, int, int, int], rounds: int, reader: Callable[
     scores = mx.full((1, top_k), 1 / top_k)
     mx.eval(x, h, scores)
     slots = rotating(gate.weight.shape[0], top_k)
-    flat = tuple(part.flatten(0, 1) for part in gate[:3])  # a dense matrix, such as an output head
-    mx.eval(flat)
+    head = tuple(part.flatten(0, 1) for part in gate[:3])  # a dense matrix, such as an output head
     runs: dict[str, tuple[Callable[[], mx.array], int]] = {
         "gate_up": (lambda: ops.gate_up(x, next(slots), gate, up), 2 * nbytes_of(gate, top_k)),
         "matvec": (lambda: ops.matvec(h, next(slots), down), nbytes_of(down, top_k)),
         "down": (lambda: ops.down(h, next(slots), scores, down), nbytes_of(down, top_k)),
-        "linear": (lambda: ops.linear(x, *flat, group_size, bits), sum(part.nbytes for part in flat)),
+        "linear": (lambda: ops.linear(x, *head, group_size, bits), sum(part.nbytes for part in head)),
     }
     for threads in sorted({1, all_threads := kernels.threads()}):
         kernels.set_threads(threads)
         for name, (call, nbytes) in runs.items():
-            timed(call), reader(nbytes, threads)  # warm up
-            pairs = [(reader(nbytes, threads), timed(call)) for _ in range(rounds)]
+            calls = ceil(TURN_NBYTES / nbytes)
+            nbytes *= calls
+            timed(call, calls), reader(nbytes, threads)  # warm up
+            pairs = [(reader(nbytes, threads), timed(call, calls)) for _ in range(rounds)]
             yield {
                 "kernel": name,
                 "hidden": hidden,
@@ -127,7 +143,7 @@ def measure(case: tuple[int, int, int, int, int], rounds: int, reader: Callable[
                 "bits": bits,
                 "group_size": group_size,
                 "threads": threads,
-                "mb": round(nbytes / 1e6, 1),
+                "mb": round(nbytes / calls / 1e6, 1),
                 "gbps": round(nbytes / median(ours for _, ours in pairs) / 1e9, 2),
                 "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
                 "ratio": round(median(theirs / ours for theirs, ours in pairs), 3),
