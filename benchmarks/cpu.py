@@ -2,12 +2,12 @@
 
     python -m benchmarks.cpu
 
-Calls multiply with matrices that no cache holds: slots rotate through slabs of twice the last cache, or 240 MB. As many
-are launched together as read 100 MB, as a model's operations follow each other, and timed from Python until the results
-are there. What counts is the bytes of weights, scales and biases that they need. The ceiling is a C program that adds up
-the same number of bytes in the same kind of memory on the same number of threads. The two take turns; figures are
-medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with scales in float32
-because it is several times slower with others. The last line is JSON.
+Calls multiply with matrices that no cache holds: slots rotate through slabs of twice the last cache, or of 240 MB. As
+many are launched together as read 100 MB, as a model's operations follow each other, and timed from Python until the
+results are there. What counts is the bytes of weights, scales and biases that they need. The ceiling is a C program
+that adds up the same number of bytes in the same kind of memory on the same number of threads. The two take turns;
+figures are medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with
+scales in float32 because it is several times slower with others. The last line is JSON.
 """
 
 import argparse

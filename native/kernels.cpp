@@ -412,7 +412,94 @@ void delta_step(
   }
 }
 
-constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step};
+// exp(x) for x <= 0, within two units in the last place; 0 where a float32 would be subnormal.
+INLINE Floats exp_of_negative(Floats x) {
+  const Ints tiny = x < -87.0f;
+  x = tiny ? Floats{} : x;
+  Floats n = x * 1.44269504f - 0.5f;
+  const Ints power = __builtin_convertvector(n, Ints);  // rounded towards 0, so to the nearest
+  n = __builtin_convertvector(power, Floats);
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return tiny ? Floats{} : y * (Floats)((power + 127) << 23);
+}
+
+// Weights of a row from its products, in place, with zeros behind them until `end`; the result is their sum.
+INLINE float soften(float* weights, int64_t seen, int64_t end, float scale) {
+  for (int64_t key = seen; key < end; ++key) {
+    weights[key] = -__builtin_inff();
+  }
+  Floats best = load<Floats>(weights);
+  for (int64_t key = LANES; key < end; key += LANES) {
+    const Floats product = load<Floats>(weights + key);
+    best = product > best ? product : best;
+  }
+  float most = best[0];
+  for (int lane = 1; lane < LANES; ++lane) {
+    most = best[lane] > most ? best[lane] : most;
+  }
+  Floats total = {};
+  for (int64_t key = 0; key < end; key += LANES) {
+    Floats weight = exp_of_negative((load<Floats>(weights + key) - most) * scale);
+    store(weights + key, weight);
+    total += weight;
+  }
+  return sum(total);
+}
+
+void attend(
+    const float* const* queries,
+    const float* keys,
+    int64_t key_stride,
+    const float* values,
+    int64_t value_stride,
+    const int64_t* seen,
+    int64_t size,
+    float scale,
+    float* weights,
+    int64_t stride,
+    float* const* out) {
+  constexpr int ROWS = ATTENTION_ROWS;
+  int64_t most = 0;
+  for (int row = 0; row < ROWS; ++row) {
+    most = seen[row] > most ? seen[row] : most;
+  }
+  for (int64_t key = 0; key < most; ++key) {
+    Floats product[ROWS] = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+      const Floats value = load<Floats>(keys + key * key_stride + i);
+      for (int row = 0; row < ROWS; ++row) {
+        product[row] += load<Floats>(queries[row] + i) * value;
+      }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      weights[row * stride + key] = sum(product[row]);
+    }
+  }
+  float total[ROWS];
+  for (int row = 0; row < ROWS; ++row) {
+    total[row] = soften(weights + row * stride, seen[row], padded(most, LANES), scale);
+  }
+  for (int64_t i = 0; i < size; i += LANES) {
+    Floats mean[ROWS] = {};
+    for (int64_t key = 0; key < most; ++key) {
+      const Floats value = load<Floats>(values + key * value_stride + i);
+      for (int row = 0; row < ROWS; ++row) {
+        mean[row] += weights[row * stride + key] * value;
+      }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      store(out[row] + i, mean[row] / total[row]);
+    }
+  }
+}
+
+constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step, attend};
 
 }  // namespace
 
