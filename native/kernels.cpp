@@ -284,15 +284,20 @@ void multiply(
   const int64_t rows = end - begin;
   float* const scales = scratch;
   float* const biases = scratch + padded(rows * groups + 2 * LANES, LANES);
+  const int64_t words = matrix.columns * BITS / 32;
+  const int64_t half = (rows + 1) / 2;
+  const Chunk chunk = {matrix.weight + begin * words, scales, biases};
+  for (int64_t i = 0; i < AHEAD; i += 16) {  // on their way while scales are widened
+    __builtin_prefetch(chunk.weight + i);
+    __builtin_prefetch(chunk.weight + half * words + i);
+  }
   widen(matrix.scales, matrix.stored, begin * groups, rows * groups, scales);
   widen(matrix.biases, matrix.stored, begin * groups, rows * groups, biases);
-  const Chunk chunk = {matrix.weight + begin * (matrix.columns * BITS / 32), scales, biases};
 
   // A tile that is short of rows or vectors is filled up with its last ones, which come out the same again.
   for (int64_t t = 0; t < vectors; t += MOST_VECTORS) {
     if (t + 1 == vectors) {
       // Two rows of two halves: two sums, so that one need not wait for the other, and two long ways through memory.
-      const int64_t half = (rows + 1) / 2;
       for (int64_t row = 0; row < half; ++row) {
         const int64_t pair[] = {row, row + half < rows ? row + half : rows - 1};
         multiply_tile<BITS, GROUP, 2, 1>(matrix, chunk, pair, x + t, out + t);
