@@ -1,6 +1,7 @@
 """Speed of the native CPU kernels against the rate at which the same machine reads memory.
 
     python -m benchmarks.cpu
+    python -m benchmarks.cpu --model FOLDER
 
 Calls multiply with matrices that no cache holds: slots rotate through slabs of twice the last cache, or of 240 MB. As
 many are launched together as read 100 MB, as a model's operations follow each other, and timed from Python until the
@@ -8,6 +9,9 @@ results are there. What counts is the bytes of weights, scales and biases that t
 that adds up the same number of bytes in the same kind of memory on the same number of threads. The two take turns;
 figures are medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with
 scales in float32 because it is several times slower with others. The last line is JSON.
+
+With ``--model``, a model decodes with all experts in memory, in turns with the C program, which reads as many bytes as
+a token needs of weights. ``weights_share`` is the part of a token's time that it takes: what no faster kernel saves.
 """
 
 import argparse
@@ -27,10 +31,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
+import flashmoe_mlx
+from benchmarks.decode import seconds_per_token
 from benchmarks.record import record
 from flashmoe_mlx import native, ops
 from flashmoe_mlx.config import parse_size
+from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.ops import Quantized
 from flashmoe_mlx.pages import use_large_pages
 
@@ -163,11 +171,41 @@ def mlx_gbps(case: tuple[int, int, int, int, int]) -> float:
     return nbytes_of(gate, top_k) / seconds / 1e9
 
 
+def weights_share(folder: str, turns: int, reader: Callable[[int, int], float], turn: int = 8) -> dict[str, Any]:
+    """How much of a token's time the reading of its weights would take by itself."""
+    streamed, tokenizer = flashmoe_mlx.load(folder, ram_budget=0)
+    streaming = streamed.streaming
+    tables = [module._table for module in streamed.modules() if isinstance(module, StreamedSwitchGLU)]
+    experts = sum(table.expert_nbytes for table in tables) * streaming.experts_per_token
+    trunk = streaming.trunk_nbytes
+    parameters = dict(tree_flatten(streamed.parameters()))
+    if any("lm_head" in name for name in parameters):  # otherwise the embedding is the head
+        trunk -= sum(array.nbytes for name, array in parameters.items() if "embed_tokens" in name)
+    nbytes = trunk + experts
+    del streamed, parameters
+    model, _ = flashmoe_mlx.load(folder, ram_budget=streaming.experts_nbytes)
+    kernels = native.kernels()
+    assert kernels is not None
+    seconds = seconds_per_token(model, tokenizer.encode("What is a heron?"), turn, lambda: None)
+    next(seconds), reader(nbytes, kernels.threads())  # warm up
+    pairs = [(reader(nbytes, kernels.threads()), next(seconds)) for _ in range(turns)]
+    return {
+        "model": Path(folder).name,
+        "threads": kernels.threads(),
+        "trunk_mb": round(trunk / 1e6, 1),
+        "experts_mb": round(experts / 1e6, 1),
+        "tps": round(1 / median(ours for _, ours in pairs), 2),
+        "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
+        "weights_share": round(median(theirs / ours for theirs, ours in pairs), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="from 0 (default: all)")
-    parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv")
+    parser.add_argument("--model", help="measure a model's tokens instead")
+    parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv or cpu_share.csv")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     kernels = native.kernels()
@@ -177,6 +215,12 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         reader = memory_reader(Path(folder))
+        if args.model:
+            share = weights_share(args.model, args.rounds, reader)
+            if args.record:
+                record("cpu_share", share)
+            print(json.dumps(share))
+            return
         for number in args.cases:
             print(f"{kernels.instruction_set()}, {CASES[number]}; MLX's own: {mlx_gbps(CASES[number]):.2f} GB/s")
             for run in measure(CASES[number], args.rounds, reader):
