@@ -12,12 +12,14 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # the second is Linux 6.1's; without it
 def use_large_pages(array: mx.array) -> None:
     """Let Linux keep an evaluated array in pages of 2 MB, where that is allowed. On a GPU nothing happens.
 
-    Weights are read once a token: with pages of 4 KB half of the time that a line takes is the search for its page.
+    A CPU reads weights a tenth faster from them: it looks for fewer pages.
     """
     if sys.platform != "linux" or mx.default_device().type != mx.cpu or array.nbytes < 2 * _LARGE:
         return
-    memory = memoryview(array.view(mx.uint8)).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    memory = memoryview(array.view(mx.uint8))  # type: ignore[arg-type]  # MLX's stubs omit it
+    if not memory.c_contiguous:
+        return
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory.cast("B")))
     begin, end = -(-address // _LARGE) * _LARGE, (address + memory.nbytes) // _LARGE * _LARGE
     libc = ctypes.CDLL(None)
     for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):  # advice: refused, it changes nothing
