@@ -1,34 +1,48 @@
 """Speed of the native CPU kernels against the rate at which the same machine reads memory.
 
     python -m benchmarks.cpu
+    python -m benchmarks.cpu --model FOLDER
 
-Every call multiplies with matrices that no cache holds: slots rotate through slabs of 240 MB or more. A call is timed
-from Python until its result is there, and counts the bytes of weights, scales and biases that it needs. The ceiling is
-a C program that adds up the same number of bytes on the same number of threads. The two take turns; figures are
-medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with scales in float32
-because it is several times slower with others. The last line is JSON.
+Calls multiply with matrices that no cache holds: slots rotate through slabs of twice the last cache, or of 240 MB. As
+many are launched together as read 100 MB, as a model's operations follow each other, and timed from Python until the
+results are there. What counts is the bytes of weights, scales and biases that they need. The ceiling is a C program
+that adds up the same number of bytes in the same kind of memory on the same number of threads. The two take turns;
+figures are medians, and a ratio is of neighbouring turns. MLX's own operation is timed on the same operands, with
+scales in float32 because it is several times slower with others. The last line is JSON.
+
+With ``--model``, a model decodes with all experts in memory, in turns with the C program, which reads as many bytes as
+a token needs of weights. ``weights_share`` is the part of a token's time that it takes: what no faster kernel saves.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import count
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
+import flashmoe_mlx
+from benchmarks.decode import seconds_per_token
 from benchmarks.record import record
 from flashmoe_mlx import native, ops
+from flashmoe_mlx.config import parse_size
+from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.pages import use_large_pages
 
-SLAB_NBYTES = 240e6
+TURN_NBYTES = 100e6
 
 # hidden, intermediate, experts a token, bits, group size: those of the 397B model first
 CASES = [
@@ -43,15 +57,24 @@ CASES = [
 ]
 
 
+@cache
+def slab_nbytes() -> int:
+    """Enough that no cache holds it."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max(240_000_000, *(2 * parse_size(f"{size.read_text().strip()}iB") for size in sizes))
+
+
 def memory_reader(folder: Path) -> Callable[[int, int], float]:
     """The ceiling: seconds to read so many bytes on so many threads."""
     source = Path(__file__).with_name("bandwidth.c")
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run(["cc", *flags, "-o", folder / "bandwidth.so", source], check=True)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # its threads are to sleep while others have their turn
     library = ctypes.CDLL(str(folder / "bandwidth.so"))
     library.read_all.restype = ctypes.c_uint64
-    memory = mx.ones((int(2 * SLAB_NBYTES) // 4,), mx.uint32)
+    memory = mx.ones((slab_nbytes() // 2,), mx.uint32)
     mx.eval(memory)
+    use_large_pages(memory)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memoryview(memory).cast("B")))
     begins = count()
 
@@ -70,11 +93,13 @@ def memory_reader(folder: Path) -> Callable[[int, int], float]:
 def random_slab(rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> Quantized:
     """Matrices that no cache holds, of random numbers in place of quantised ones."""
     row_nbytes = columns * bits // 8 + 2 * dtype.size * columns // group_size
-    slots = int(SLAB_NBYTES / (rows * row_nbytes)) + 1
+    slots = slab_nbytes() // (rows * row_nbytes) + 1
     words = np.random.default_rng(0).integers(0, 2**32, (slots, rows, columns * bits // 32), np.uint32)
     scales = mx.full((slots, rows, columns // group_size), 2.0 ** (1 - bits) * columns**-0.5, dtype)
     slab = Quantized(mx.array(words), scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
-    mx.eval(slab[:3])
+    for part in slab[:3]:
+        mx.eval(part)
+        use_large_pages(part)
     return slab
 
 
@@ -84,9 +109,9 @@ def rotating(slots: int, top_k: int) -> Iterator[mx.array]:
         yield mx.array([[(first + k) % slots for k in range(top_k)]], mx.uint32)
 
 
-def timed(call: Callable[[], mx.array]) -> float:
+def timed(call: Callable[[], mx.array], calls: int = 1) -> float:
     begin = time.perf_counter()
-    mx.eval(call())
+    mx.eval([call() for _ in range(calls)])
     return time.perf_counter() - begin
 
 
@@ -106,19 +131,20 @@ def measure(case: tuple[int, int, int, int, int], rounds: int, reader: Callable[
     scores = mx.full((1, top_k), 1 / top_k)
     mx.eval(x, h, scores)
     slots = rotating(gate.weight.shape[0], top_k)
-    flat = tuple(part.flatten(0, 1) for part in gate[:3])  # a dense matrix, such as an output head
-    mx.eval(flat)
+    head = tuple(part.flatten(0, 1) for part in gate[:3])  # a dense matrix, such as an output head
     runs: dict[str, tuple[Callable[[], mx.array], int]] = {
         "gate_up": (lambda: ops.gate_up(x, next(slots), gate, up), 2 * nbytes_of(gate, top_k)),
         "matvec": (lambda: ops.matvec(h, next(slots), down), nbytes_of(down, top_k)),
         "down": (lambda: ops.down(h, next(slots), scores, down), nbytes_of(down, top_k)),
-        "linear": (lambda: ops.linear(x, *flat, group_size, bits), sum(part.nbytes for part in flat)),
+        "linear": (lambda: ops.linear(x, *head, group_size, bits), sum(part.nbytes for part in head)),
     }
     for threads in sorted({1, all_threads := kernels.threads()}):
         kernels.set_threads(threads)
         for name, (call, nbytes) in runs.items():
-            timed(call), reader(nbytes, threads)  # warm up
-            pairs = [(reader(nbytes, threads), timed(call)) for _ in range(rounds)]
+            calls = ceil(TURN_NBYTES / nbytes)
+            nbytes *= calls
+            timed(call, calls), reader(nbytes, threads)  # warm up
+            pairs = [(reader(nbytes, threads), timed(call, calls)) for _ in range(rounds)]
             yield {
                 "kernel": name,
                 "hidden": hidden,
@@ -127,7 +153,7 @@ def measure(case: tuple[int, int, int, int, int], rounds: int, reader: Callable[
                 "bits": bits,
                 "group_size": group_size,
                 "threads": threads,
-                "mb": round(nbytes / 1e6, 1),
+                "mb": round(nbytes / calls / 1e6, 1),
                 "gbps": round(nbytes / median(ours for _, ours in pairs) / 1e9, 2),
                 "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
                 "ratio": round(median(theirs / ours for theirs, ours in pairs), 3),
@@ -145,11 +171,41 @@ def mlx_gbps(case: tuple[int, int, int, int, int]) -> float:
     return nbytes_of(gate, top_k) / seconds / 1e9
 
 
+def weights_share(folder: str, turns: int, reader: Callable[[int, int], float], turn: int = 8) -> dict[str, Any]:
+    """How much of a token's time the reading of its weights would take by itself."""
+    streamed, tokenizer = flashmoe_mlx.load(folder, ram_budget=0)
+    streaming = streamed.streaming
+    tables = [module._table for module in streamed.modules() if isinstance(module, StreamedSwitchGLU)]
+    experts = sum(table.expert_nbytes for table in tables) * streaming.experts_per_token
+    trunk = streaming.trunk_nbytes
+    parameters = dict(tree_flatten(streamed.parameters()))
+    if any("lm_head" in name for name in parameters):  # otherwise the embedding is the head
+        trunk -= sum(array.nbytes for name, array in parameters.items() if "embed_tokens" in name)
+    nbytes = trunk + experts
+    del streamed, parameters
+    model, _ = flashmoe_mlx.load(folder, ram_budget=streaming.experts_nbytes)
+    kernels = native.kernels()
+    assert kernels is not None
+    seconds = seconds_per_token(model, tokenizer.encode("What is a heron?"), turn, lambda: None)
+    next(seconds), reader(nbytes, kernels.threads())  # warm up
+    pairs = [(reader(nbytes, kernels.threads()), next(seconds)) for _ in range(turns)]
+    return {
+        "model": Path(folder).name,
+        "threads": kernels.threads(),
+        "trunk_mb": round(trunk / 1e6, 1),
+        "experts_mb": round(experts / 1e6, 1),
+        "tps": round(1 / median(ours for _, ours in pairs), 2),
+        "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
+        "weights_share": round(median(theirs / ours for theirs, ours in pairs), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="from 0 (default: all)")
-    parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv")
+    parser.add_argument("--model", help="measure a model's tokens instead")
+    parser.add_argument("--record", action="store_true", help="append the figures to results/cpu.csv or cpu_share.csv")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     kernels = native.kernels()
@@ -159,6 +215,12 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         reader = memory_reader(Path(folder))
+        if args.model:
+            share = weights_share(args.model, args.rounds, reader)
+            if args.record:
+                record("cpu_share", share)
+            print(json.dumps(share))
+            return
         for number in args.cases:
             print(f"{kernels.instruction_set()}, {CASES[number]}; MLX's own: {mlx_gbps(CASES[number]):.2f} GB/s")
             for run in measure(CASES[number], args.rounds, reader):

@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import qwen3_5
+from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from flashmoe_mlx import native, ops
@@ -96,6 +96,31 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
         return y
 
 
+class Attention(qwen3_next.Qwen3NextAttention):
+    """mlx-lm's gated attention with a kernel, where MLX's products of floats have one thread and scalar code."""
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
+        """``[batch, tokens, hidden]`` of the same, after what the cache remembers."""
+        kernels = native.kernels()
+        plain = (mask is None or isinstance(mask, str)) and not hasattr(cache, "bits")
+        if kernels is None or not plain or x.dtype != mx.float32 or x.size == 0:
+            theirs: mx.array = super().__call__(x, mask, cache)
+            return theirs
+        batch, tokens, _ = x.shape
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        queries, gates = mx.split(self.q_proj(x).reshape(batch, tokens, heads, -1), 2, axis=-1)
+        queries = self.q_norm(queries).swapaxes(1, 2)
+        keys = self.k_norm(self.k_proj(x).reshape(batch, tokens, key_heads, -1)).swapaxes(1, 2)
+        values = self.v_proj(x).reshape(batch, tokens, key_heads, -1).swapaxes(1, 2)
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        attended = kernels.attention(queries, keys, values, self.scale, mask is not None)
+        y: mx.array = self.o_proj((attended * mx.sigmoid(gates)).flatten(-2))
+        return y
+
+
 _QUANTIZED = {nn.QuantizedLinear: Linear, nn.QuantizedEmbedding: Embedding, QuantizedSwitchLinear: SwitchLinear}
 
 
@@ -111,6 +136,8 @@ def use_native(model: nn.Module) -> None:
             module.__class__ = RMSNorm
         elif kind is qwen3_5.GatedDeltaNet and module.head_k_dim % 16 == 0:
             module.__class__ = GatedDeltaNet
+        elif kind is qwen3_next.Qwen3NextAttention and module.head_dim % 16 == 0:
+            module.__class__ = Attention
 
 
 def to_float32(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
 from flashmoe_mlx.manifest import FirstReads, Manifest
+from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.pool import Pool, slot_nbytes
 from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
@@ -191,6 +192,7 @@ def load(
     if not lazy:
         for _, parameter in tree_flatten(model.parameters()):
             mx.eval(parameter)  # one at a time, so that converting them needs no room for two trunks
+            use_large_pages(parameter)
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()

@@ -63,6 +63,10 @@ class Kernels(Protocol):
         /,
     ) -> mx.array: ...
 
+    def attention(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool, /
+    ) -> mx.array: ...
+
     def delta_net(
         self,
         qkv: mx.array,

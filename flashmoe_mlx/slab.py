@@ -9,6 +9,7 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.staging import device_address, needs_staging
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -45,6 +46,7 @@ class Slab:
         self._words = mx.zeros((slots, *shape), _WORDS[dtype.size])
         self.array = self._words.view(dtype)
         mx.eval(self._words, self.array)
+        use_large_pages(self._words)
         self._shape = shape
         self._stored = stored
         self._row_nbytes = row_nbytes(shape, stored)
@@ -57,6 +59,7 @@ class Slab:
         slab._words = self._words[mx.array(rows, mx.uint32)]
         slab.array = slab._words.view(self.array.dtype)
         mx.eval(slab._words, slab.array)
+        use_large_pages(slab._words)
         return slab
 
     def landing(self, slot: int) -> memoryview:

@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/vector.h>
 
+#include "attention.h"
 #include "delta.h"
 #include "kernels.h"
 #include "mlx/version.h"
@@ -53,6 +54,7 @@ NB_MODULE(_native, m) {
         return flashmoe::gate_up(
             x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
       });
+  m.def("attention", &flashmoe::attention);
   m.def("delta_net", &flashmoe::delta_net);
   m.def("rms_norm", &flashmoe::rms_norm);
   m.def(

@@ -36,15 +36,18 @@ INLINE void store(float* to, Floats value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-INLINE float sum(Floats v) {
-  float lanes[LANES];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int half = LANES / 2; half; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      lanes[lane] += lanes[lane + half];
-    }
+// Halves are added until one lane is left.
+template <int HALF, size_t... LANE>
+INLINE float fold(Floats v, std::index_sequence<LANE...> lanes) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    return fold<HALF / 2>(v + __builtin_shufflevector(v, v, (static_cast<int>(LANE) ^ HALF)...), lanes);
   }
-  return lanes[0];
+}
+
+INLINE float sum(Floats v) {
+  return fold<LANES / 2>(v, std::make_index_sequence<LANES>());
 }
 
 template <int BITS>
@@ -192,14 +195,21 @@ INLINE int64_t sums_at(const Matrix& matrix) {
   return padded(matrix.columns, Unit<BITS>::block);
 }
 
+// The rows of a chunk, with their scales and biases as float32.
+struct Chunk {
+  const uint32_t* weight;
+  const float* scales;
+  const float* biases;
+};
+
+// Rows are counted from the first of the chunk.
 template <int BITS, int GROUP, int ROWS, int VECTORS>
 void multiply_tile(
     const Matrix& matrix,
+    const Chunk& chunk,
     const int64_t (&rows)[ROWS],
     const float* const* vectors,
-    float* const* out,
-    int64_t begin,
-    float* scratch) {
+    float* const* out) {
   using Unit = Unit<BITS>;
   constexpr auto each_weight = std::make_index_sequence<Unit::weights>();
   constexpr auto each_lane = std::make_index_sequence<LANES>();
@@ -211,22 +221,20 @@ void multiply_tile(
 
   const uint32_t* weight[ROWS];
   const float* x[VECTORS];
-  float* scales[ROWS];
+  const float* scales[ROWS];
   Floats total[ROWS][VECTORS] = {};
   for (int t = 0; t < VECTORS; ++t) {
     x[t] = vectors[t];
   }
   for (int row = 0; row < ROWS; ++row) {
-    weight[row] = matrix.weight + rows[row] * words;
-    scales[row] = scratch + row * (groups + 2 * LANES);
-    widen(matrix.biases, matrix.stored, rows[row] * groups, groups, scales[row]);
-    for (int64_t g = 0; g < groups; g += LANES) {
-      Floats bias = load<Floats>(scales[row] + g);
+    weight[row] = chunk.weight + rows[row] * words;
+    scales[row] = chunk.scales + rows[row] * groups;
+    for (int64_t g = 0; g < groups; g += LANES) {  // what is behind a row meets zeros behind the sums
+      Floats bias = load<Floats>(chunk.biases + rows[row] * groups + g);
       for (int t = 0; t < VECTORS; ++t) {
         total[row][t] += bias * load<Floats>(x[t] + sums_at<BITS>(matrix) + g);
       }
     }
-    widen(matrix.scales, matrix.stored, rows[row] * groups, groups, scales[row]);
   }
   auto add = [&](int64_t block) __attribute__((always_inline)) {
     Floats dot[ROWS][VECTORS];
@@ -258,7 +266,7 @@ void multiply_tile(
   }
   for (int row = 0; row < ROWS; ++row) {
     for (int t = 0; t < VECTORS; ++t) {
-      out[t][rows[row] - begin] = sum(total[row][t]);
+      out[t][rows[row]] = sum(total[row][t]);
     }
   }
 }
@@ -272,15 +280,27 @@ void multiply(
     float* const* out,
     int64_t vectors,
     float* scratch) {
+  const int64_t groups = matrix.columns / GROUP;
+  const int64_t rows = end - begin;
+  float* const scales = scratch;
+  float* const biases = scratch + padded(rows * groups + 2 * LANES, LANES);
+  const int64_t words = matrix.columns * BITS / 32;
+  const int64_t half = (rows + 1) / 2;
+  const Chunk chunk = {matrix.weight + begin * words, scales, biases};
+  for (int64_t i = 0; i < AHEAD; i += 16) {  // on their way while scales are widened
+    __builtin_prefetch(chunk.weight + i);
+    __builtin_prefetch(chunk.weight + half * words + i);
+  }
+  widen(matrix.scales, matrix.stored, begin * groups, rows * groups, scales);
+  widen(matrix.biases, matrix.stored, begin * groups, rows * groups, biases);
+
   // A tile that is short of rows or vectors is filled up with its last ones, which come out the same again.
-  const int64_t last = end - 1;
   for (int64_t t = 0; t < vectors; t += MOST_VECTORS) {
     if (t + 1 == vectors) {
       // Two rows of two halves: two sums, so that one need not wait for the other, and two long ways through memory.
-      const int64_t half = (end - begin + 1) / 2;
-      for (int64_t row = begin; row < begin + half; ++row) {
-        const int64_t rows[] = {row, row + half < end ? row + half : last};
-        multiply_tile<BITS, GROUP, 2, 1>(matrix, rows, x + t, out + t, begin, scratch);
+      for (int64_t row = 0; row < half; ++row) {
+        const int64_t pair[] = {row, row + half < rows ? row + half : rows - 1};
+        multiply_tile<BITS, GROUP, 2, 1>(matrix, chunk, pair, x + t, out + t);
       }
       return;
     }
@@ -292,12 +312,12 @@ void multiply(
       some_x[i] = x[vector];
       some_out[i] = out[vector];
     }
-    for (int64_t row = begin; row < end; row += MOST_ROWS) {
-      int64_t rows[MOST_ROWS];
+    for (int64_t row = 0; row < rows; row += MOST_ROWS) {
+      int64_t some[MOST_ROWS];
       for (int i = 0; i < MOST_ROWS; ++i) {
-        rows[i] = row + i < end ? row + i : last;
+        some[i] = row + i < rows ? row + i : rows - 1;
       }
-      multiply_tile<BITS, GROUP, MOST_ROWS, MOST_VECTORS>(matrix, rows, some_x, some_out, begin, scratch);
+      multiply_tile<BITS, GROUP, MOST_ROWS, MOST_VECTORS>(matrix, chunk, some, some_x, some_out);
     }
   }
 }
@@ -343,7 +363,7 @@ INLINE Result with_bits(int bits, F&& function) {
 Layout layout(const Matrix& matrix) {
   const int64_t groups = matrix.columns / matrix.group;
   const int64_t sums = with_bits<int64_t>(matrix.bits, [&]<int BITS>() { return sums_at<BITS>(matrix); });
-  return {padded(sums + padded(groups, LANES), 16), MOST_ROWS * (groups + 2 * LANES)};
+  return {padded(sums + padded(groups, LANES), 16), 2 * padded(MOST_CHUNK * groups + 2 * LANES, LANES)};
 }
 
 void arrange_any(const Matrix& matrix, const float* x, float* arranged) {
@@ -397,7 +417,94 @@ void delta_step(
   }
 }
 
-constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step};
+// exp(x) for x <= 0, within two units in the last place; 0 where a float32 would be subnormal.
+INLINE Floats exp_of_negative(Floats x) {
+  const Ints tiny = x < -87.0f;
+  x = tiny ? Floats{} : x;
+  Floats n = x * 1.44269504f - 0.5f;
+  const Ints power = __builtin_convertvector(n, Ints);  // rounded towards 0, so to the nearest
+  n = __builtin_convertvector(power, Floats);
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return tiny ? Floats{} : y * (Floats)((power + 127) << 23);
+}
+
+// Weights of a row from its products, in place, with zeros behind them until `end`; the result is their sum.
+INLINE float soften(float* weights, int64_t seen, int64_t end, float scale) {
+  for (int64_t key = seen; key < end; ++key) {
+    weights[key] = -__builtin_inff();
+  }
+  Floats best = load<Floats>(weights);
+  for (int64_t key = LANES; key < end; key += LANES) {
+    const Floats product = load<Floats>(weights + key);
+    best = product > best ? product : best;
+  }
+  float most = best[0];
+  for (int lane = 1; lane < LANES; ++lane) {
+    most = best[lane] > most ? best[lane] : most;
+  }
+  Floats total = {};
+  for (int64_t key = 0; key < end; key += LANES) {
+    Floats weight = exp_of_negative((load<Floats>(weights + key) - most) * scale);
+    store(weights + key, weight);
+    total += weight;
+  }
+  return sum(total);
+}
+
+void attend(
+    const float* const* queries,
+    const float* keys,
+    int64_t key_stride,
+    const float* values,
+    int64_t value_stride,
+    const int64_t* seen,
+    int64_t size,
+    float scale,
+    float* weights,
+    int64_t stride,
+    float* const* out) {
+  constexpr int ROWS = ATTENTION_ROWS;
+  int64_t most = 0;
+  for (int row = 0; row < ROWS; ++row) {
+    most = seen[row] > most ? seen[row] : most;
+  }
+  for (int64_t key = 0; key < most; ++key) {
+    Floats product[ROWS] = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+      const Floats value = load<Floats>(keys + key * key_stride + i);
+      for (int row = 0; row < ROWS; ++row) {
+        product[row] += load<Floats>(queries[row] + i) * value;
+      }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      weights[row * stride + key] = sum(product[row]);
+    }
+  }
+  float total[ROWS];
+  for (int row = 0; row < ROWS; ++row) {
+    total[row] = soften(weights + row * stride, seen[row], padded(most, LANES), scale);
+  }
+  for (int64_t i = 0; i < size; i += LANES) {
+    Floats mean[ROWS] = {};
+    for (int64_t key = 0; key < most; ++key) {
+      const Floats value = load<Floats>(values + key * value_stride + i);
+      for (int row = 0; row < ROWS; ++row) {
+        mean[row] += weights[row * stride + key] * value;
+      }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      store(out[row] + i, mean[row] / total[row]);
+    }
+  }
+}
+
+constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step, attend};
 
 }  // namespace
 

@@ -20,7 +20,10 @@ struct Matrix {
   int bits;
 };
 
-// Where vectors lie: how many floats each takes once it is arranged, and what a row's scales take besides.
+constexpr int64_t MOST_CHUNK = 256;    // rows that are multiplied in one call
+constexpr int64_t ATTENTION_ROWS = 8;  // queries that meet the same keys in one call
+
+// Where vectors lie: how many floats each takes once it is arranged, and what the scales of a chunk take besides.
 struct Layout {
   int64_t arranged;
   int64_t scratch;
@@ -58,6 +61,21 @@ struct Kernels {
       float g,
       float beta,
       float* out);
+
+  // Attention of some queries, of which each sees the first so many keys: out[row] is the mean of the values, weighted
+  // with exp(scale * query key). What comes out depends on the row only, not on which are computed together.
+  void (*attend)(
+      const float* const* queries,  // [ATTENTION_ROWS][size]
+      const float* keys,
+      int64_t key_stride,
+      const float* values,
+      int64_t value_stride,
+      const int64_t* seen,
+      int64_t size,  // a multiple of 16
+      float scale,
+      float* weights,  // [ATTENTION_ROWS][stride]: room for the seen keys, padded to a multiple of 16
+      int64_t stride,
+      float* const* out);
 };
 
 const Kernels* portable_kernels();

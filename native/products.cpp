@@ -35,12 +35,14 @@ struct Product {
   float* memory;               // as much as needs() says
 };
 
-constexpr int64_t BATCH = 16;  // vectors that are multiplied at a time with the rows of a chunk
+constexpr int64_t BATCH = 16;              // vectors that are multiplied at a time with the rows of a chunk
+constexpr int64_t CHUNK_NBYTES = 1 << 17;  // of weights: memory is fast on long ways, and the second cache holds it
 
 int64_t chunk_rows(const Product& product, int64_t groups) {
   const int64_t shares = Workers::shared().threads() * 8;
-  const int64_t rows = (product.matrix.rows * groups + shares - 1) / shares;
-  return std::clamp<int64_t>((rows + 3) / 4 * 4, 4, 64);
+  const int64_t fair = (product.matrix.rows * groups + shares - 1) / shares;
+  const int64_t most = CHUNK_NBYTES / (product.matrix.columns / 8 * product.matrix.bits);
+  return std::clamp<int64_t>((std::min(fair, most) + 3) / 4 * 4, 4, MOST_CHUNK);
 }
 
 struct Needs {
@@ -50,7 +52,7 @@ struct Needs {
     const Layout layout = kernels().layout(product.matrix);
     vectors = product.vectors * layout.arranged;
     scratch = (layout.scratch + 15) / 16 * 16;
-    up = product.kind == Product::Kind::gate_up ? BATCH * 64 : 0;
+    up = product.kind == Product::Kind::gate_up ? BATCH * MOST_CHUNK : 0;
     pairs = product.kind == Product::Kind::down ? product.pairs * product.matrix.rows : 0;
   }
 
@@ -122,7 +124,7 @@ void compute(const Product& product) {
       for (int64_t i = 0; i < count; ++i) {
         x[i] = vectors + order[first + i] / share * arranged;
         out[i] = results + order[first + i] * rows + begin;
-        up[i] = own + needs.scratch + i * 64;
+        up[i] = own + needs.scratch + i * MOST_CHUNK;
       }
       kernel.multiply(in_slot(product.matrix, slot), begin, end, x, out, count, own);
       if (product.kind == Product::Kind::gate_up) {

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlx_lm.models import qwen3_5
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models import qwen3_5, qwen3_next
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from benchmarks.exact import load_resident
 from flashmoe_mlx import native as native_module
 from flashmoe_mlx import ops
 from flashmoe_mlx.config import data_dir
-from flashmoe_mlx.cpu import GatedDeltaNet, use_native
+from flashmoe_mlx.cpu import Attention, GatedDeltaNet, use_native
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.ops import Quantized
@@ -150,6 +150,11 @@ def test_wrong_operands(native: Kernels) -> None:
         native.matvec(x, slots, *matrix[:4], 7)
     with pytest.raises(ValueError, match="scales do not fit"):
         native.matvec(x, slots, matrix.weight, matrix.scales[..., :1], matrix.biases, 64, 4)
+    vectors = mx.ones((1, 2, 3, 16))
+    with pytest.raises(ValueError, match="no operands of attention"):
+        native.attention(vectors, vectors[:, :, :2], vectors[:, :, :2], 1.0, True)
+    with pytest.raises(ValueError, match="must be float32"):
+        native.attention(vectors, vectors, vectors[:, :, :0], 1.0, True)
     with pytest.raises(TypeError):
         native.matvec(np.ones((1, 1, 128)), slots, *matrix)  # type: ignore[arg-type]
 
@@ -225,6 +230,55 @@ def test_delta_net_and_threads(threads: Any) -> None:
         outputs.append(native_module.kernels().delta_net(*operands, 2, 1e-6))
         mx.eval(outputs)
     assert all(mx.array_equal(one, all_) for one, all_ in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "tokens", "seen", "size"),
+    [(1, 4, 2, 1, 1, 16), (2, 6, 2, 5, 40, 48), (1, 16, 1, 3, 77, 64), (1, 3, 3, 19, 19, 128)],
+)
+def test_attention(
+    threads: Any, native: Kernels, batch: int, heads: int, key_heads: int, tokens: int, seen: int, size: int
+) -> None:
+    """As near to float64 as MLX's own, from rows of a cache; and a token is computed alike with whatever else."""
+    keys = mx.random.split(mx.random.key(seen), 3)
+    q = mx.random.normal((batch, tokens, heads, size), key=keys[0]).swapaxes(1, 2)
+    k, v = (mx.random.normal((batch, key_heads, seen + 9, size), key=key)[:, :, :seen] for key in keys[1:])
+    causal = tokens > 1
+    y = native.attention(q, k, v, size**-0.5, causal)
+
+    wide_q, wide_k, wide_v = (float64(each) for each in (q, mx.repeat(k, heads // key_heads, 1), v))
+    products = np.einsum("bhtd,bhsd->bhts", wide_q, wide_k) * size**-0.5
+    if causal:
+        products = np.where(np.arange(seen) <= np.arange(seen - tokens, seen)[:, None], products, -np.inf)
+    weights = np.exp(products - products.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    wanted = np.einsum("bhts,bhsd->bthd", weights, np.repeat(wide_v, heads // key_heads, 1))
+    assert error(y, wanted) < 2e-6
+    mask = "causal" if causal else None
+    theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=size**-0.5, mask=mask)
+    assert error(y, float64(theirs.swapaxes(1, 2))) < 2e-6
+    assert mx.array_equal(native.attention(q[:, :, -1:], k, v, size**-0.5, False), y[:, -1:])
+    threads(1)
+    assert mx.array_equal(native.attention(q, k, v, size**-0.5, causal), y)
+
+
+def test_attention_layer(native: Kernels) -> None:
+    """Gated attention with one kernel is mlx-lm's: a prompt, tokens after it, and with a mask of its own."""
+    args = qwen3_5.TextModelArgs(hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=32)
+    theirs, ours = (qwen3_next.Qwen3NextAttention(args) for _ in range(2))
+    ours.update(theirs.parameters())
+    use_native(ours)
+    assert type(ours) is Attention
+    caches = [KVCache() for _ in range(2)]
+    for step, tokens in enumerate((7, 1, 2, 1)):
+        x = mx.random.normal((3, tokens, 64), key=mx.random.key(step))
+        mask = "causal" if tokens > 1 else None
+        wanted, actual = (layer(x, mask, cache) for layer, cache in zip((theirs, ours), caches, strict=True))
+        assert error(actual, float64(wanted)) < 2e-6
+    x = mx.repeat(x, 2, 1)
+    mask = mx.tril(mx.ones((2, 2), mx.bool_))  # mlx-lm's way
+    assert error(ours(x, mask), float64(theirs(x, mask))) < 2e-6
+    assert error(ours(x, "causal"), float64(theirs(x, mask))) < 2e-6
 
 
 def test_demo_model(native: Kernels) -> None:
