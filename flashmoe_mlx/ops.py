@@ -78,22 +78,28 @@ def _native() -> native.Kernels | None:
     return None if gpu.on_gpu() else native.kernels()
 
 
+def _flat(slots: mx.array) -> mx.array:
+    """As native kernels want them."""
+    return slots.reshape(-1, slots.shape[-1]).astype(mx.uint32)
+
+
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
     """The hidden activations of SwiGLU experts: ``silu(gate[slot] x) * (up[slot] x)``, for every slot of a token.
 
     Args:
-        x (mx.array): ``[tokens, columns]``.
-        slots (mx.array): where the experts of each token are, ``[tokens, top_k]``, uint32.
+        x (mx.array): ``[..., columns]``.
+        slots (mx.array): where the experts of each token are, ``[..., top_k]``, uint32.
         gate (Quantized): ``[slots, rows, columns]``.
         up (Quantized): like ``gate``; the kernel wants the same bits and groups, too.
 
     Returns:
-        mx.array: ``[tokens, top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
+        mx.array: ``[..., top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
     """
     if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
     if kernels := _native():
-        return kernels.gate_up(x, slots.astype(mx.uint32), *gate[:3], *up[:3], gate.group_size, gate.bits)
+        y = kernels.gate_up(x.reshape(-1, x.shape[-1]), _flat(slots), *gate[:3], *up[:3], gate.group_size, gate.bits)
+        return y.reshape(*slots.shape, gate.rows)
     return _launch(
         _GATE_UP,
         [x, slots, *gate[:3], *up[:3]],
@@ -101,13 +107,13 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
         vectors=slots.size,
         simdgroups=2,
         tile=2 * (rows := 2 if gate.bits == 2 else 1),
-        template={"BITS": gate.bits, "GROUP": gate.group_size, "ROWS": rows, "LANES": 32, "TOP_K": slots.shape[1]},
+        template={"BITS": gate.bits, "GROUP": gate.group_size, "ROWS": rows, "LANES": 32, "TOP_K": slots.shape[-1]},
     )
 
 
 def gate_up_twin(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
     """:func:`gate_up` in MLX operations, as mlx-lm's ``SwitchGLU`` computes it."""
-    x = x[:, None]
+    x = x[..., None, :]
     hidden: mx.array = nn.silu(matvec_twin(x, slots, gate)) * matvec_twin(x, slots, up)
     return hidden
 
@@ -127,7 +133,7 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
     if not has_kernel(x, slots, matrix):
         return down_twin(x, slots, scores, matrix)
     if kernels := _native():
-        return kernels.down(x, slots.astype(mx.uint32), scores.astype(mx.float32), *matrix)
+        return kernels.down(x, _flat(slots), scores.astype(mx.float32), *matrix)
     tokens, top_k = slots.shape
     return _launch(
         _DOWN,
@@ -159,9 +165,7 @@ def experts(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized, down: 
         mx.array: ``[..., top_k, hidden]``, of the dtype of ``x``. Where kernels run, an output depends on its own
         token and expert only, not on what else is computed in the same call.
     """
-    pairs = slots.reshape(-1, slots.shape[-1])
-    y = matvec(gate_up(x.reshape(-1, x.shape[-1]), pairs, gate, up), pairs, down)
-    return y.reshape(*slots.shape, -1)
+    return matvec(gate_up(x, slots, gate, up), slots, down)
 
 
 def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
@@ -170,17 +174,18 @@ def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     With one slot a product of plain matrices is one of experts, so this serves dense layers too.
 
     Args:
-        x (mx.array): ``[tokens, top_k, columns]``.
-        slots (mx.array): ``[tokens, top_k]``, uint32.
+        x (mx.array): ``[..., top_k, columns]``.
+        slots (mx.array): ``[..., top_k]``, uint32.
         matrix (Quantized): ``[slots, rows, columns]``.
 
     Returns:
-        mx.array: ``[tokens, top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
+        mx.array: ``[..., top_k, rows]``, of the dtype of ``x``. The kernel adds up in float32 and rounds once.
     """
     if not has_kernel(x, slots, matrix):
         return matvec_twin(x, slots, matrix)
     if kernels := _native():
-        return kernels.matvec(x, slots.astype(mx.uint32), *matrix)
+        y = kernels.matvec(x.reshape(-1, *x.shape[-2:]), _flat(slots), *matrix)
+        return y.reshape(*slots.shape, matrix.rows)
     return _launch(
         _MATVEC,
         [x, slots, *matrix[:3]],

@@ -9,6 +9,7 @@ All else, prompts above all, runs through mlx-lm's own code.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,8 +22,8 @@ from flashmoe_mlx.early import FEW_TOKENS
 from flashmoe_mlx.ops import Dense
 from flashmoe_mlx.trunk_ops import Layout, Rope
 
-# What a layer makes until its experts are known: the residual [tokens, hidden], the experts' input [1, tokens, hidden],
-# expert numbers [1, tokens, top_k], scores [tokens, top_k + 1], and the shared expert's output [1, tokens, hidden].
+# What a layer makes until its experts are known: the residual and the experts' input [1, tokens, hidden], expert
+# numbers [1, tokens, top_k], scores [1, tokens, top_k + 1], and the shared expert's output [1, tokens, hidden].
 Routed = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
 
 
@@ -43,14 +44,12 @@ class Snapshot:
     def __init__(self, *parents: tuple[nn.Module, Iterable[str]]):
         children = [(parent, name, parent[name]) for parent, names in parents for name in names]
         self.dtype: mx.Dtype = children[0][2].scales.dtype
-        self._found = [*children, *((linear, "scales", linear.scales) for _, _, linear in children)]
+        arrays = [(linear, "scales", linear.scales) for _, _, linear in children]
+        self._modules, self._names, self._values = zip(*children, *arrays, strict=True)
 
     def holds(self) -> bool:
         """Whether they still are what they were: without adapters, in the same dtype, with the same weights."""
-        for module, name, value in self._found:  # noqa: SIM110 - this runs for every layer of every token
-            if module.get(name) is not value:
-                return False
-        return True
+        return all(map(is_, map(dict.get, self._modules, self._names), self._values))  # for every layer of every token
 
 
 class Prepared:
@@ -73,20 +72,20 @@ class Way:
     """How a layer computes a step of few tokens.
 
     Args:
-        mix (Callable): all up to the experts, of the layer's input ``[1, tokens, hidden]``, its norm
-            ``[tokens, hidden]``, and a cache.
+        mix (Callable): all up to the experts, of the layer's input and its norm, ``[1, tokens, hidden]``, and a cache.
+        end (Callable): the layer's output and its norm, of the residual, the experts' outputs, their scores, and the
+            shared expert's output.
         made_of (Snapshot): what it was made of.
         norm (Norm): of its input.
         normed (Prepared): the norms of inputs, from the layer before.
-        next_norm (Norm): of the layer behind it.
-        next_normed (Prepared): likewise.
+        next_normed (Prepared): likewise, for the layer behind it.
     """
 
     mix: Callable[[mx.array, mx.array, Any], Routed]
+    end: Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
     made_of: Snapshot
     norm: Norm
     normed: Prepared
-    next_norm: Norm
     next_normed: Prepared
 
 
@@ -103,13 +102,10 @@ class FewLaunches(nn.Module):
             return y
         normed = way.normed.take(x)
         if normed is None:
-            normed = mx.fast.rms_norm(x.squeeze(0), *way.norm)
+            normed = mx.fast.rms_norm(x, *way.norm)
         residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
-        block = self.mlp
-        shared_expert = block.shared_expert
-        shared_expert._prepared.put(experts_input, shared)  # for whoever starts it early
-        routed = block.switch_mlp(experts_input, experts)
-        y, normed = _end(residual, routed, scores, shared_expert(experts_input), way.next_norm)
+        routed = self.mlp.switch_mlp(experts_input, experts)
+        y, normed = way.end(residual, routed, scores, shared)
         way.next_normed.put(y, normed)
         return y
 
@@ -123,19 +119,6 @@ class FewLaunches(nn.Module):
         if self.is_linear:
             return type(cache) is ArraysCache and mask is None and cache.lengths is None and cache[1] is not None
         return type(cache) is KVCache and (mask is None or isinstance(mask, str))
-
-
-class Foreseen(nn.Module):
-    """What :func:`swap_trunk` adds to a shared expert: its layer computes it together with the router."""
-
-    _prepared: Prepared
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """The expert's output ``[..., hidden]``."""
-        y = self._prepared.take(x)
-        if y is None:
-            y = super().__call__(x)
-        return y
 
 
 def swap_trunk(model: nn.Module) -> int:
@@ -192,16 +175,15 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     norm, normed = _norm(layer.input_layernorm), Prepared()
     way = Way(
         make(mixer, inputs, output, block_weights),
+        _end(following.norm if following else norm),  # of what the last layer makes nothing comes
         Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER), (shared, _SWIGLU)),
         norm,
         normed,
-        following.norm if following else norm,  # of what the last layer makes nothing comes
         following.normed if following else normed,
     )
-    _change(layer, FewLaunches)
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (FewLaunches, kind), {})  # a wrapper would give its parameters other names
     layer._way = way
-    _change(shared, Foreseen)
-    shared._prepared = Prepared()
     return way
 
 
@@ -217,12 +199,6 @@ _OUTPUT = {
 }
 _ROUTER = ("gate", "shared_expert_gate")
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
-
-
-def _change(layer: nn.Module, way: type) -> None:
-    """Give a layer another way to be called; its class keeps its name."""
-    kind = type(layer)
-    layer.__class__ = type(kind.__name__, (way, kind), {})  # a wrapper would give its parameters other names
 
 
 class _Block(NamedTuple):
@@ -282,12 +258,12 @@ def _attention(
 
     @mx.compile
     def project(normed: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Queries, keys, values ``[1, heads, tokens, head_dim]``, and all that is projected ``[tokens, width]``."""
+        """Queries, keys, values ``[1, heads, tokens, head_dim]``, and all that is projected."""
         projected = ops.linear(normed, *merged)
         queries, keys = trunk_ops.norm_rope(
             projected, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope
         )
-        values = projected[None, :, -key_heads * q_norm.size :].reshape(1, -1, key_heads, q_norm.size).swapaxes(1, 2)
+        values = projected[..., -key_heads * q_norm.size :].reshape(1, -1, key_heads, q_norm.size).swapaxes(1, 2)
         return queries, keys, values, projected
 
     @lru_cache(maxsize=8)
@@ -307,11 +283,22 @@ def _attention(
     def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Routed:
         position = _position(cache.offset)
         queries, keys, values, projected = project(normed, position)
-        cache.update_and_fetch(keys, values)
+        _append(cache, keys, values)
         attended = behind(cache.keys.shape[2])
         return attended(cache.keys, cache.values, queries, projected, position, x)
 
     return mix
+
+
+def _append(cache: KVCache, keys: mx.array, values: mx.array) -> None:
+    """``update_and_fetch``, without the two views that it returns if there is room."""
+    begin, end = cache.offset, cache.offset + keys.shape[2]
+    if cache.keys is None or end > cache.keys.shape[2]:
+        cache.update_and_fetch(keys, values)
+        return
+    cache.keys[:, :, begin:end] = keys
+    cache.values[:, :, begin:end] = values
+    cache.offset = end
 
 
 @lru_cache(maxsize=1)
@@ -321,18 +308,18 @@ def _position(offset: int) -> mx.array:
 
 
 def _route(x: mx.array, y: mx.array, block: _Block) -> Routed:
-    residual, experts_input = trunk_ops.add_norm(x.squeeze(0), y, *block.norm)
+    residual, experts_input = trunk_ops.add_norm(x, y, *block.norm)
     logits, hidden = trunk_ops.ask(experts_input, block.router, block.gate, block.up)
     experts, scores = trunk_ops.route(logits, block.top_k, block.normalize)
-    return residual, experts_input[None], experts[None], scores, ops.linear(hidden, *block.down)[None]
+    return residual, experts_input, experts, scores, ops.linear(hidden, *block.down)
 
 
-@mx.compile
-def _end(
-    residual: mx.array, routed: mx.array, scores: mx.array, shared: mx.array, norm: Norm
-) -> tuple[mx.array, mx.array]:
-    y, normed = trunk_ops.combine(residual, routed.squeeze(0), scores, shared.squeeze(0), *norm)
-    return y[None], normed
+def _end(norm: Norm) -> Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    @mx.compile
+    def end(residual: mx.array, routed: mx.array, scores: mx.array, shared: mx.array) -> tuple[mx.array, mx.array]:
+        return trunk_ops.combine(residual, routed, scores, shared, *norm)
+
+    return end
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -1,6 +1,7 @@
 """What lies between the products of Qwen3.5's and Qwen3-Next's layers: one function per kernel, and its twin.
 
-See :mod:`flashmoe_mlx.ops`; the kernels here take few tokens of one sequence.
+See :mod:`flashmoe_mlx.ops`. The kernels take few tokens of one sequence and keep mlx-lm's shapes, ``[1, tokens, ...]``:
+a view of an array is no launch, but work for the host.
 """
 
 import math
@@ -55,7 +56,7 @@ def gated_delta(
     """A GatedDeltaNet layer between its projections: convolution, gated delta rule and gated norm of a few tokens.
 
     Args:
-        x (mx.array): what is projected, ``[tokens, width]``.
+        x (mx.array): what is projected, ``[1, tokens, width]``.
         window (mx.array): queries, keys and values of the last tokens, ``[1, taps - 1, channels]``.
         state (mx.array): ``[1, value_heads, value_dim, key_dim]``, float32.
         taps (mx.array): the convolution's weight, ``[channels, taps, 1]``.
@@ -66,7 +67,7 @@ def gated_delta(
         eps (float): of the norm.
 
     Returns:
-        tuple: ``[tokens, value_heads * value_dim]``, and the next window and state.
+        tuple: ``[1, tokens, value_heads * value_dim]``, and the next window and state.
     """
     _, heads, value_dim, key_dim = state.shape
     if not gpu.on_gpu() or key_dim % 32 or value_dim % _DELTA_SIMDGROUPS:
@@ -81,7 +82,7 @@ def gated_delta(
     out, next_window, next_state = gpu.run(
         _GATED_DELTA,
         [x, mx.array(layout), window, state, taps, a_log, dt_bias, norm, mx.array([eps])],
-        [(x.shape[0], heads * value_dim), window.shape, state.shape],
+        [(1, x.shape[1], heads * value_dim), window.shape, state.shape],
         dtypes=[x.dtype, x.dtype, mx.float32],
         threadgroups=(heads, 1),
         simdgroups=_DELTA_SIMDGROUPS,
@@ -109,7 +110,7 @@ def gated_delta_twin(
 
     def part(place: tuple[int, int], size: int) -> mx.array:
         starts = [place[0] + head * place[1] for head in range(key_heads)]
-        return mx.concatenate([x[None, :, start : start + size] for start in starts], axis=-1)
+        return mx.concatenate([x[..., start : start + size] for start in starts], axis=-1)
 
     q, k, v, z, b, a = map(part, layout, (key_dim, key_dim, *[share * value_dim] * 2, share, share))
     inputs = mx.concatenate([window, mx.concatenate([q, k, v], axis=-1)], axis=1)
@@ -120,7 +121,7 @@ def gated_delta_twin(
     v, z = (each.reshape(1, -1, heads, value_dim) for each in (v, z))
     y, next_state = gated_delta_update(q, k, v, a, b, a_log, dt_bias, state)
     normed = mx.fast.rms_norm(y, norm, eps).astype(mx.float32) * nn.silu(z.astype(mx.float32))
-    return normed.astype(x.dtype).reshape(x.shape[0], -1), inputs[:, -window.shape[1] :], next_state
+    return normed.astype(x.dtype).flatten(2), inputs[:, -window.shape[1] :], next_state
 
 
 def norm_rope(
@@ -129,7 +130,7 @@ def norm_rope(
     """The queries and keys of attention: the norm of each head, then RoPE.
 
     Args:
-        x (mx.array): what is projected, ``[tokens, width]``: for each head its query and its output's gate, then the
+        x (mx.array): what is projected, ``[1, tokens, width]``: for each head its query and its output's gate, then the
             keys, then what else.
         q_norm (mx.array): weight of the norm, ``[head_dim]``.
         k_norm (mx.array): likewise.
@@ -147,8 +148,8 @@ def norm_rope(
     queries, keys = gpu.run(
         _NORM_ROPE,
         [x, q_norm, k_norm, position, mx.array([math.log2(rope.base), rope.scale, rope.eps])],
-        [(1, count, x.shape[0], head_dim) for count in (heads, key_heads)],
-        threadgroups=(heads + key_heads, x.shape[0]),
+        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads)],
+        threadgroups=(heads + key_heads, x.shape[1]),
         simdgroups=1,
         template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads},
     )
@@ -160,7 +161,7 @@ def norm_rope_twin(
 ) -> tuple[mx.array, mx.array]:
     """:func:`norm_rope` in MLX operations, as mlx-lm's layers compute it."""
     head_dim = q_norm.size
-    q, k = mx.split(x[None, :, : (2 * heads + key_heads) * head_dim], [2 * heads * head_dim], axis=-1)
+    q, k = mx.split(x[..., : (2 * heads + key_heads) * head_dim], [2 * heads * head_dim], axis=-1)
     q = q.reshape(1, -1, heads, 2 * head_dim)[..., :head_dim]
     k = k.reshape(1, -1, key_heads, head_dim)
 
@@ -184,11 +185,11 @@ def attend(
             behind them whatever there is room for.
         values (mx.array): like ``keys``.
         position (mx.array): of the first token, ``[1]``, int32.
-        x (mx.array): what is projected, ``[tokens, width]``; see :func:`norm_rope`.
+        x (mx.array): what is projected, ``[1, tokens, width]``; see :func:`norm_rope`.
         scale (float): of the scores.
 
     Returns:
-        mx.array: ``[tokens, heads * head_dim]``, of the dtype of ``x``.
+        mx.array: ``[1, tokens, heads * head_dim]``, of the dtype of ``x``.
     """
     _, heads, tokens, head_dim = queries.shape
     _, key_heads, capacity, _ = keys.shape
@@ -209,7 +210,7 @@ def attend(
     (out,) = gpu.run(
         _MERGE_ATTENDED,
         [x, sums, weights],
-        [(tokens, heads * head_dim)],
+        [(1, tokens, heads * head_dim)],
         threadgroups=(heads, tokens),
         simdgroups=(groups := 2) * head_dim // 32,
         template={"DIM": head_dim, "GROUPS": groups},
@@ -224,31 +225,31 @@ def attend_twin(
     _, heads, tokens, head_dim = queries.shape
     mask = mx.arange(keys.shape[2]) <= position + mx.arange(tokens)[:, None]
     y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    gates = x[:, : 2 * heads * head_dim].reshape(tokens, heads, 2, head_dim)[:, :, 1]
-    return (y.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gates)).flatten(1)
+    gates = x[..., : 2 * heads * head_dim].reshape(1, tokens, heads, 2, head_dim)[..., 1, :]
+    return (y.swapaxes(1, 2) * mx.sigmoid(gates)).flatten(2)
 
 
 def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, mx.array]:
     """What a block of experts begins with: the router's logits, and the hidden activations of the shared expert.
 
     Args:
-        x (mx.array): ``[tokens, columns]``.
+        x (mx.array): ``[1, tokens, columns]``.
         router (Dense): of ``experts + 1`` rows.
         gate (Dense): the shared expert's.
         up (Dense): like ``gate``; the kernel wants the same bits and groups, too.
 
     Returns:
-        tuple: ``[tokens, experts + 1]`` and ``[tokens, gate's rows]``.
+        tuple: ``[1, tokens, experts + 1]`` and ``[1, tokens, gate's rows]``.
     """
-    tokens = x.shape[0]
-    if not gpu.on_gpu() or gate[3:] != up[3:] or not has_kernel(x, x[:, :1], router, gate, up):
+    tokens = x.shape[1]
+    if not gpu.on_gpu() or gate[3:] != up[3:] or not has_kernel(x, x[..., :1], router, gate, up):
         return ask_twin(x, router, gate, up)
     rows = 2 if gate.bits == 2 else 1  # of a simdgroup
     hidden_size, logits_size = gate.weight.shape[0], router.weight.shape[0]
     hidden, logits = gpu.run(
         _ASK,
         [x, *gate[:3], *up[:3], *router[:3]],
-        [(tokens, hidden_size), (tokens, logits_size)],
+        [(1, tokens, hidden_size), (1, tokens, logits_size)],
         threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // 8), tokens),
         simdgroups=2,
         template={
@@ -271,44 +272,44 @@ def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.a
     """The experts of each token: the most likely ones, of equal ones those of higher numbers.
 
     Args:
-        logits (mx.array): those of the experts, then that of the shared expert, ``[tokens, experts + 1]``.
+        logits (mx.array): those of the experts, then that of the shared expert, ``[1, tokens, experts + 1]``.
         top_k (int): how many.
         normalize (bool): whether the scores of a token's experts add up to 1.
 
     Returns:
-        tuple: expert numbers ``[tokens, top_k]``, uint32, in no order that counts; and their scores, followed by the
-        shared expert's, ``[tokens, top_k + 1]``, of the dtype of ``logits``.
+        tuple: expert numbers ``[1, tokens, top_k]``, uint32, in no order that counts; and their scores, followed by the
+        shared expert's, ``[1, tokens, top_k + 1]``, of the dtype of ``logits``.
     """
     if not gpu.on_gpu() or top_k > MAX_TOP_K or logits.size < gpu.DEVICE_MEMORY:
         return route_twin(logits, top_k, normalize)
-    tokens, experts = logits.shape[0], logits.shape[1] - 1
+    _, tokens, logits_size = logits.shape
     chosen, scores = gpu.run(
         _ROUTE,
         [logits],
-        [(tokens, top_k), (tokens, top_k + 1)],
+        [(1, tokens, top_k), (1, tokens, top_k + 1)],
         dtypes=[mx.uint32, logits.dtype],
         threadgroups=(tokens, 1),
         simdgroups=1,
-        template={"EXPERTS": experts, "TOP_K": top_k, "NORMALIZE": normalize},
+        template={"EXPERTS": logits_size - 1, "TOP_K": top_k, "NORMALIZE": normalize},
     )
     return chosen, scores
 
 
 def route_twin(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.array]:
     """:func:`route` in MLX operations, as mlx-lm's blocks compute it."""
-    gates = mx.softmax(logits[:, :-1], axis=-1, precise=True)
-    experts = mx.argpartition(gates, kth=-top_k, axis=-1)[:, -top_k:]
+    gates = mx.softmax(logits[..., :-1], axis=-1, precise=True)
+    experts = mx.argpartition(gates, kth=-top_k, axis=-1)[..., -top_k:]
     scores = mx.take_along_axis(gates, experts, axis=-1)
     if normalize:
         scores = scores / scores.sum(axis=-1, keepdims=True)
-    return experts, mx.concatenate([scores, mx.sigmoid(logits[:, -1:])], axis=-1)
+    return experts, mx.concatenate([scores, mx.sigmoid(logits[..., -1:])], axis=-1)
 
 
 def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """A residual connection and the RMS norm behind it.
 
     Args:
-        x (mx.array): ``[tokens, hidden]``.
+        x (mx.array): ``[1, tokens, hidden]``.
         y (mx.array): likewise.
         weight (mx.array): of the norm, ``[hidden]``.
         eps (float): of the norm.
@@ -318,7 +319,7 @@ def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx
     """
     if not gpu.on_gpu():
         return add_norm_twin(x, y, weight, eps)
-    tokens, hidden = x.shape
+    _, tokens, hidden = x.shape
     total, normed = gpu.run(
         _ADD_NORM,
         [x, y, weight, mx.array([eps])],
@@ -342,26 +343,26 @@ def combine(
     """The end of a layer, experts weighted and added to the residual, and the norm that the next layer begins with.
 
     Args:
-        x (mx.array): ``[tokens, hidden]``.
-        y (mx.array): of the routed experts, ``[tokens, top_k, hidden]``.
-        scores (mx.array): theirs and that of the shared expert, ``[tokens, top_k + 1]``.
-        shared (mx.array): of the shared expert, ``[tokens, hidden]``.
+        x (mx.array): ``[1, tokens, hidden]``.
+        y (mx.array): of the routed experts, ``[1, tokens, top_k, hidden]``.
+        scores (mx.array): theirs and that of the shared expert, ``[1, tokens, top_k + 1]``.
+        shared (mx.array): of the shared expert, ``[1, tokens, hidden]``.
         weight (mx.array): of the norm, ``[hidden]``.
         eps (float): of the norm.
 
     Returns:
-        tuple: ``[tokens, hidden]``, and its norm.
+        tuple: ``[1, tokens, hidden]``, and its norm.
     """
     if not gpu.on_gpu():
         return combine_twin(x, y, scores, shared, weight, eps)
-    tokens, hidden = x.shape
+    _, tokens, hidden = x.shape
     out, normed = gpu.run(
         _COMBINE,
         [x, y, scores, shared, weight, mx.array([eps])],
         [x.shape, x.shape],
         threadgroups=(tokens, 1),
         simdgroups=16,
-        template={"HIDDEN": hidden, "TOP_K": y.shape[1]},
+        template={"HIDDEN": hidden, "TOP_K": y.shape[2]},
     )
     return out, normed
 
@@ -370,8 +371,8 @@ def combine_twin(
     x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
     """:func:`combine` in MLX operations, as mlx-lm's blocks compute it."""
-    routed = (y * scores[:, :-1, None]).sum(axis=1)
-    return add_norm_twin(x, routed + scores[:, -1:] * shared, weight, eps)
+    routed = (y * scores[..., :-1, None]).sum(axis=-2)
+    return add_norm_twin(x, routed + scores[..., -1:] * shared, weight, eps)
 
 
 _GATED_DELTA = gpu.Call(
@@ -382,7 +383,7 @@ _GATED_DELTA = gpu.Call(
     threadgroup float read[DV];
     gated_delta<T, DK, DV, TAPS, KEY_HEADS, VALUE_HEADS, SIMDGROUPS>(
         x, layout, window, state, taps, a_log, dt_bias, norm, eps, out, next_window, next_state, convolved, read,
-        x_shape[0], x_shape[1], threadgroup_position_in_grid.x,
+        x_shape[1], x_shape[2], threadgroup_position_in_grid.x,
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """,
     ("out", "next_window", "next_state"),
@@ -393,7 +394,7 @@ _NORM_ROPE = gpu.Call(
     """
     norm_rope<T, DIM, DIMS, HEADS>(
         x, q_norm, k_norm, position, rope, queries, keys,
-        x_shape[0], x_shape[1], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+        x_shape[1], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
         thread_index_in_simdgroup);
     """,
     ("queries", "keys"),
@@ -427,7 +428,7 @@ _MERGE_ATTENDED = gpu.Call(
         threadgroup float shared_[2 * GROUPS * DIM];
         merge_attended<T, DIM, GROUPS>(
             x, sums, weights, out, shared_,
-            sums_shape[1], sums_shape[2], x_shape[1], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+            sums_shape[1], sums_shape[2], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
             simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup, thread_index_in_simdgroup);
         """,
 )
@@ -441,7 +442,7 @@ _ASK = gpu.Call(
         ask<T, BITS, GROUP, ROWS, ROUTER_BITS, ROUTER_GROUP, SIMDGROUPS>(
             x, gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases,
             router_weight, router_scales, router_biases, hidden, logits,
-            x_shape[1], gate_scales_shape[0], router_scales_shape[0], threadgroup_position_in_grid.y,
+            x_shape[2], gate_scales_shape[0], router_scales_shape[0], threadgroup_position_in_grid.y,
             threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
         """,
     ("hidden", "logits"),
