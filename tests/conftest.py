@@ -1,5 +1,6 @@
 """Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -18,6 +19,7 @@ from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # kernels are compared with float32; MLX asks at its first product
 
 
 @pytest.fixture(scope="session", autouse=True)
