@@ -25,7 +25,7 @@ from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from benchmarks.record import record
-from flashmoe_mlx import ops
+from flashmoe_mlx import gpu, ops
 from flashmoe_mlx.config import data_dir
 from flashmoe_mlx.layers import ResidentSwitchGLU
 from flashmoe_mlx.ops import Quantized
@@ -116,10 +116,10 @@ def ablated(changes: dict[str, str], matrices: list[Quantized], sample: tuple[mx
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         (folder / "quantized.metal").write_text(text)
-        ops._kernel.cache_clear()
-        with mock.patch.object(ops, "data_dir", lambda _: folder):
+        gpu.kernel.cache_clear()
+        with mock.patch.object(gpu, "data_dir", lambda _: folder):
             step(*sample)
-    ops._kernel.cache_clear()
+    gpu.kernel.cache_clear()
     return step
 
 

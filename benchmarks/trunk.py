@@ -36,7 +36,7 @@ from benchmarks.decode import seconds_per_token
 from benchmarks.exact import load_resident
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.record import record
-from flashmoe_mlx import budget, ops
+from flashmoe_mlx import budget, ops, trunk_ops
 from flashmoe_mlx.layers import ResidentSwitchGLU
 from flashmoe_mlx.trunk import swap_trunk
 
@@ -117,13 +117,22 @@ def random_layer(args: qwen3_5.TextModelArgs, index: int, dtype: mx.Dtype) -> nn
     return layer
 
 
+class Stack(nn.Module):
+    """Layers that follow each other, as a model has them."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers = layers
+
+
 def ways(theirs: list[nn.Module]) -> dict[str, list[nn.Module]]:
     """The same layers as mlx-lm computes them, and in few launches; they share their arrays."""
     ours = [copy.deepcopy(layer) for layer in theirs]
+    for layer in ours:
+        layer.mlp.switch_mlp = ResidentSwitchGLU(layer.mlp.switch_mlp)
+    if swap_trunk(Stack(ours)) != len(ours):
+        raise SystemExit("a layer was not swapped: there is nothing to compare")
     for their, our in zip(theirs, ours, strict=True):
-        our.mlp.switch_mlp = ResidentSwitchGLU(our.mlp.switch_mlp)
-        if swap_trunk(our) != 1:
-            raise SystemExit("the layer was not swapped: there is nothing to compare")
         for name in ("linear_attn", "self_attn"):
             if name in their:
                 their[name].update(our[name].parameters())
@@ -175,8 +184,11 @@ def host_seconds(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array
     return median(times)
 
 
-def launches(layer: nn.Module, cache: Any, x: mx.array) -> int:
+def launches(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array) -> int:
     """Operations of a layer's graph that are no views, without its experts."""
+    x = layers[0](x, None, caches[0])
+    mx.eval(x)  # a layer's input comes from another layer
+    layer, cache = layers[1], caches[1]
     switch, layer.mlp.switch_mlp = layer.mlp.switch_mlp, NoExperts()
     y = layer(x, None, cache)
     layer.mlp.switch_mlp = switch
@@ -216,13 +228,12 @@ def measure(
     lines = []
     for way, layers in both.items():
         alone, read_back = (median(each) for each in zip(*times[way], strict=True))
-        cache = fresh(layers[:1])[0]
         line = {
             "kind": kind,
             "context": context,
             "way": way,
-            "without": " ".join(args.twins + ["MLX's products"] * args.own_products),
-            "launches": launches(layers[0], cache, x),
+            "without": " ".join(args.twins),
+            "launches": launches(layers, fresh(layers[:2]), x),
             "mb": round(layer_nbytes(layers[0], fresh(layers[:1])[0]) / 1e6, 1),
             "host_us": round(1e6 * host_seconds(layers, fresh(layers), x), 1),
             "us": round(1e6 * alone, 1),
@@ -288,11 +299,6 @@ def _all_experts(folder: str) -> int:
     return flashmoe_mlx.load(folder, lazy=True)[0].streaming.experts_nbytes
 
 
-def own_product(x: mx.array, matrix: ops.Quantized) -> mx.array:
-    """:func:`flashmoe_mlx.ops.product` by the kernel for experts."""
-    return ops.matvec(x[:, None], mx.array([[0]] * x.shape[0], mx.uint32), matrix).squeeze(1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", choices=DIMS, default="397b")
@@ -302,7 +308,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="a turn's")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--twins", nargs="+", default=[], help="kernels to leave out", metavar="KERNEL")
-    parser.add_argument("--own-products", action="store_true", help="the kernel for experts multiplies the trunk, too")
     parser.add_argument("--streamed", action="store_true", help="decode a whole model, its experts streamed")
     parser.add_argument("--record", action="store_true", help="append the figures to results/trunk.csv")
     args = parser.parse_args()
@@ -310,9 +315,8 @@ def main() -> None:
     on_gpu = mx.default_device().type == mx.gpu
     dtype = mx.bfloat16 if on_gpu else mx.float32
     for name in args.twins:
-        setattr(ops, name, getattr(ops, f"{name}_twin"))
-    if args.own_products:
-        ops.product = own_product
+        module = trunk_ops if hasattr(trunk_ops, f"{name}_twin") else ops
+        setattr(module, name, getattr(module, f"{name}_twin"))
     if args.streamed:
         figures = streamed(DIMS[args.dims], args.turns, args.layers, dtype)
         if args.record:

@@ -1,7 +1,6 @@
 """What a switch layer computes: mlx-lm's own way, or the kernels' while tokens are few."""
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +21,9 @@ class Experts:
     def __init__(self, switch: nn.Module):
         self._switch: ExpertFunction = switch.__call__
         self._matrices = _swiglu_matrices(switch)
-        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it.
-        self._kernels: ExpertFunction = partial(mx.compile(ops.experts), **self._matrices)
+        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it. The matrices are inside,
+        # because passing them takes as long as all the rest.
+        self._kernels: ExpertFunction = _compiled(self._matrices)
 
     def function(self, x: mx.array, indices: mx.array) -> ExpertFunction:
         """What computes a call: from ``x`` and where each expert is, ``[..., experts_per_token, hidden]``.
@@ -41,6 +41,14 @@ class Experts:
         its products by the shape of the whole call, and they round differently.
         """
         return function is self._kernels or mx.default_device().type == mx.cpu
+
+
+def _compiled(matrices: dict[str, ops.Quantized]) -> ExpertFunction:
+    @mx.compile
+    def experts(x: mx.array, slots: mx.array) -> mx.array:
+        return ops.experts(x, slots, **matrices)
+
+    return experts
 
 
 def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:

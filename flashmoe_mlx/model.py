@@ -42,7 +42,7 @@ from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.residents import load_residents, save_residents
 from flashmoe_mlx.staging import Staging, needs_staging
-from flashmoe_mlx.trunk import swap_trunk
+from flashmoe_mlx.trunk import FewLaunches, swap_trunk
 
 # What the families call the number of routed experts a token uses.
 _TOP_K_KEYS = (
@@ -359,8 +359,11 @@ def _hidden(config: Mapping[str, Any]) -> int | None:
 
 
 def _start_early(model: nn.Module, hidden: int | None) -> None:
-    """Let each streamed layer start its block's shared expert."""
-    for _, block in model.named_modules():
+    """Let each streamed layer start its block's shared expert, unless that is computed together with the router."""
+    modules = dict(model.named_modules())
+    for path, block in modules.items():
+        if isinstance(modules.get(path.rpartition(".")[0]), FewLaunches):
+            continue
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
         if streamed is not None and streamed.hidden == hidden and name is not None:

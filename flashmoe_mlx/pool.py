@@ -107,11 +107,11 @@ class Pool:
         """
         self._arrive(table, experts)
         self._reclaim()
+        misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
         fit = len(experts) <= self.slots
-        if together and fit:
+        if not misses or (together and fit):
             return [list(experts)]
         hits = [expert for expert in experts if (table.layer, expert) in self._slot_of]
-        misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
         size = len(misses) if fit else max(1, self.slots // 2)
         waves = [misses[first : first + size] for first in range(0, len(misses), max(1, size))]
         return [hits, *waves] if hits else waves
@@ -138,7 +138,8 @@ class Pool:
         missing = self._missing(table, experts)
         self._counters.hits += len(experts) - len(missing)
         self._counters.misses += len(missing)
-        self._fill(table, missing)
+        if missing:
+            self._fill(table, missing)
         return {expert: self._slot_of[table.layer, expert] for expert in experts}
 
     def expect(self, table: ExpertTable, experts: Sequence[int], busy: int) -> None:

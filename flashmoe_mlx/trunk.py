@@ -1,27 +1,37 @@
 """Decoder layers of Qwen3.5 and Qwen3-Next that decode in few launches.
 
 What a step of few tokens costs is, next to reading weights, launches and the host's work for each of them. mlx-lm's
-layers make some 80; these make a dozen: projections of the same input are one product, and what lies between products
-is one kernel. The host's work is kept by ``mx.compile``. All else, prompts above all, runs through mlx-lm's own code.
+layers make 36 to 44; these make 8 or 12: projections of the same input are one product, what lies between products is
+one kernel, and a layer ends with the norm that the next one begins with. The host's work is kept by ``mx.compile``.
+All else, prompts above all, runs through mlx-lm's own code.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_next
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from flashmoe_mlx import ops
+from flashmoe_mlx import ops, trunk_ops
 from flashmoe_mlx.early import FEW_TOKENS
-from flashmoe_mlx.ops import Layout, Quantized, Rope
+from flashmoe_mlx.ops import Dense
+from flashmoe_mlx.trunk_ops import Layout, Rope
 
-# What a layer makes until its experts are known: the residual [tokens, hidden], the experts' input [1, tokens, hidden],
-# expert numbers [1, tokens, top_k], and scores [tokens, top_k + 1].
-Routed = tuple[mx.array, mx.array, mx.array, mx.array]
+# What a layer makes until its experts are known: the residual and the experts' input [1, tokens, hidden], expert
+# numbers [1, tokens, top_k], scores [1, tokens, top_k + 1], and the shared expert's output [1, tokens, hidden].
+Routed = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+
+
+class Norm(NamedTuple):
+    """An RMS norm: its weight ``[hidden]``, and what keeps it from dividing by zero."""
+
+    weight: mx.array
+    eps: float
 
 
 class Snapshot:
@@ -34,55 +44,81 @@ class Snapshot:
     def __init__(self, *parents: tuple[nn.Module, Iterable[str]]):
         children = [(parent, name, parent[name]) for parent, names in parents for name in names]
         self.dtype: mx.Dtype = children[0][2].scales.dtype
-        self._found = [*children, *((linear, "scales", linear.scales) for _, _, linear in children)]
+        arrays = [(linear, "scales", linear.scales) for _, _, linear in children]
+        self._modules, self._names, self._values = zip(*children, *arrays, strict=True)
 
     def holds(self) -> bool:
         """Whether they still are what they were: without adapters, in the same dtype, with the same weights."""
-        for module, name, value in self._found:  # noqa: SIM110 - this runs for every layer of every token
-            if module.get(name) is not value:
-                return False
-        return True
+        return all(map(is_, map(dict.get, self._modules, self._names), self._values))  # for every layer of every token
+
+
+class Prepared:
+    """What was made of an array before anybody asked for it."""
+
+    _made: tuple[mx.array, mx.array] | None = None
+
+    def put(self, x: mx.array, y: mx.array) -> None:
+        """Keep what was made of ``x``."""
+        self._made = x, y
+
+    def take(self, x: mx.array) -> mx.array | None:
+        """What was made of this very array, if it was; once."""
+        made, self._made = self._made, None
+        return made[1] if made is not None and made[0] is x else None
+
+
+@dataclass(slots=True)
+class Way:
+    """How a layer computes a step of few tokens.
+
+    Args:
+        mix (Callable): all up to the experts, of the layer's input and its norm, ``[1, tokens, hidden]``, and a cache.
+        end (Callable): the layer's output and its norm, of the residual, the experts' outputs, their scores, and the
+            shared expert's output.
+        made_of (Snapshot): what it was made of.
+        norm (Norm): of its input.
+        normed (Prepared): the norms of inputs, from the layer before.
+        next_normed (Prepared): likewise, for the layer behind it.
+    """
+
+    mix: Callable[[mx.array, mx.array, Any], Routed]
+    end: Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+    made_of: Snapshot
+    norm: Norm
+    normed: Prepared
+    next_normed: Prepared
 
 
 class FewLaunches(nn.Module):
     """What :func:`swap_trunk` adds to a decoder layer: another way to compute a step of few tokens."""
 
-    _mix: Callable[[mx.array, Any], Routed]
-    _made_of: Snapshot
+    _way: Way
 
     def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         """The layer's output ``[batch, tokens, hidden]``, with mlx-lm's caches."""
-        if not self._decodes(x, mask, cache):
+        way = self._way
+        if not self._decodes(way.made_of, x, mask, cache):
             y: mx.array = super().__call__(x, mask, cache)
             return y
-        residual, experts_input, experts, scores = self._mix(x, cache)
+        normed = way.normed.take(x)
+        if normed is None:
+            normed = mx.fast.rms_norm(x, *way.norm)
+        residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
         routed = self.mlp.switch_mlp(experts_input, experts)
-        return _end(residual, routed, scores, self.mlp.shared_expert(experts_input))
+        y, normed = way.end(residual, routed, scores, shared)
+        way.next_normed.put(y, normed)
+        return y
 
-    def _decodes(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
+    def _decodes(self, made_of: Snapshot, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
         """Whether this is a step of few tokens of one sequence, after at least one other step."""
-        if x.shape[0] > 1 or x.shape[1] > FEW_TOKENS or self.training:
+        batch, tokens, _ = x.shape
+        if batch > 1 or tokens > FEW_TOKENS or self.training:
             return False
-        if x.dtype != self._made_of.dtype or not self._made_of.holds():
+        if x.dtype != made_of.dtype or not made_of.holds():
             return False
         if self.is_linear:
             return type(cache) is ArraysCache and mask is None and cache.lengths is None and cache[1] is not None
         return type(cache) is KVCache and (mask is None or isinstance(mask, str))
-
-
-class FewLaunchesMLP(nn.Module):
-    """What :func:`swap_trunk` adds to a shared expert."""
-
-    _few: Callable[[mx.array], mx.array]
-    _made_of: Snapshot
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """The expert's output ``[..., hidden]``."""
-        few = x.size <= FEW_TOKENS * x.shape[-1] and x.dtype == self._made_of.dtype and not self.training
-        if few and self._made_of.holds():
-            return self._few(x)
-        y: mx.array = super().__call__(x)
-        return y
 
 
 def swap_trunk(model: nn.Module) -> int:
@@ -98,46 +134,57 @@ def swap_trunk(model: nn.Module) -> int:
     Returns:
         int: how many layers it changed.
     """
-    layers = [layer for _, layer in model.named_modules() if type(layer) in _LAYERS]
-    return sum(map(_swap, layers))
+    following: Way | None = None
+    swapped = 0
+    for _, layer in model.named_modules():  # the last one first
+        if type(layer) in _LAYERS and (way := _swap(layer, following)):
+            following = way
+            swapped += 1
+    return swapped
 
 
 _LAYERS = (qwen3_5.DecoderLayer, qwen3_next.Qwen3NextDecoderLayer)
 
 
-def _swap(layer: nn.Module) -> bool:
+def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     block = layer.mlp
     if type(block) is not qwen3_next.Qwen3NextSparseMoeBlock or block.sharding_group is not None:
-        return False
+        return None
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
+    shared = block.shared_expert
     inputs = [mixer[name] for name in _INPUTS[type(mixer)]]
     output = mixer[_OUTPUT[type(mixer)]]
     router = [block[name] for name in _ROUTER]
+    swiglu = [shared[name] for name in _SWIGLU]
     floats = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *_own_floats(mixer)]
-    if not (_alike(inputs) and _alike([output]) and _alike(router) and _same_dtype(floats, inputs, [output], router)):
-        return False
+    if not (_alike(inputs) and _alike(router) and all(_alike([linear]) for linear in (output, *swiglu))):
+        return None
+    if not _same_dtype(floats, inputs, [output], router, swiglu):
+        return None
     if not layer.is_linear and (type(mixer.rope) is not nn.RoPE or mixer.rope.traditional):
-        return False
+        return None
 
-    routing = _Routing(
-        layer.post_attention_layernorm.weight,
-        layer.post_attention_layernorm.eps,
+    block_weights = _Block(
+        _norm(layer.post_attention_layernorm),
         _merge(router),
         block.top_k,
         bool(block.norm_topk_prob),
+        *map(_matrix, swiglu),
     )
     make = _delta_net if layer.is_linear else _attention
-    _change(layer, FewLaunches)
-    layer._mix = make(layer, mixer, inputs, output, routing)
-    layer._made_of = Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER))
-
-    shared = block.shared_expert
-    linears = [shared[name] for name in _SWIGLU]
-    if all(_alike([linear]) for linear in linears) and _same_dtype(floats, linears):
-        _change(shared, FewLaunchesMLP)
-        shared._few = partial(_mlp, gate=_matrix(linears[0]), up=_matrix(linears[1]), down=_matrix(linears[2]))
-        shared._made_of = Snapshot((shared, _SWIGLU))
-    return True
+    norm, normed = _norm(layer.input_layernorm), Prepared()
+    way = Way(
+        make(mixer, inputs, output, block_weights),
+        _end(following.norm if following else norm),  # of what the last layer makes nothing comes
+        Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER), (shared, _SWIGLU)),
+        norm,
+        normed,
+        following.normed if following else normed,
+    )
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (FewLaunches, kind), {})  # a wrapper would give its parameters other names
+    layer._way = way
+    return way
 
 
 _INPUTS = {
@@ -154,66 +201,35 @@ _ROUTER = ("gate", "shared_expert_gate")
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
 
 
-def _change(layer: nn.Module, way: type) -> None:
-    """Give a layer another way to be called; its class keeps its name."""
-    kind = type(layer)
-    layer.__class__ = type(kind.__name__, (way, kind), {})  # a wrapper would give its parameters other names
+class _Block(NamedTuple):
+    """What follows a layer's mixer. The shared expert's gate is the last row of the router."""
 
-
-class _Routing(NamedTuple):
-    """What follows a layer's mixer: the norm, and the router with the shared expert's gate as its last row."""
-
-    norm: mx.array
-    eps: float
-    router: Quantized
+    norm: Norm
+    router: Dense
     top_k: int
     normalize: bool
-
-
-class _DeltaNet(NamedTuple):
-    norm: mx.array
-    eps: float
-    inputs: Quantized
-    layout: Layout
-    taps: mx.array
-    a_log: mx.array
-    dt_bias: mx.array
-    gated_norm: mx.array
-    gated_eps: float
-    output: Quantized
-
-
-class _Attention(NamedTuple):
-    norm: mx.array
-    eps: float
-    inputs: Quantized
-    heads: int
-    key_heads: int
-    q_norm: mx.array
-    k_norm: mx.array
-    rope: Rope
-    output: Quantized
+    gate: Dense
+    up: Dense
+    down: Dense
 
 
 def _delta_net(
-    layer: nn.Module, mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, routing: _Routing
-) -> Callable[[mx.array, Any], Routed]:
-    weights = _DeltaNet(
-        layer.input_layernorm.weight,
-        layer.input_layernorm.eps,
-        _merge(inputs),
-        _layout(mixer),
-        mixer.conv1d.weight,
-        mixer.A_log,
-        mixer.dt_bias,
-        mixer.norm.weight,
-        mixer.norm.eps,
-        _matrix(output),
-    )
+    mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
+) -> Callable[[mx.array, mx.array, Any], Routed]:
+    merged, layout, out = _merge(inputs), _layout(mixer), _matrix(output)
+    taps, a_log, dt_bias, norm = mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, _norm(mixer.norm)
 
-    def mix(x: mx.array, cache: ArraysCache) -> Routed:
+    @mx.compile
+    def step(x: mx.array, normed: mx.array, window: mx.array, state: mx.array) -> tuple[Routed, mx.array, mx.array]:
+        projected = ops.linear(normed, *merged)
+        y, window, state = trunk_ops.gated_delta(
+            projected, window, state, taps, a_log, dt_bias, norm.weight, layout=layout, eps=norm.eps
+        )
+        return _route(x, ops.linear(y, *out), block), window, state
+
+    def mix(x: mx.array, normed: mx.array, cache: ArraysCache) -> Routed:
         routed: Routed
-        routed, cache[0], cache[1] = _delta_step(x, cache[0], cache[1], weights, routing)
+        routed, cache[0], cache[1] = step(x, normed, cache[0], cache[1])
         cache.advance(x.shape[1])
         return routed
 
@@ -233,111 +249,99 @@ def _layout(mixer: nn.Module) -> Layout:
 
 
 def _attention(
-    layer: nn.Module, mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, routing: _Routing
-) -> Callable[[mx.array, Any], Routed]:
-    rope = mixer.rope
-    weights = _Attention(
-        layer.input_layernorm.weight,
-        layer.input_layernorm.eps,
-        _merge(inputs),
-        mixer.num_attention_heads,
-        mixer.num_key_value_heads,
-        mixer.q_norm.weight,
-        mixer.k_norm.weight,
-        Rope(rope.dims, float(rope.base), float(rope.scale), mixer.q_norm.eps),
-        _matrix(output),
-    )
-    scale = mixer.scale
+    mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
+) -> Callable[[mx.array, mx.array, Any], Routed]:
+    merged, out, scale = _merge(inputs), _matrix(output), mixer.scale
+    heads, key_heads = mixer.num_attention_heads, mixer.num_key_value_heads
+    q_norm, k_norm = mixer.q_norm.weight, mixer.k_norm.weight
+    rope = Rope(mixer.rope.dims, float(mixer.rope.base), float(mixer.rope.scale), mixer.q_norm.eps)
 
-    def mix(x: mx.array, cache: KVCache) -> Routed:
-        mask = None if x.shape[1] == 1 else "causal"
-        queries, keys, values, gates = _project(x, mx.array([cache.offset]), weights)
-        keys, values = cache.update_and_fetch(keys, values)
-        attended = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
-        routed: Routed = _attended(x, attended, gates, weights, routing)
-        return routed
+    @mx.compile
+    def project(normed: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Queries, keys, values ``[1, heads, tokens, head_dim]``, and all that is projected."""
+        projected = ops.linear(normed, *merged)
+        queries, keys = trunk_ops.norm_rope(
+            projected, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope
+        )
+        values = projected[..., -key_heads * q_norm.size :].reshape(1, -1, key_heads, q_norm.size).swapaxes(1, 2)
+        return queries, keys, values, projected
+
+    @lru_cache(maxsize=8)
+    def behind(capacity: int) -> Callable[..., Routed]:
+        """All that follows a cache of so many positions. It grows, and one function would keep what MLX compiles for
+        each size."""
+
+        @mx.compile
+        def attended(
+            keys: mx.array, values: mx.array, queries: mx.array, projected: mx.array, position: mx.array, x: mx.array
+        ) -> Routed:
+            y = trunk_ops.attend(queries, keys, values, position, projected, scale)
+            return _route(x, ops.linear(y, *out), block)
+
+        return attended
+
+    def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Routed:
+        position = _position(cache.offset)
+        queries, keys, values, projected = project(normed, position)
+        _append(cache, keys, values)
+        attended = behind(cache.keys.shape[2])
+        return attended(cache.keys, cache.values, queries, projected, position, x)
 
     return mix
 
 
-# Compiled once for all layers: weights are arguments.
+def _append(cache: KVCache, keys: mx.array, values: mx.array) -> None:
+    """``update_and_fetch``, without the two views that it returns if there is room."""
+    begin, end = cache.offset, cache.offset + keys.shape[2]
+    if cache.keys is None or end > cache.keys.shape[2]:
+        cache.update_and_fetch(keys, values)
+        return
+    cache.keys[:, :, begin:end] = keys
+    cache.values[:, :, begin:end] = values
+    cache.offset = end
 
 
-@mx.compile
-def _delta_step(
-    x: mx.array, window: mx.array, state: mx.array, weights: _DeltaNet, routing: _Routing
-) -> tuple[Routed, mx.array, mx.array]:
-    tokens = x.squeeze(0)
-    projected = ops.product(mx.fast.rms_norm(tokens, weights.norm, weights.eps), weights.inputs)
-    y, window, state = ops.gated_delta(
-        projected,
-        window,
-        state,
-        weights.taps,
-        weights.a_log,
-        weights.dt_bias,
-        weights.gated_norm,
-        layout=weights.layout,
-        eps=weights.gated_eps,
-    )
-    return _route(tokens, ops.product(y, weights.output), routing), window, state
+@lru_cache(maxsize=1)
+def _position(offset: int) -> mx.array:
+    """The position of a token, made once for all layers."""
+    return mx.array([offset])
 
 
-@mx.compile
-def _project(x: mx.array, position: mx.array, weights: _Attention) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Queries, keys, values ``[1, heads, tokens, head_dim]``, and the gates of the output ``[tokens, heads, dim]``."""
-    projected = ops.product(mx.fast.rms_norm(x.squeeze(0), weights.norm, weights.eps), weights.inputs)
-    heads, key_heads, head_dim = weights.heads, weights.key_heads, weights.q_norm.size
-    queries, keys = ops.norm_rope(
-        projected, weights.q_norm, weights.k_norm, position, heads=heads, key_heads=key_heads, rope=weights.rope
-    )
-    values = projected[None, :, -key_heads * head_dim :].reshape(1, -1, key_heads, head_dim).swapaxes(1, 2)
-    gates = projected[:, : 2 * heads * head_dim].reshape(-1, heads, 2, head_dim)[:, :, 1]
-    return queries, keys, values, gates
+def _route(x: mx.array, y: mx.array, block: _Block) -> Routed:
+    residual, experts_input = trunk_ops.add_norm(x, y, *block.norm)
+    logits, hidden = trunk_ops.ask(experts_input, block.router, block.gate, block.up)
+    experts, scores = trunk_ops.route(logits, block.top_k, block.normalize)
+    return residual, experts_input, experts, scores, ops.linear(hidden, *block.down)
 
 
-@mx.compile
-def _attended(x: mx.array, attended: mx.array, gates: mx.array, weights: _Attention, routing: _Routing) -> Routed:
-    y = attended.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gates)
-    return _route(x.squeeze(0), ops.product(y.flatten(1), weights.output), routing)
+def _end(norm: Norm) -> Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    @mx.compile
+    def end(residual: mx.array, routed: mx.array, scores: mx.array, shared: mx.array) -> tuple[mx.array, mx.array]:
+        return trunk_ops.combine(residual, routed, scores, shared, *norm)
+
+    return end
 
 
-def _route(x: mx.array, y: mx.array, routing: _Routing) -> Routed:
-    residual, experts_input = ops.add_norm(x, y, routing.norm, routing.eps)
-    experts, scores = ops.route(ops.product(experts_input, routing.router), routing.top_k, routing.normalize)
-    return residual, experts_input[None], experts[None], scores
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight, module.eps)
 
 
-@mx.compile
-def _mlp(x: mx.array, gate: Quantized, up: Quantized, down: Quantized) -> mx.array:
-    tokens = x.reshape(-1, x.shape[-1])
-    slots = mx.array([[0]] * tokens.shape[0], mx.uint32)  # a constant; zeros() would be another launch
-    return ops.product(ops.gate_up(tokens, slots, gate, up).squeeze(1), down).reshape(x.shape)
+def _matrix(linear: nn.Module) -> Dense:
+    return Dense(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
 
 
-@mx.compile
-def _end(residual: mx.array, routed: mx.array, scores: mx.array, shared: mx.array) -> mx.array:
-    return ops.combine(residual, routed.squeeze(0), scores, shared.squeeze(0))[None]
-
-
-def _matrix(linear: nn.Module) -> Quantized:
-    parts = linear.weight[None], linear.scales[None], linear.biases[None]
-    mx.eval(parts)  # here, and not in another thread
-    return Quantized(*parts, linear.group_size, linear.bits)
-
-
-def _merge(linears: list[nn.Module]) -> Quantized:
+def _merge(linears: list[nn.Module]) -> Dense:
     """One matrix of several layers' rows; their own parameters become parts of it."""
     rows = [linear.weight.shape[0] for linear in linears]
     ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
     merged = {}
     for name in ("weight", "scales", "biases"):
-        whole = mx.concatenate([linear[name] for linear in linears])
-        parts, merged[name] = mx.split(whole, ends), whole[None]  # they share the memory of the whole
+        merged[name] = mx.concatenate([linear[name] for linear in linears])
+        parts = mx.split(merged[name], ends)  # they share the memory of the whole
         mx.eval(parts, merged[name])
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
-    return Quantized(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
+    return Dense(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
 
 
 def _alike(linears: list[nn.Module]) -> bool:

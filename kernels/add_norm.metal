@@ -15,7 +15,6 @@ inline void add_norm(
   constexpr int PER_THREAD = (HIDDEN + THREADS - 1) / THREADS;
   const size_t start = (size_t)token * HIDDEN;
   float values[PER_THREAD];
-  float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < PER_THREAD; ++i) {
     const int at = i * THREADS + simdgroup * 32 + lane;
@@ -24,20 +23,7 @@ inline void add_norm(
       const T rounded = T(float(x[start + at]) + float(y[start + at]));
       sum[start + at] = rounded;
       values[i] = float(rounded);
-      squares = fma(values[i], values[i], squares);
     }
   }
-  squares = sum_lanes<32>(squares);
-  if (lane == 0) {
-    partial[simdgroup] = squares;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float scale = rsqrt(sum_lanes<32>(lane < SIMDGROUPS ? partial[lane] : 0.0f) / HIDDEN + eps[0]);
-#pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const int at = i * THREADS + simdgroup * 32 + lane;
-    if (at < HIDDEN) {
-      normed[start + at] = T(values[i] * scale * float(weight[at]));
-    }
-  }
+  write_norm<T, HIDDEN, SIMDGROUPS>(values, weight, eps, normed + start, partial, simdgroup, lane);
 }

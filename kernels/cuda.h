@@ -15,6 +15,7 @@ using half2 = __half2;
 #define threadgroup __shared__
 #define threadgroup_barrier(flags) __syncthreads()
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define thread_index_in_simdgroup (threadIdx.x % 32)
 

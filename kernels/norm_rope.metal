@@ -7,7 +7,8 @@ inline void norm_rope(
     const device T* k_norm,  // [DIM]
     Position position,       // [1]: of the first token
     Rope rope,               // [3]: log2 of the base, scale of positions, eps of the norms
-    device T* out,           // [heads, tokens, DIM], those of keys last
+    device T* queries,       // [HEADS, tokens, DIM]
+    device T* keys,          // [key heads, tokens, DIM]
     int tokens,
     int width,
     int head,
@@ -17,7 +18,8 @@ inline void norm_rope(
   const int column = head < HEADS ? 2 * head * DIM : (HEADS + head) * DIM;
   const device T* from = x + (size_t)token * width + column;
   const device T* norm = head < HEADS ? q_norm : k_norm;
-  device T* to = out + ((size_t)head * tokens + token) * DIM;
+  const size_t place = (size_t)(head < HEADS ? head : head - HEADS) * tokens + token;
+  device T* to = (head < HEADS ? queries : keys) + place * DIM;
   float squares = 0.0f;
   for (int i = lane; i < DIM; i += 32) {
     squares = fma(float(from[i]), float(from[i]), squares);

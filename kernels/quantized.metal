@@ -126,6 +126,8 @@ inline float sum_lanes(float value) {
   return value;
 }
 
+constant constexpr float LOWEST = -3.4e38f;
+
 // The largest of what all lanes hold.
 inline float max_lanes(float value) {
   for (int distance = 16; distance >= 1; distance /= 2) {

@@ -3,8 +3,6 @@
 //
 // A softmax is rounded to T before it is compared, and of equal ones the higher expert is taken, as mlx-lm does it.
 // A simdgroup takes one token; lane l holds experts l, l + 32, ...
-constant constexpr float LOWEST = -3.4e38f;
-
 template <typename T, int EXPERTS, int TOP_K, bool NORMALIZE>
 inline void route(
     const device T* logits,  // [tokens, EXPERTS + 1]

@@ -1,5 +1,6 @@
 """Tiny checkpoints and what mlx-lm computes from them, each made once per session."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -11,13 +12,14 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
+from flashmoe_mlx import gpu
 from flashmoe_mlx import native as native_module
-from flashmoe_mlx import ops
 from tests.emulator import Emulated
 from tests.families import FAMILIES
 from tests.oracle import Run, resident, run
 
 collect_ignore = ["golden/make_golden.py"]  # needs torch
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # kernels are compared with float32; MLX asks at its first product
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,9 +92,9 @@ def expected() -> Callable[[Path], Run]:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels run in the emulator where a GPU would run them."""
-    kernel = ops._kernel.__wrapped__
-    monkeypatch.setattr(ops, "_kernel", cache(lambda name: Emulated(kernel(name))))
-    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+    kernel = gpu.kernel.__wrapped__
+    monkeypatch.setattr(gpu, "kernel", cache(lambda call: Emulated(kernel(call))))
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)  # the emulator takes Metal's text
     mx.disable_compile()  # a compiled function has no values that a program could be given
     yield
@@ -104,8 +106,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels run on the GPU and find NaN where they write."""
     if not (mx.metal.is_available() or mx.cuda.is_available()):
         pytest.skip("no GPU")
-    kernel = ops._kernel
-    monkeypatch.setattr(ops, "_kernel", lambda name: partial(kernel(name), init_value=float("nan")))
+    kernel = gpu.kernel
+    monkeypatch.setattr(gpu, "kernel", lambda call: partial(kernel(call), init_value=float("nan")))
     mx.set_default_device(mx.gpu)
     yield
     mx.set_default_device(mx.cpu)

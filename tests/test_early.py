@@ -8,6 +8,8 @@ from mlx.utils import tree_flatten
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.early import FEW_TOKENS, Early, make_early
 from flashmoe_mlx.layers import StreamedSwitchGLU
+from flashmoe_mlx.model import _start_early
+from flashmoe_mlx.trunk import swap_trunk
 from tests.conftest import WriteFamily
 from tests.families import FAMILIES
 from tests.oracle import assert_same, resident, run, streamed
@@ -87,6 +89,17 @@ def test_shared_experts_are_started(family: str, checkpoint: WriteFamily, monkey
     mx.eval(model(mx.array([[3]])))
     started = [y for y in launched if any(y is each for each in computed)]
     assert len(started) == len(shared)
+
+
+def test_not_where_the_router_brings_it(checkpoint: WriteFamily) -> None:
+    """A layer of few launches computes its shared expert together with the router's logits."""
+    model = streamed(checkpoint("qwen3_5_moe"))
+    layers = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitchGLU)]
+    for layer in layers:
+        layer.start_early = None
+    swap_trunk(model)
+    _start_early(model, layers[0].hidden)
+    assert all(layer.start_early is None for layer in layers)
 
 
 def test_parameters_keep_their_names(checkpoint: WriteFamily) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashmoe_mlx import budget, ops
+from flashmoe_mlx import budget, gpu, ops
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.ops import Quantized
 from tests.conftest import WriteFamily
@@ -115,7 +115,7 @@ def test_dispatch(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ops.has_kernel(x, slots, quantized(1, 3, 128, 64, 4, mx.float32, 1))
     for other in (quantized(4, 16, 128, 64, 8, mx.float32, 3), quantized(4, 16, 128, 32, 4, mx.float32, 3)):
         assert mx.array_equal(ops.gate_up(x, slots, gate, other), ops.gate_up_twin(x, slots, gate, other))
-    monkeypatch.setattr(ops, "_on_gpu", lambda: False)
+    monkeypatch.setattr(gpu, "on_gpu", lambda: False)
     assert not ops.has_kernel(x, slots, gate, up)
 
 
@@ -152,13 +152,13 @@ def test_layer(emulated: None, checkpoint: WriteFamily, monkeypatch: pytest.Monk
     """A streamed model decodes with the kernels, and the same whatever the budget: in waves, with hits, with misses."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 3)
     launches: list[str] = []
-    kernel = ops._kernel
-    monkeypatch.setattr(ops, "_kernel", lambda name: launches.append(name) or kernel(name))
+    kernel = gpu.kernel
+    monkeypatch.setattr(gpu, "kernel", lambda call: launches.append(call.name) or kernel(call))
     folder = checkpoint("qwen3_moe")
     outputs = [model(mx.array([PROMPT[:3]])) for model in (streamed(folder), streamed(folder, 0.75))]
     assert launches.count("gate_up") == launches.count("matvec") > 4
     assert mx.array_equal(*outputs)
-    monkeypatch.setattr(ops, "_on_gpu", lambda: False)
+    monkeypatch.setattr(gpu, "on_gpu", lambda: False)
     twin = streamed(folder)(mx.array([PROMPT[:3]]))
     assert error(outputs[0], float64(twin)) < 1e-5
 

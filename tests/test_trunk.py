@@ -17,10 +17,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.exact import load_resident
 from benchmarks.trunk import DIMS, KINDS, cache_of, random_layer
-from flashmoe_mlx import ops
-from flashmoe_mlx.trunk import FewLaunches, FewLaunchesMLP, swap_trunk
+from flashmoe_mlx import gpu, trunk, trunk_ops
+from flashmoe_mlx.ops import Dense
+from flashmoe_mlx.trunk import FewLaunches, swap_trunk
 from tests.conftest import WriteFamily
 from tests.oracle import resident, streamed
+from tests.test_ops import quantized
 
 FAMILIES = ("qwen3_5_moe", "qwen3_next")
 ROUNDING = {mx.float32: 2e-6, mx.float16: 2**-11 + 2e-6, mx.bfloat16: 2**-8 + 2e-6}
@@ -38,7 +40,7 @@ def normal(key: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(key))
 
 
-def layout_of(family: str, key_heads: int, share: int, dim: int) -> ops.Layout:
+def layout_of(family: str, key_heads: int, share: int, dim: int) -> trunk_ops.Layout:
     """Where a row of projections has what, spelt out for each family."""
     if family == "qwen3_5_moe":
         queries, values = key_heads * dim, key_heads * share * dim
@@ -73,8 +75,8 @@ def check_kernels(
     channels = (2 * key_heads + heads) * dim
     for family in FAMILIES:
         same(
-            *(ops.gated_delta, ops.gated_delta_twin),
-            normal(1, tokens, channels + heads * dim + 2 * heads).astype(dtype),
+            *(trunk_ops.gated_delta, trunk_ops.gated_delta_twin),
+            normal(1, 1, tokens, channels + heads * dim + 2 * heads).astype(dtype),
             normal(2, 1, 3, channels).astype(dtype),
             normal(3, 1, heads, dim, dim),
             normal(4, channels, 4, 1).astype(dtype),
@@ -84,32 +86,51 @@ def check_kernels(
             layout=layout_of(family, key_heads, share, dim),
             eps=1e-6,
         )
+    projected = normal(8, 1, tokens, (2 * heads + 2 * key_heads) * dim).astype(dtype)
     same(
-        *(ops.norm_rope, ops.norm_rope_twin),
-        normal(8, tokens, (2 * heads + 2 * key_heads) * dim).astype(dtype),
+        *(trunk_ops.norm_rope, trunk_ops.norm_rope_twin),
+        projected,
         *(normal(9, dim).astype(dtype), normal(10, dim).astype(dtype), mx.array([7])),
         heads=heads,
         key_heads=key_heads,
-        rope=ops.Rope(dim // 4, 1e7, 1.0, 1e-6),
+        rope=trunk_ops.Rope(dim // 4, 1e7, 1.0, 1e-6),
     )
-    x, y, weight = (normal(11 + i, tokens, hidden).astype(dtype) for i in range(3))
-    same(ops.add_norm, ops.add_norm_twin, x, y, weight[0], eps=1e-6)
-    experts, scores = normal(14, tokens, top_k, hidden).astype(dtype), normal(15, tokens, top_k + 1).astype(dtype)
-    same(ops.combine, ops.combine_twin, x, experts, scores, y)
+    for capacity, position in ((256, 0), (256, 256 - tokens), (300, 100)):
+        same(
+            *(trunk_ops.attend, trunk_ops.attend_twin),
+            normal(11, 1, heads, tokens, dim).astype(dtype),
+            *(normal(12 + i, 1, key_heads, capacity, dim).astype(dtype) for i in range(2)),
+            mx.array([position]),
+            projected,
+            scale=dim**-0.5,
+        )
+    x, y, weight = (normal(14 + i, 1, tokens, hidden).astype(dtype) for i in range(3))
+    same(trunk_ops.add_norm, trunk_ops.add_norm_twin, x, y, weight[0, 0], eps=1e-6)
+    experts, scores = (normal(17, 1, tokens, *shape).astype(dtype) for shape in ((top_k, hidden), (top_k + 1,)))
+    same(trunk_ops.combine, trunk_ops.combine_twin, x, experts, scores, y, weight[0, 0], eps=1e-6)
+    for router_bits, bits, rows in ((8, 4, 33), (4, 2, 64)):
+        x = normal(19, 1, tokens, 192).astype(dtype)
+        matrices, wide = [], []
+        for count, width in ((17, router_bits), (rows, bits), (rows, bits)):
+            weight, scales, biases = (part.squeeze(0) for part in quantized(1, count, 192, 64, width, dtype, count)[:3])
+            matrices.append(Dense(weight, scales, biases, 64, width))
+            wide.append(Dense(weight, scales.astype(mx.float32), biases.astype(mx.float32), 64, width))
+        for a, w in zip(trunk_ops.ask(x, *matrices), trunk_ops.ask_twin(x.astype(mx.float32), *wide), strict=True):
+            assert error(a, w) < ROUNDING[dtype]
 
 
 def check_route(dtype: mx.Dtype, experts: int, top_k: int, normalize: bool, logits: mx.array) -> None:
     """The experts of the twin, in whatever order, and their scores."""
     logits = logits.astype(dtype)
-    assert logits.shape[1] == experts + 1
-    chosen, scores = ops.route(logits, top_k, normalize)
-    wanted, wanted_scores = ops.route_twin(logits, top_k, normalize)
+    assert logits.shape[-1] == experts + 1
+    chosen, scores = trunk_ops.route(logits, top_k, normalize)
+    wanted, wanted_scores = trunk_ops.route_twin(logits, top_k, normalize)
     assert chosen.dtype == wanted.dtype and scores.dtype == wanted_scores.dtype
     ours, theirs = (mx.argsort(each, axis=-1) for each in (chosen, wanted))
     assert mx.array_equal(mx.take_along_axis(chosen, ours, -1), mx.take_along_axis(wanted, theirs, -1))
     sorted_ours, sorted_theirs = mx.take_along_axis(scores, ours, -1), mx.take_along_axis(wanted_scores, theirs, -1)
     assert error(sorted_ours, sorted_theirs) < 2 * ROUNDING[dtype]
-    assert error(scores[:, -1:], wanted_scores[:, -1:]) < 2 * ROUNDING[dtype]
+    assert error(scores[..., -1:], wanted_scores[..., -1:]) < 2 * ROUNDING[dtype]
 
 
 def test_emulated(emulated: None) -> None:
@@ -122,17 +143,17 @@ def test_emulated(emulated: None) -> None:
     [(mx.float32, 16, 4, True), (mx.bfloat16, 65, 10, False), (mx.float16, 64, 1, True)],
 )
 def test_routes_emulated(dtype: mx.Dtype, experts: int, top_k: int, normalize: bool, emulated: None) -> None:
-    check_route(dtype, experts, top_k, normalize, 2 * normal(1, 3, experts + 1))
-    ties = mx.round(normal(2, 3, experts + 1))  # many are equal
+    check_route(dtype, experts, top_k, normalize, 2 * normal(1, 1, 3, experts + 1))
+    ties = mx.round(normal(2, 1, 3, experts + 1))  # many are equal
     check_route(dtype, experts, top_k, normalize, ties)
     check_route(dtype, experts, top_k, normalize, mx.zeros_like(ties))
 
 
 def test_route_without_numbers(emulated: None) -> None:
     """A broken model's logits still name experts that exist, each of them once."""
-    for logits in (mx.full((1, 17), float("nan")), mx.full((1, 17), float("inf"))):
-        chosen, _ = ops.route(logits, 4, True)
-        assert len(set(chosen.tolist()[0])) == 4
+    for logits in (mx.full((1, 1, 17), float("nan")), mx.full((1, 1, 17), float("inf"))):
+        chosen, _ = trunk_ops.route(logits, 4, True)
+        assert len(set(chosen.flatten().tolist())) == 4
         assert mx.all(chosen < 16).item()
 
 
@@ -141,8 +162,8 @@ def test_route_without_numbers(emulated: None) -> None:
 def test_on_gpu(dtype: mx.Dtype, on_gpu: None) -> None:
     check_kernels(dtype, tokens=1, dim=128, key_heads=16, share=4, hidden=4096, top_k=10)
     check_kernels(dtype, tokens=5, dim=64, key_heads=1, share=3, hidden=515, top_k=10)
-    check_route(dtype, 512, 10, True, 2 * normal(1, 3, 513))
-    check_route(dtype, 512, 10, True, mx.round(2 * normal(2, 3, 513)))
+    check_route(dtype, 512, 10, True, 2 * normal(1, 1, 3, 513))
+    check_route(dtype, 512, 10, True, mx.round(2 * normal(2, 1, 3, 513)))
 
 
 def both(folder: Path) -> tuple[nn.Module, nn.Module]:
@@ -181,15 +202,33 @@ def test_steps_emulated(emulated: None, checkpoint: WriteFamily, monkeypatch: py
     theirs, ours = both(checkpoint("qwen3_5_moe"))
     caches = [make_prompt_cache(model) for model in (theirs, ours)]
     launches: list[str] = []
-    kernel = ops._kernel
-    monkeypatch.setattr(ops, "_kernel", lambda name: launches.append(name) or kernel(name))
+    kernel = gpu.kernel
+    monkeypatch.setattr(gpu, "kernel", lambda call: launches.append(call.name) or kernel(call))
     lengths = [10, 1, 3, 1]
     for their, our in zip(steps(theirs, caches[0], lengths), steps(ours, caches[1], lengths), strict=True):
         assert error(our, their) < 1e-5
     for their, our in zip(*map(arrays, caches), strict=True):
         assert error(our, their) < 1e-5
     counts = {name: launches.count(name) for name in set(launches)}
-    assert counts == {"gated_delta": 9, "norm_rope": 3, "add_norm": 12, "route": 12, "combine": 12, "gate_up": 12}
+    each = dict.fromkeys(("add_norm", "ask", "route", "combine"), 12)
+    assert counts == {"gated_delta": 9, "norm_rope": 3, "attend": 3, "merge_attended": 3} | each
+
+
+def test_norms_are_handed_on(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first layer norms its input itself, and each one that gets another array than was foreseen."""
+    _, ours = both(checkpoint("qwen3_5_moe"))
+    cache = make_prompt_cache(ours)
+    mx.eval(ours(mx.arange(2, 14)[None], cache=cache))
+    taken = []
+    take = trunk.Prepared.take
+    monkeypatch.setattr(trunk.Prepared, "take", lambda self, x: taken.append(y := take(self, x)) or y)
+    mx.eval(ours(mx.array([[5]]), cache=cache))
+    assert [normed is None for normed in taken] == [True, False, False, False]
+    x = mx.ones((1, 1, 128))
+    taken.clear()
+    for layer, each in zip(ours.layers, cache, strict=True):
+        x = mx.array(layer(x, None, each))
+    assert all(normed is None for normed in taken)
 
 
 def test_demo_model_says_the_same() -> None:
@@ -239,7 +278,7 @@ def test_other_calls_are_mlx_lms(checkpoint: WriteFamily, monkeypatch: pytest.Mo
     theirs, ours = both(checkpoint("qwen3_5_moe"))
     for layer in ours.layers:
         if layer.is_linear:
-            monkeypatch.setattr(layer, "_mix", None)
+            monkeypatch.setattr(layer._way, "mix", None)
     token, tokens = mx.array([[5]]), mx.arange(2, 14)[None]
 
     def same(call: Callable[[nn.Module], mx.array]) -> None:
@@ -288,9 +327,7 @@ def test_mixed_bits_are_left_alone(checkpoint: WriteFamily) -> None:
 
     model = resident(checkpoint("qwen3_5_moe", predicate=predicate))
     assert swap_trunk(model) == 1  # the one that attends
-    assert [type(layer.mlp.shared_expert).__mro__[1] is FewLaunchesMLP for layer in model.layers] == [False] * 3 + [
-        True
-    ]
+    assert [isinstance(layer, FewLaunches) for layer in model.layers] == [False] * 3 + [True]
 
 
 def test_adapters(checkpoint: WriteFamily) -> None:

@@ -1,0 +1,40 @@
+// What a block of experts begins with: the router's logits, and the hidden activations of the shared expert. They read the
+// same input, and share a launch: the first threadgroups make activations, the others logits.
+struct FirstSlot {
+  inline uint operator[](int) const {
+    return 0;
+  }
+};
+
+template <typename T, int BITS, int GROUP, int ROWS, int ROUTER_BITS, int ROUTER_GROUP, int SIMDGROUPS>
+inline void ask(
+    const device T* x,                // [tokens, columns]
+    const device uint* gate_weight,   // [rows, columns * BITS / 32]
+    const device T* gate_scales,      // [rows, columns / GROUP]
+    const device T* gate_biases,
+    const device uint* up_weight,
+    const device T* up_scales,
+    const device T* up_biases,
+    const device uint* router_weight,  // [router rows, columns * ROUTER_BITS / 32]
+    const device T* router_scales,     // [router rows, columns / ROUTER_GROUP]
+    const device T* router_biases,
+    device T* hidden,                  // [tokens, rows]
+    device T* logits,                  // [tokens, router rows]
+    int columns,
+    int rows,
+    int router_rows,
+    int token,
+    int number,
+    int simdgroup,
+    int lane) {
+  const int first = (rows + SIMDGROUPS * ROWS - 1) / (SIMDGROUPS * ROWS);  // threadgroups
+  if (number < first) {
+    gate_up<T, BITS, GROUP, ROWS, 32, 1>(
+        x, FirstSlot(), gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases, hidden,
+        columns, rows, token, number * SIMDGROUPS + simdgroup, lane);
+  } else {
+    matvec<T, ROUTER_BITS, ROUTER_GROUP, 2, 16>(
+        x, FirstSlot(), router_weight, router_scales, router_biases, logits,
+        columns, router_rows, token, (number - first) * SIMDGROUPS + simdgroup, lane);
+  }
+}
