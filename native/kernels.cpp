@@ -285,11 +285,12 @@ void multiply(
   float* const scales = scratch;
   float* const biases = scratch + padded(rows * groups + 2 * LANES, LANES);
   const int64_t words = matrix.columns * BITS / 32;
-  const int64_t half = (rows + 1) / 2;
+  const int64_t part = (rows + MOST_ROWS - 1) / MOST_ROWS;
   const Chunk chunk = {matrix.weight + begin * words, scales, biases};
   for (int64_t i = 0; i < AHEAD; i += 16) {  // on their way while scales are widened
-    __builtin_prefetch(chunk.weight + i);
-    __builtin_prefetch(chunk.weight + half * words + i);
+    for (int64_t row = 0; row < rows; row += part) {
+      __builtin_prefetch(chunk.weight + row * words + i);
+    }
   }
   widen(matrix.scales, matrix.stored, begin * groups, rows * groups, scales);
   widen(matrix.biases, matrix.stored, begin * groups, rows * groups, biases);
@@ -297,10 +298,13 @@ void multiply(
   // A tile that is short of rows or vectors is filled up with its last ones, which come out the same again.
   for (int64_t t = 0; t < vectors; t += MOST_VECTORS) {
     if (t + 1 == vectors) {
-      // Two rows of two halves: two sums, so that one need not wait for the other, and two long ways through memory.
-      for (int64_t row = 0; row < half; ++row) {
-        const int64_t pair[] = {row, row + half < rows ? row + half : rows - 1};
-        multiply_tile<BITS, GROUP, 2, 1>(matrix, chunk, pair, x + t, out + t);
+      // A row of each part: sums that need not wait for each other, and long ways through memory.
+      for (int64_t row = 0; row < part; ++row) {
+        int64_t some[MOST_ROWS];
+        for (int i = 0; i < MOST_ROWS; ++i) {
+          some[i] = row + i * part < rows ? row + i * part : rows - 1;
+        }
+        multiply_tile<BITS, GROUP, MOST_ROWS, 1>(matrix, chunk, some, x + t, out + t);
       }
       return;
     }

@@ -36,7 +36,7 @@ struct Product {
 };
 
 constexpr int64_t BATCH = 16;              // vectors that are multiplied at a time with the rows of a chunk
-constexpr int64_t CHUNK_NBYTES = 1 << 17;  // of weights: memory is fast on long ways, and the second cache holds it
+constexpr int64_t CHUNK_NBYTES = 1 << 18;  // of weights: memory is fast on long ways, and the second cache holds it
 
 int64_t chunk_rows(const Product& product, int64_t groups) {
   const int64_t shares = Workers::shared().threads() * 8;

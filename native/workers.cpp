@@ -37,7 +37,7 @@ Workers& Workers::shared() {
   return *workers;
 }
 
-Workers::Workers() : cores_(count_cores()), threads_(cores_) {
+Workers::Workers() : cores_(count_cores()), threads_(cores_), shares_(new Share[cores_]) {
   for (int thread = 1; thread < cores_; ++thread) {
     std::thread(&Workers::work, this, thread).detach();
   }
@@ -50,12 +50,17 @@ void Workers::set_threads(int threads) {
 
 void Workers::run(Loop& loop) {
   std::lock_guard lock(one_loop_);
-  if (threads() > 1 && loop.count > 1) {
+  sharing_ = threads();
+  for (int i = 0; i < sharing_; ++i) {
+    shares_[i].next = loop.count * i / sharing_;
+    shares_[i].end = loop.count * (i + 1) / sharing_;
+  }
+  if (sharing_ > 1 && loop.count > 1) {
     loop_ = &loop;
     ++loops_;
     loops_.notify_all();
   }
-  loop.take_part(0);
+  take_part(loop, 0);
   // A worker that comes now finds no loop; one that came before is waited for. Who sleeps keeps nobody waiting.
   loop_ = nullptr;
   for (int pauses = 0; busy_; ++pauses) {
@@ -63,6 +68,15 @@ void Workers::run(Loop& loop) {
       pause();
     } else {
       std::this_thread::yield();
+    }
+  }
+}
+
+void Workers::take_part(const Loop& loop, int thread) {
+  for (int i = 0; i < sharing_; ++i) {
+    Share& share = shares_[(thread + i) % sharing_];
+    for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+      loop.body(loop.context, item, thread);
     }
   }
 }
@@ -76,8 +90,8 @@ void Workers::work(int thread) {
     seen = loops_;
     ++busy_;
     Loop* loop = loop_;
-    if (loop && thread < threads()) {
-      loop->take_part(thread);
+    if (loop && thread < sharing_) {
+      take_part(*loop, thread);
     }
     --busy_;
   }
