@@ -3,7 +3,8 @@
     python benchmarks/gguf_model.py write FILE --layers 8 --experts 256 ...
     python benchmarks/gguf_model.py decode FILE --threads 2
 
-``decode`` reads numbers of tokens from its input, decodes so many random ones and writes the seconds that took.
+``decode`` reads numbers of tokens from its input, decodes so many random ones and writes the seconds that took. By
+itself llama.cpp copies all weights into memory, in an order that is faster to read.
 """
 
 import argparse
@@ -79,6 +80,15 @@ def decode(args: argparse.Namespace) -> None:
     """Serve turns until the input ends."""
     import llama_cpp
 
+    if args.mapped:
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def without_copies() -> Any:  # for which Llama has no argument
+            params = defaults()
+            params.use_extra_bufts = False
+            return params
+
+        llama_cpp.llama_cpp.llama_model_default_params = without_copies
     model = llama_cpp.Llama(
         str(args.file), n_ctx=8192, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
     )
@@ -103,6 +113,7 @@ def main() -> None:
     parser.add_argument("command", choices=["write", "decode"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mapped", action="store_true", help="decode from the mapped file, without a copy in memory")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)

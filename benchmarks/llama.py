@@ -5,8 +5,8 @@
 
 PYTHON is one with ``llama-cpp-python``, built for this machine, and ``gguf``; FILE is written by
 ``PYTHON benchmarks/gguf_model.py write FILE``. Both decode random tokens, so that routing spreads over all experts.
-llama.cpp maps its file, and the page cache holds what fits. With ``--leave``, another process takes all memory but so
-much. What devices deliver during a turn is told for both. The last line is JSON.
+With ``--leave``, another process takes all memory but so much, and llama.cpp computes with its mapped file, of which
+the page cache holds what fits, instead of a copy. What devices deliver is told for both. The last line is JSON.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from flashmoe_mlx.config import parse_size
 class LlamaCpp:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, python: str, file: Path, threads: int):
+    def __init__(self, python: str, file: Path, threads: int, mapped: bool):
         script = str(Path(__file__).with_name("gguf_model.py"))
-        command = [python, script, "decode", str(file), "--threads", str(threads)]
+        command = [python, script, "decode", str(file), "--threads", str(threads), *["--mapped"] * mapped]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._answer() == "ready"
 
@@ -101,8 +101,12 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results/llama.csv")
     args = parser.parse_args()
 
-    with nullcontext() if args.leave is None else ballast(args.leave):
-        sides = {"ours": Streaming(args.model, args.budget), "llama": LlamaCpp(args.python, args.gguf, args.threads)}
+    mapped = args.leave is not None
+    with ballast(args.leave) if mapped else nullcontext():
+        sides = {
+            "ours": Streaming(args.model, args.budget),
+            "llama": LlamaCpp(args.python, args.gguf, args.threads, mapped),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         delivered = {name: -side.device_bytes() for name, side in sides.items()}
         for _ in range(args.turns):
