@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from flashmoe_mlx.atomic import replacing
 from flashmoe_mlx.checkpoint import Checkpoint
 from flashmoe_mlx.expert_table import ExpertTable
 
-FORMAT = "flashmoe_mlx manifest 1"
+FORMAT = "flashmoe_mlx manifest 2"
 
 
 @dataclass
@@ -74,13 +75,13 @@ class Manifest:
         with replacing(path) as unfinished:
             unfinished.write_text(text)
 
-    def refuse_damaged(self, table: ExpertTable, expert: int, buffers: Sequence[memoryview]) -> None:
-        """Compare an expert's bytes with its digest.
+    def refuse_damaged(self, table: ExpertTable, expert: int, found: str) -> None:
+        """Compare an expert's digest with what it was.
 
         Args:
             table (ExpertTable): its layer's.
             expert (int): its number.
-            buffers (Sequence[memoryview]): the bytes of its parts, in the table's order.
+            found (str): its :func:`digest`.
 
         Raises:
             OSError: they differ, or the manifest has no such expert.
@@ -88,7 +89,7 @@ class Manifest:
         known = self.layers.get(table.layer, [])
         if expert >= len(known):
             raise OSError(f"the manifest has no expert {expert} of {table.layer}: finish it with --write-manifest")
-        if digest(table, buffers) != known[expert]:
+        if found != known[expert]:
             span = table.spans[expert][0]
             raise OSError(
                 f"expert {expert} of {table.layer}, at offset {span.offset} of {span.path}, is not what the manifest "
@@ -109,27 +110,52 @@ class FirstReads:
         self._tables = {table.layer: table for table in tables}
         self._checked: set[tuple[str, int]] = set()
 
-    def concern(self, layer: str, experts: Iterable[int]) -> bool:
-        """Whether any of a layer's experts has not been compared yet."""
-        return any((layer, expert) not in self._checked for expert in experts)
+    def landed(
+        self, layer: str, experts: Sequence[int], buffers: Sequence[Sequence[memoryview]]
+    ) -> Callable[[Sequence[memoryview]], None] | None:
+        """What compares each of a layer's experts when the last of its parts has landed, if any is new.
 
-    def check(self, layer: str, expert: int, buffers: Sequence[memoryview]) -> None:
-        """Compare an expert, unless that has been done.
+        Args:
+            layer (str): the layer's name.
+            experts (Sequence[int]): those that are being read.
+            buffers (Sequence): where the parts of each go.
 
-        Raises:
-            OSError: it is not what the manifest has.
+        Returns:
+            Callable: to be called, by any thread, with buffers that have been filled. It raises OSError if an expert is
+            not what the manifest has.
         """
-        if (layer, expert) not in self._checked:
-            self._manifest.refuse_damaged(self._tables[layer], expert, buffers)
-            self._checked.add((layer, expert))
+        new = [pair for pair in zip(experts, buffers, strict=True) if (layer, pair[0]) not in self._checked]
+        if not new:
+            return None
+        place_of = {id(buffer): (i, part) for i, (_, parts) in enumerate(new) for part, buffer in enumerate(parts)}
+        digests = [[b""] * len(parts) for _, parts in new]
+        others = [deque(parts[1:]) for _, parts in new]  # as many as must have landed before the last
+
+        def landed(filled: Sequence[memoryview]) -> None:
+            for buffer in filled:
+                if id(buffer) not in place_of:
+                    continue
+                number, part = place_of[id(buffer)]
+                digests[number][part] = xxhash.xxh3_64_digest(buffer)
+                try:
+                    others[number].pop()
+                except IndexError:  # this was the last
+                    expert, table = new[number][0], self._tables[layer]
+                    self._manifest.refuse_damaged(table, expert, _joined(table, digests[number]))
+                    self._checked.add((layer, expert))
+
+        return landed
 
 
 def digest(table: ExpertTable, buffers: Sequence[memoryview]) -> str:
-    """XXH3 of an expert's bytes, its parts in alphabetical order, because a table's may change with mlx-lm."""
-    total = xxhash.xxh3_64()
-    for _, buffer in sorted(zip((part.name for part in table.parts), buffers, strict=True), key=lambda pair: pair[0]):
-        total.update(buffer)
-    return total.hexdigest()
+    """XXH3 of the XXH3s of an expert's parts, so that parts can be read, and hashed, in any order."""
+    return _joined(table, [xxhash.xxh3_64_digest(buffer) for buffer in buffers])
+
+
+def _joined(table: ExpertTable, digests: Sequence[bytes]) -> str:
+    """In alphabetical order of the parts, because a table's may change with mlx-lm."""
+    of_parts = sorted(zip((part.name for part in table.parts), digests, strict=True))
+    return xxhash.xxh3_64_hexdigest(b"".join(each for _, each in of_parts))
 
 
 def _identity(path: str) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.manifest import FirstReads
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.reader import Landed, Reader
 from flashmoe_mlx.slab import Slab, row_nbytes
 from flashmoe_mlx.staging import Staging
 
@@ -160,7 +160,7 @@ class Pool:
         if missing:
             landing = self._land(self._vacate(len(missing)))
             try:
-                wait = self._reader.start(table.reads(missing, landing.buffers))
+                wait = self._reader.start(table.reads(missing, landing.buffers), self._landed(table, missing, landing))
                 self._arrival = Arrival([(table.layer, expert) for expert in missing], landing, wait)
             except BaseException:
                 self._release(landing.slots, [landing])
@@ -229,16 +229,14 @@ class Pool:
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
     def _read(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> None:
-        """Read experts. What is new to a manifest is compared with it, one expert while the next are read."""
-        if self._first_reads is None or not self._first_reads.concern(table.layer, experts):
-            self._reader.read(table.reads(experts, landing.buffers))
-            return
-        # If one fails, nobody waits for the rest: what threads still write to stays withheld.
-        pairs = list(zip(experts, landing.buffers, strict=True))
-        waits = [self._reader.start(zip(table.spans[expert], buffers, strict=True)) for expert, buffers in pairs]
-        for wait, (expert, buffers) in zip(waits, pairs, strict=True):
-            wait()
-            self._first_reads.check(table.layer, expert, buffers)
+        """Read experts. What is new to a manifest is compared with it while others are read."""
+        self._reader.read(table.reads(experts, landing.buffers), self._landed(table, experts, landing))
+
+    def _landed(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> Landed | None:
+        """What is to be done with an expert when its bytes are there."""
+        if self._first_reads is None:
+            return None
+        return self._first_reads.landed(table.layer, experts, landing.buffers)
 
     def _arrive(self, table: ExpertTable, needed: Sequence[int]) -> None:
         """Take in what was read ahead. What is not needed now leaves first; what failed is not here."""
@@ -247,9 +245,6 @@ class Pool:
         (keys, landing, wait), self._arrival = self._arrival, None
         try:
             wait()
-            if self._first_reads is not None:
-                for (layer, expert), buffers in zip(keys, landing.buffers, strict=True):
-                    self._first_reads.check(layer, expert, buffers)
             self._settle(landing)
             self._leave([landing])
         except BaseException as error:

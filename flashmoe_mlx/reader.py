@@ -28,6 +28,7 @@ _F_RDAHEAD = 45  # macOS; Python has no name for it
 _PATIENCE = 0.5  # seconds for reads of a request that has failed, or of a process that ends
 
 _Read = tuple[str, int, int, list[memoryview]]  # path, offset, bytes, and the buffers they go to
+Landed = Callable[[Sequence[memoryview]], None]
 
 
 class ReadError(OSError):
@@ -84,12 +85,14 @@ class Reader:
         self._timeout = timeout
         self._batches: list[_Batch] = []  # whose threads may write to buffers
 
-    def read(self, reads: Iterable[tuple[Span, memoryview]]) -> None:
+    def read(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> None:
         """Fill every buffer from its span.
 
         Args:
             reads: spans, each with a buffer of ``span.nbytes`` bytes. Small ones that follow one another here and in
                 a file are read at once.
+            landed (Callable, optional): is called with buffers as soon as they are filled, by the thread that did it,
+                while others are read. What it raises is raised as if a read had failed.
 
         Raises:
             ReadError: a file could not be read to the end of a span, or not in time, or it has changed. What the
@@ -104,7 +107,7 @@ class Reader:
         for read in merged:
             nbytes += read[2]
             (small if read[2] < _LARGE and self._knows_cached else large).append(read)
-        batch = _Batch(self._threads, merged, large, self._timeout)
+        batch = _Batch(self._threads, merged, self._timeout, landed)
         try:
             self._batches.append(batch)
             if self._knows_cached:
@@ -120,11 +123,12 @@ class Reader:
         self._counters.bytes_read += nbytes
         self._counters.read_seconds += time.perf_counter() - begin
 
-    def start(self, reads: Iterable[tuple[Span, memoryview]]) -> Callable[[], None]:
+    def start(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> Callable[[], None]:
         """Begin to fill every buffer from its span, on threads of their own; ``read`` may be called meanwhile.
 
         Args:
             reads: as for ``read``.
+            landed: likewise.
 
         Returns:
             Callable[[], None]: waits for all of them; to be called once. Raises ReadError as ``read`` does. Until it
@@ -133,7 +137,7 @@ class Reader:
         merged = _merged(reads)
         nbytes = sum(read[2] for read in merged)
         queue = deque(merged)
-        batch = _Batch(self._ahead, merged, queue, self._timeout)
+        batch = _Batch(self._ahead, merged, self._timeout, landed)
         try:
             self._batches.append(batch)
             batch.submit(min(max(1, self._copiers), len(queue)), self._copy, queue)
@@ -178,29 +182,31 @@ class Reader:
         """Make one read after another until none is left, but leave to others what is not in the page cache."""
         for read in batch.taken(reads, job):
             job.begin(read, 0)
-            self._read(read, batch.cold, job)
+            self._read(read, batch, job)
         # Only now, since the reads above have already made the device begin what is not in the page cache.
         batch.submit(min(self._waiters, len(batch.cold)), self._finish_all, batch.cold)
 
-    def _read(self, read: _Read, cold: deque[tuple[_Read, int]], job: "_Job") -> None:
-        """Make a read; if not all of it is in the page cache, add it to ``cold``."""
+    def _read(self, read: _Read, batch: "_Batch", job: "_Job") -> None:
+        """Make a read; if not all of it is in the page cache, leave it to those who wait for the device."""
         if not self._knows_cached:
-            return self._finish(read, job)
+            return self._finish(read, batch, job)
         path, offset, nbytes, buffers = read
         try:
             done = os.preadv(self._files[path], buffers, offset, _ONLY_CACHED)
         except OSError:  # nothing is; or an error, which whoever finishes the read meets again if it persists
             done = 0
         if done < nbytes:
-            cold.append((read, done))
+            batch.cold.append((read, done))
+        else:
+            batch.landed(buffers)
 
     def _finish_all(self, batch: "_Batch", job: "_Job", cold: deque[tuple[_Read, int]]) -> None:
         """Wait for the device, one read after another until none is left."""
         for read, done in batch.taken(cold, job):
             job.begin(read, done)
-            self._finish(read, job)
+            self._finish(read, batch, job)
 
-    def _finish(self, read: _Read, job: "_Job") -> None:
+    def _finish(self, read: _Read, batch: "_Batch", job: "_Job") -> None:
         """Make a read whose first ``job.done`` bytes are there."""
         path, offset, nbytes, buffers = read
         again = True
@@ -223,6 +229,7 @@ class Reader:
                 raise _failure(read, job.done, short)
             job.done += count
             job.since = time.perf_counter()
+        batch.landed(buffers)
 
 
 class _Job:
@@ -243,13 +250,14 @@ class _Job:
 
 
 class _Batch:
-    """Reads under way: ``queue`` has those that nobody has begun, ``cold`` those that nobody waits for yet."""
+    """Reads under way: ``cold`` has those that nobody waits for yet."""
 
-    def __init__(self, threads: Threads, reads: Sequence[_Read], queue: deque[_Read], timeout: float):
+    def __init__(self, threads: Threads, reads: Sequence[_Read], timeout: float, landed: Landed | None):
         self.cold: deque[tuple[_Read, int]] = deque()  # and how many bytes are there already
         self._reads = reads
         self._threads = threads
         self._timeout = timeout
+        self.landed = landed or (lambda buffers: None)
         self._stopped = False
         self._jobs: list[_Job] = []
         self._ended: SimpleQueue[_Job] = SimpleQueue()

@@ -161,7 +161,7 @@ def _check_manifest(checkpoint: Checkpoint, reader: Reader, tables: Sequence[Exp
         for table in tables:
             for experts in _groups(table):
                 for expert, buffers in zip(experts, _read(reader, table, experts), strict=True):
-                    manifest.refuse_damaged(table, expert, buffers)
+                    manifest.refuse_damaged(table, expert, digest(table, buffers))
                 bar.update(table.expert_nbytes * len(experts))
     print(f"manifest: {sum(table.experts for table in tables)} experts are what they were when {path} was written")
 
