@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,39 @@ def test_bytes(threads: int, file: Path) -> None:
         assert complete(reads)
         assert counters.bytes_read - before == sum(sizes)
     assert counters.read_seconds > 0
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each buffer is handed over once, when all of its bytes are there; what that raises is raised."""
+    reader = Reader([str(file)], 4, Counters())
+    if not cached:
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, at, *flags: 0 if flags else preadv(fd, buffers, at))
+    reads = plan(file, [*SIZES, *[LARGE] * 5])
+    where = {id(buffer): number for number, (_, buffer) in enumerate(reads)}
+    found: list[int] = []
+
+    def landed(buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            assert complete([reads[where[id(buffer)]]])
+            found.append(where[id(buffer)])
+
+    def refuse(buffers: Sequence[memoryview]) -> None:
+        raise OSError("not what it was")
+
+    def run(then: Callable[[Sequence[memoryview]], None]) -> None:
+        if ahead:
+            reader.start(reads, then)()
+        else:
+            reader.read(reads, then)
+
+    run(landed)
+    assert sorted(found) == list(range(len(reads)))
+    with pytest.raises(OSError, match="not what it was"):
+        run(refuse)
+    run(landed)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
