@@ -133,9 +133,8 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 
 def test_json_object(client: openai.OpenAI, running: Running) -> None:
-    ends = {
-        str(running.generations.tokenizer.encode(end)[0]): 100 for end in '"}'
-    }  # the model would never end by itself
+    # The model would never end by itself: first a string, then the object.
+    ends = {str(running.generations.tokenizer.encode(end)[0]): bias for end, bias in (('"', 100), ("}", 50))}
     answer = client.chat.completions.create(
         model="any",
         messages=HERON,
