@@ -147,7 +147,13 @@ class Recipe:
 
 
 def read(folder: Path, seed: int) -> Recipe:
-    """The recipe for a seed, from WordNet's folder."""
+    """The recipe for a seed, from WordNet's folder.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    if not (folder / "data.noun").is_file():
+        raise SystemExit(f"{folder} has no data.noun: `apt-get download wordnet-base && dpkg -x wordnet-base*.deb .`")
     rng = random.Random(f"{seed} split")
     found = wordnet.entries(folder)
     others = sorted((e for e in found if not e.everyday), key=lambda e: (-e.count, e.word))
