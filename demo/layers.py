@@ -19,21 +19,6 @@ def replace_in_transformers() -> None:
     modeling.causal_conv1d_fn = convolve
     modeling.torch_chunk_gated_delta_rule = delta_rule
     modeling.Qwen3_5MoeExperts.forward = experts
-    modeling.Qwen3_5MoeRMSNorm.forward = lambda self, x: _norm(x, self.weight, self.eps)
-    modeling.Qwen3_5MoeRMSNormGated.forward = lambda self, x, gate: _gated_norm(
-        x, gate, self.weight, self.variance_epsilon
-    )
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())).to(x.dtype)
-
-
-def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * normed.to(x.dtype) * nn.functional.silu(gate.float())).to(x.dtype)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
@@ -115,7 +100,8 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tenso
     states = [torch.zeros_like(news[:, :, 0])]
     for old, new in zip(change.unbind(2)[:-1], news.unbind(2), strict=False):
         states.append(torch.baddbmm(new.flatten(0, 1), old.flatten(0, 1), states[-1].flatten(0, 1)).view_as(new))
-    out = _answers(asked, pairs, written, read, torch.stack(states, 2))
+    state = torch.stack(states, 2)
+    out = (asked @ state + pairs @ (written - read @ state)).flatten(2, 3).transpose(1, 2)
     return out[:, :length].to(query.dtype, memory_format=torch.contiguous_format), None
 
 
@@ -142,8 +128,3 @@ def _within_chunks(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: T
     kept = (key * (decay[..., -1:, :] - decay).exp()).mT
     change = decay[..., -1:, :].exp() * torch.eye(key.shape[-1], device=key.device) - kept @ read
     return query * decay.exp(), query @ key.mT * pairs, written, read, change, kept @ written
-
-
-def _answers(asked: Tensor, pairs: Tensor, written: Tensor, read: Tensor, states: Tensor) -> Tensor:
-    """What queries find in the states before their chunks and in the chunks: ``[batch, length, heads, dim]``."""
-    return (asked @ states + pairs @ (written - read @ states)).flatten(2, 3).transpose(1, 2)
