@@ -74,13 +74,9 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized | Dense) -> bo
     )
 
 
-def _native() -> native.Kernels | None:
-    return None if gpu.on_gpu() else native.kernels()
-
-
-def _flat(slots: mx.array) -> mx.array:
-    """As native kernels want them."""
-    return slots.reshape(-1, slots.shape[-1]).astype(mx.uint32)
+def native_kernels(x: mx.array) -> native.Kernels | None:
+    """The native kernels, if they take ``x``."""
+    return native.kernels() if x.dtype == mx.float32 and not gpu.on_gpu() else None
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
@@ -97,9 +93,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
     """
     if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
-    if kernels := _native():
-        y = kernels.gate_up(x.reshape(-1, x.shape[-1]), _flat(slots), *gate[:3], *up[:3], gate.group_size, gate.bits)
-        return y.reshape(*slots.shape, gate.rows)
+    if kernels := native_kernels(x):
+        return kernels.gate_up(x, slots.astype(mx.uint32), *gate[:3], *up[:3], gate.group_size, gate.bits)
     return _launch(
         _GATE_UP,
         [x, slots, *gate[:3], *up[:3]],
@@ -132,8 +127,8 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
     """
     if not has_kernel(x, slots, matrix):
         return down_twin(x, slots, scores, matrix)
-    if kernels := _native():
-        return kernels.down(x, _flat(slots), scores.astype(mx.float32), *matrix)
+    if kernels := native_kernels(x):
+        return kernels.down(x, slots.astype(mx.uint32), scores.astype(mx.float32), *matrix)
     tokens, top_k = slots.shape
     return _launch(
         _DOWN,
@@ -183,9 +178,8 @@ def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     """
     if not has_kernel(x, slots, matrix):
         return matvec_twin(x, slots, matrix)
-    if kernels := _native():
-        y = kernels.matvec(x.reshape(-1, *x.shape[-2:]), _flat(slots), *matrix)
-        return y.reshape(*slots.shape, matrix.rows)
+    if kernels := native_kernels(x):
+        return kernels.matvec(x, slots.astype(mx.uint32), *matrix)
     return _launch(
         _MATVEC,
         [x, slots, *matrix[:3]],
@@ -215,7 +209,7 @@ def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, gr
     Returns:
         mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself.
     """
-    if x.dtype == mx.float32 and (kernels := _native()):
+    if kernels := native_kernels(x):
         return kernels.linear(x, weight, scales, biases, group_size, bits)
     return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
 

@@ -1,7 +1,7 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <numeric>
 #include <stdexcept>
 
@@ -71,46 +71,49 @@ Matrix in_slot(const Matrix& first, int64_t slot) {
   return matrix;
 }
 
-float silu(float x) {
-  return x / (1.0f + std::exp(-x));
-}
-
-void compute(const Product& product) {
-  Workers& workers = Workers::shared();
-  const Kernels& kernel = kernels();
-  const Needs needs(product);
-  const int64_t arranged = kernel.layout(product.matrix).arranged;
-  const int64_t rows = product.matrix.rows;
-  const int64_t share = product.pairs / product.vectors;
-  float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(product.memory) + 63) & ~uintptr_t(63));
-  float* const vectors = memory;
-  float* const scratch = vectors + needs.vectors;
-  float* const results = needs.pairs ? scratch + workers.cores() * (needs.scratch + needs.up) : product.out;
-
-  workers.run(product.vectors, [&](int64_t vector, int) {
-    kernel.arrange(product.matrix, product.x + vector * product.matrix.columns, vectors + vector * arranged);
-  });
-
-  // Pairs in the order of their slots: those of a slot are multiplied together.
-  std::vector<int64_t> order(product.pairs);
-  std::iota(order.begin(), order.end(), 0);
+// The products of a call, as items that threads take: chunks of rows of one slot.
+struct Plan {
+  const Product& product;
+  const Needs needs;
+  const int64_t arranged;
+  float *vectors, *scratch, *results;
+  std::vector<int64_t> order;         // pairs in the order of their slots: those of a slot are multiplied together
   std::vector<int64_t> begins = {0};  // of each slot's pairs
-  if (product.slots) {
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return product.slots[a] < product.slots[b];
-    });
-    for (int64_t i = 1; i < product.pairs; ++i) {
-      if (product.slots[order[i]] != product.slots[order[i - 1]]) {
-        begins.push_back(i);
+  int64_t chunk, chunks, items;
+
+  explicit Plan(const Product& of)
+      : product(of), needs(of), arranged(kernels().layout(of.matrix).arranged), order(of.pairs) {
+    vectors = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(product.memory) + 63) & ~uintptr_t(63));
+    scratch = vectors + needs.vectors;
+    const int64_t of_threads = Workers::shared().cores() * (needs.scratch + needs.up);
+    results = needs.pairs ? scratch + of_threads : product.out;
+    std::iota(order.begin(), order.end(), 0);
+    if (product.slots) {
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return product.slots[a] < product.slots[b];
+      });
+      for (int64_t i = 1; i < product.pairs; ++i) {
+        if (product.slots[order[i]] != product.slots[order[i - 1]]) {
+          begins.push_back(i);
+        }
       }
     }
+    const int64_t groups = begins.size();
+    begins.push_back(product.pairs);
+    chunk = chunk_rows(product, groups);
+    chunks = (product.matrix.rows + chunk - 1) / chunk;
+    items = groups * chunks;
   }
-  const int64_t groups = begins.size();
-  begins.push_back(product.pairs);
 
-  const int64_t chunk = chunk_rows(product, groups);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  workers.run(groups * chunks, [&](int64_t item, int thread) {
+  void arrange(int64_t vector) const {
+    kernels().arrange(
+        product.matrix, product.x + vector * product.matrix.columns, vectors + vector * arranged);
+  }
+
+  void multiply(int64_t item, int thread) const {
+    const Kernels& kernel = kernels();
+    const int64_t rows = product.matrix.rows;
+    const int64_t share = product.pairs / product.vectors;
     const int64_t group = item / chunks;
     const int64_t begin = item % chunks * chunk;
     const int64_t end = std::min(rows, begin + chunk);
@@ -130,15 +133,14 @@ void compute(const Product& product) {
       if (product.kind == Product::Kind::gate_up) {
         kernel.multiply(in_slot(product.up, slot), begin, end, x, up, count, own);
         for (int64_t i = 0; i < count; ++i) {
-          for (int64_t row = 0; row < end - begin; ++row) {
-            out[i][row] = silu(out[i][row]) * up[i][row];
-          }
+          kernel.swiglu(out[i], up[i], end - begin);
         }
       }
     }
-  });
+  }
 
-  if (product.kind == Product::Kind::down) {
+  void add_up() const {
+    const int64_t rows = product.matrix.rows;
     const int64_t top_k = product.pairs / product.tokens;
     for (int64_t token = 0; token < product.tokens; ++token) {
       float* const out = product.out + token * rows;
@@ -150,6 +152,58 @@ void compute(const Product& product) {
       }
     }
   }
+};
+
+// One after another for what goes before and after, but in one loop of all their chunks.
+template <size_t COUNT>
+void compute(const std::array<Product, COUNT>& products) {
+  Workers& workers = Workers::shared();
+  auto plans = [&]<size_t... I>(std::index_sequence<I...>) {
+    return std::array<Plan, COUNT>{Plan(products[I])...};
+  }(std::make_index_sequence<COUNT>());
+  int64_t items = 0;
+  for (const Plan& plan : plans) {
+    workers.run(plan.product.vectors, [&](int64_t vector, int) { plan.arrange(vector); });
+    items += plan.items;
+  }
+  workers.run(items, [&](int64_t item, int thread) {
+    size_t number = 0;
+    for (; item >= plans[number].items; ++number) {
+      item -= plans[number].items;
+    }
+    plans[number].multiply(item, thread);
+  });
+  for (const Plan& plan : plans) {
+    if (plan.product.kind == Product::Kind::down) {
+      plan.add_up();
+    }
+  }
+}
+
+// The matrix whose weight, scales and biases are the next of the inputs.
+Matrix next_matrix(const std::vector<mx::array>& inputs, size_t& next, int64_t columns, int group, int bits) {
+  const mx::array& weight = inputs[next++];
+  const mx::array& scales = inputs[next++];
+  const mx::array& biases = inputs[next++];
+  const Scales stored = scales.dtype() == mx::float32 ? Scales::float32
+      : scales.dtype() == mx::float16                 ? Scales::float16
+                                                      : Scales::bfloat16;
+  return {
+      weight.data<uint32_t>(), scales.data<void>(), biases.data<void>(), stored, weight.shape(-2), columns, group, bits};
+}
+
+// Launch products that have all but their memory.
+template <size_t COUNT>
+void launch(std::array<Product, COUNT> products, const mx::Stream& stream) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  for (Product& product : products) {
+    const int64_t nbytes = Needs(product).total() * sizeof(float);
+    mx::array memory({static_cast<int>(nbytes)}, mx::uint8, nullptr, {});
+    memory.set_data(mx::allocator::malloc(nbytes));
+    product.memory = reinterpret_cast<float*>(memory.data<uint8_t>());
+    encoder.add_temporary(memory);
+  }
+  encoder.dispatch([products] { compute(products); });
 }
 
 class QuantizedProduct : public mx::Primitive {
@@ -173,9 +227,9 @@ class QuantizedProduct : public mx::Primitive {
     if (kind_ == Product::Kind::down) {
       product.scores = inputs[next++].data<float>();
     }
-    product.matrix = matrix(inputs, next, x.shape(-1));
+    product.matrix = next_matrix(inputs, next, x.shape(-1), group_, bits_);
     if (kind_ == Product::Kind::gate_up) {
-      product.up = matrix(inputs, next, x.shape(-1));
+      product.up = next_matrix(inputs, next, x.shape(-1), group_, bits_);
     }
     product.vectors = x.size() / x.shape(-1);
     if (!slots_) {
@@ -186,13 +240,7 @@ class QuantizedProduct : public mx::Primitive {
     if (product.pairs == 0 || product.matrix.rows == 0) {
       return;
     }
-    const int64_t nbytes = Needs(product).total() * sizeof(float);
-    mx::array memory({static_cast<int>(nbytes)}, mx::uint8, nullptr, {});
-    memory.set_data(mx::allocator::malloc(nbytes));
-    product.memory = reinterpret_cast<float*>(memory.data<uint8_t>());
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(memory);
-    encoder.dispatch([product] { compute(product); });
+    launch(std::array{product}, stream());
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -209,28 +257,55 @@ class QuantizedProduct : public mx::Primitive {
   }
 
  private:
-  Matrix matrix(const std::vector<mx::array>& inputs, size_t& next, int64_t columns) const {
-    const mx::array& weight = inputs[next++];
-    const mx::array& scales = inputs[next++];
-    const mx::array& biases = inputs[next++];
-    const Scales stored = scales.dtype() == mx::float32 ? Scales::float32
-        : scales.dtype() == mx::float16                 ? Scales::float16
-                                                        : Scales::bfloat16;
-    return {
-        weight.data<uint32_t>(),
-        scales.data<void>(),
-        biases.data<void>(),
-        stored,
-        weight.shape(-2),
-        columns,
-        group_,
-        bits_};
-  }
-
   Product::Kind kind_;
   bool slots_;
   int group_;
   int bits_;
+};
+
+class AskPrimitive : public mx::Primitive {
+ public:
+  AskPrimitive(mx::Stream stream, Format router, Format shared) : Primitive(stream), router_(router), shared_(shared) {}
+
+  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
+    for (mx::array& out : outputs) {
+      out.set_data(mx::allocator::malloc(out.nbytes()));
+    }
+    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
+    const int64_t columns = inputs[0].shape(-1);
+    Product logits{};
+    logits.x = inputs[0].data<float>();
+    logits.vectors = logits.pairs = inputs[0].size() / columns;
+    if (logits.vectors == 0) {
+      return;
+    }
+    Product hidden = logits;
+    size_t next = 1;
+    logits.kind = Product::Kind::plain;
+    logits.matrix = next_matrix(inputs, next, columns, router_.group, router_.bits);
+    logits.out = outputs[0].data<float>();
+    hidden.kind = Product::Kind::gate_up;
+    hidden.matrix = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
+    hidden.up = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
+    hidden.out = outputs[1].data<float>();
+    launch(std::array{logits, hidden}, stream());
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error("[flashmoe] products of the CPU were asked of a GPU.");
+  }
+
+  const char* name() const override {
+    return "FlashMoEAsk";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& ask = static_cast<const AskPrimitive&>(other);
+    return router_ == ask.router_ && shared_ == ask.shared_;
+  }
+
+ private:
+  Format router_, shared_;
 };
 
 void require(bool condition, const char* what) {
@@ -257,9 +332,20 @@ void check(const mx::array& x, const Quantized& matrix, int group, int bits, siz
       "weight and scales differ in rows or slots");
 }
 
-void check_slots(const mx::array& slots) {
+// Whether slots are [..., top_k], with the same axes before the last as x.
+void check_slots(const mx::array& slots, const mx::array& x, size_t behind) {
   require(slots.dtype() == mx::uint32, "slots must be uint32");
-  require(slots.ndim() == 2, "slots must be [tokens, top_k]");
+  require(
+      slots.ndim() >= 1 && x.ndim() == slots.ndim() + behind - 1 &&
+          std::equal(x.shape().begin(), x.shape().end() - 1, slots.shape().begin()),
+      "x and slots do not match");
+}
+
+// [..., top_k, rows]
+mx::Shape shape_of(const mx::array& slots, const mx::array& weight) {
+  mx::Shape shape = slots.shape();
+  shape.push_back(weight.shape(1));
+  return shape;
 }
 
 mx::array make(
@@ -282,14 +368,13 @@ mx::array linear(const mx::array& x, const Quantized& matrix, int group, int bit
 
 mx::array matvec(const mx::array& x, const mx::array& slots, const Quantized& matrix, int group, int bits) {
   check(x, matrix, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 3 && x.shape(0) == slots.shape(0) && x.shape(1) == slots.shape(1), "x and slots do not match");
+  check_slots(slots, x, 2);
   return make(
       Product::Kind::plain,
       true,
       group,
       bits,
-      {slots.shape(0), slots.shape(1), matrix.weight.shape(1)},
+      shape_of(slots, matrix.weight),
       {x, slots, matrix.weight, matrix.scales, matrix.biases});
 }
 
@@ -297,15 +382,14 @@ mx::array gate_up(
     const mx::array& x, const mx::array& slots, const Quantized& gate, const Quantized& up, int group, int bits) {
   check(x, gate, group, bits, 3);
   check(x, up, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 2 && x.shape(0) == slots.shape(0), "x and slots do not match");
+  check_slots(slots, x, 1);
   require(gate.weight.shape() == up.weight.shape(), "gate and up differ in shape");
   return make(
       Product::Kind::gate_up,
       true,
       group,
       bits,
-      {slots.shape(0), slots.shape(1), gate.weight.shape(1)},
+      shape_of(slots, gate.weight),
       {x, slots, gate.weight, gate.scales, gate.biases, up.weight, up.scales, up.biases});
 }
 
@@ -317,16 +401,33 @@ mx::array down(
     int group,
     int bits) {
   check(x, matrix, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 3 && x.shape(0) == slots.shape(0) && x.shape(1) == slots.shape(1), "x and slots do not match");
+  check_slots(slots, x, 2);
   require(scores.shape() == slots.shape() && scores.dtype() == mx::float32, "scores must be float32, one a slot");
+  mx::Shape shape = slots.shape();
+  shape.back() = matrix.weight.shape(1);
   return make(
       Product::Kind::down,
       true,
       group,
       bits,
-      {slots.shape(0), matrix.weight.shape(1)},
+      std::move(shape),
       {x, slots, scores, matrix.weight, matrix.scales, matrix.biases});
+}
+
+std::vector<mx::array> ask(
+    const mx::array& x, const Quantized& router, Format asked, const Quantized& gate, const Quantized& up, Format shared) {
+  check(x, router, asked.group, asked.bits, 2);
+  check(x, gate, shared.group, shared.bits, 2);
+  check(x, up, shared.group, shared.bits, 2);
+  require(gate.weight.shape() == up.weight.shape(), "gate and up differ in shape");
+  mx::Shape logits = x.shape(), hidden = x.shape();
+  logits.back() = router.weight.shape(0);
+  hidden.back() = gate.weight.shape(0);
+  return mx::array::make_arrays(
+      {std::move(logits), std::move(hidden)},
+      {mx::float32, mx::float32},
+      std::make_shared<AskPrimitive>(mx::to_stream({}), asked, shared),
+      {x, router.weight, router.scales, router.biases, gate.weight, gate.scales, gate.biases, up.weight, up.scales, up.biases});
 }
 
 }  // namespace flashmoe
