@@ -19,7 +19,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from flashmoe_mlx import ops, trunk_ops
 from flashmoe_mlx.early import FEW_TOKENS
-from flashmoe_mlx.ops import Dense
+from flashmoe_mlx.ops import Dense, native_kernels
+from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.trunk_ops import Layout, Rope
 
 # What a layer makes until its experts are known: the residual and the experts' input [1, tokens, hidden], expert
@@ -38,12 +39,13 @@ class Snapshot:
     """The linear layers that another way was made of, so that it is not taken once they were changed.
 
     Args:
+        dtype (mx.Dtype): of the activations that they are for.
         parents (tuple): modules, each with the names of those of its children that count.
     """
 
-    def __init__(self, *parents: tuple[nn.Module, Iterable[str]]):
+    def __init__(self, dtype: mx.Dtype, *parents: tuple[nn.Module, Iterable[str]]):
+        self.dtype = dtype
         children = [(parent, name, parent[name]) for parent, names in parents for name in names]
-        self.dtype: mx.Dtype = children[0][2].scales.dtype
         arrays = [(linear, "scales", linear.scales) for _, _, linear in children]
         self._modules, self._names, self._values = zip(*children, *arrays, strict=True)
 
@@ -102,7 +104,7 @@ class FewLaunches(nn.Module):
             return y
         normed = way.normed.take(x)
         if normed is None:
-            normed = mx.fast.rms_norm(x, *way.norm)
+            normed = self.input_layernorm(x)
         residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
         routed = self.mlp.switch_mlp(experts_input, experts)
         y, normed = way.end(residual, routed, scores, shared)
@@ -152,14 +154,14 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
         return None
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
     shared = block.shared_expert
-    inputs = [mixer[name] for name in _INPUTS[type(mixer)]]
-    output = mixer[_OUTPUT[type(mixer)]]
+    names, output_name = next(names for kind, names in _PROJECTIONS.items() if isinstance(mixer, kind))
+    inputs, output = [mixer[name] for name in names], mixer[output_name]
     router = [block[name] for name in _ROUTER]
     swiglu = [shared[name] for name in _SWIGLU]
     floats = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *_own_floats(mixer)]
     if not (_alike(inputs) and _alike(router) and all(_alike([linear]) for linear in (output, *swiglu))):
         return None
-    if not _same_dtype(floats, inputs, [output], router, swiglu):
+    if not _fit(floats, inputs, [output], router, *[[linear] for linear in swiglu]):
         return None
     if not layer.is_linear and (type(mixer.rope) is not nn.RoPE or mixer.rope.traditional):
         return None
@@ -176,7 +178,7 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     way = Way(
         make(mixer, inputs, output, block_weights),
         _end(following.norm if following else norm),  # of what the last layer makes nothing comes
-        Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER), (shared, _SWIGLU)),
+        Snapshot(floats[0].dtype, (mixer, (*names, output_name)), (block, _ROUTER), (shared, _SWIGLU)),
         norm,
         normed,
         following.normed if following else normed,
@@ -187,15 +189,11 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     return way
 
 
-_INPUTS = {
-    qwen3_5.GatedDeltaNet: ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-    qwen3_next.Qwen3NextGatedDeltaNet: ("in_proj_qkvz", "in_proj_ba"),
-    qwen3_next.Qwen3NextAttention: ("q_proj", "k_proj", "v_proj"),
-}
-_OUTPUT = {
-    qwen3_5.GatedDeltaNet: "out_proj",
-    qwen3_next.Qwen3NextGatedDeltaNet: "out_proj",
-    qwen3_next.Qwen3NextAttention: "o_proj",
+# Of a mixer those that read its input, and the one that makes its output.
+_PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
+    qwen3_5.GatedDeltaNet: (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), "out_proj"),
+    qwen3_next.Qwen3NextGatedDeltaNet: (("in_proj_qkvz", "in_proj_ba"), "out_proj"),
+    qwen3_next.Qwen3NextAttention: (("q_proj", "k_proj", "v_proj"), "o_proj"),
 }
 _ROUTER = ("gate", "shared_expert_gate")
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
@@ -242,7 +240,7 @@ def _layout(mixer: nn.Module) -> Layout:
     share = mixer.num_v_heads // heads
     sizes = (key_dim, key_dim, share * value_dim, share * value_dim, share, share)  # of a key head
     starts = [sum(sizes[:part]) for part in range(6)]
-    if type(mixer) is qwen3_5.GatedDeltaNet:  # all heads' queries, then all heads' keys, ...
+    if isinstance(mixer, qwen3_5.GatedDeltaNet):  # all heads' queries, then all heads' keys, ...
         return tuple((heads * start, size) for start, size in zip(starts, sizes, strict=True))
     stride = starts[4]  # a key head's queries, keys, values and gates, then another's; behind them betas and decays
     return tuple([(start, stride) for start in starts[:4]] + [(heads * stride + i * share, 2 * share) for i in (0, 1)])
@@ -339,6 +337,7 @@ def _merge(linears: list[nn.Module]) -> Dense:
         merged[name] = mx.concatenate([linear[name] for linear in linears])
         parts = mx.split(merged[name], ends)  # they share the memory of the whole
         mx.eval(parts, merged[name])
+        use_large_pages(merged[name])
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
     return Dense(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
@@ -346,18 +345,22 @@ def _merge(linears: list[nn.Module]) -> Dense:
 
 def _alike(linears: list[nn.Module]) -> bool:
     """Whether they are plain layers of one affine quantisation."""
-    if any(type(each) is not nn.QuantizedLinear or each.mode != "affine" or "bias" in each for each in linears):
+    if any(not isinstance(each, nn.QuantizedLinear) or each.mode != "affine" or "bias" in each for each in linears):
         return False
     return len({(linear.group_size, linear.bits) for linear in linears}) == 1
 
 
 def _own_floats(mixer: nn.Module) -> list[mx.array]:
     """Parameters of a mixer that are not quantised and that kernels read with the dtype of activations."""
-    if type(mixer) is qwen3_next.Qwen3NextAttention:
+    if isinstance(mixer, qwen3_next.Qwen3NextAttention):
         return [mixer.q_norm.weight, mixer.k_norm.weight]
     return [mixer.conv1d.weight]
 
 
-def _same_dtype(floats: Iterable[mx.array], *groups: list[nn.Module]) -> bool:
-    scales = [part for linears in groups for linear in linears for part in (linear.scales, linear.biases)]
-    return len({array.dtype for array in (*floats, *scales)}) == 1
+def _fit(floats: list[mx.array], *groups: list[nn.Module]) -> bool:
+    """Whether kernels can read them. Native ones take any scales, if those of a matrix are of one dtype."""
+    dtypes = {array.dtype for array in floats}
+    of_groups = [{part.dtype for linear in linears for part in (linear.scales, linear.biases)} for linears in groups]
+    if native_kernels(floats[0]) is None:
+        return len(dtypes.union(*of_groups)) == 1
+    return all(len(each) == 1 for each in (dtypes, *of_groups))
