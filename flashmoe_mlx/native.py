@@ -11,6 +11,12 @@ from typing import Protocol, cast
 import mlx.core as mx
 
 
+class Chain(Protocol):
+    """Some of these functions in a row as one operation; of inputs in the shapes that it was made for."""
+
+    def __call__(self, inputs: Sequence[mx.array], /) -> list[mx.array] | None: ...
+
+
 class Kernels(Protocol):
     """The functions of ``native/``. All are lazy, take float32 vectors and add up in float32.
 
@@ -19,6 +25,8 @@ class Kernels(Protocol):
     """
 
     mlx_version: str
+
+    def Chain(self, inputs: Sequence[mx.array], outputs: Sequence[mx.array], /) -> Chain: ...
 
     def linear(
         self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /

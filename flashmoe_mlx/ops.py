@@ -5,6 +5,7 @@ decoding, and reads slabs in place. Activations must begin at a multiple of 16 b
 of another may not. A CPU's kernels are in ``native/`` and take any number of tokens.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from flashmoe_mlx import gpu, native
 
 MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
 MAX_TOP_K = 16  # experts of a token, for down()
+_MOST_CHAINS = 8  # of a function: decoding asks for few shapes
 
 
 class Quantized(NamedTuple):
@@ -77,6 +79,38 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized | Dense) -> bo
 def native_kernels(x: mx.array) -> native.Kernels | None:
     """The native kernels, if they take ``x``."""
     return native.kernels() if x.dtype == mx.float32 and not gpu.on_gpu() else None
+
+
+class Fused:
+    """A function of arrays that returns some, and costs the host little: on a CPU it is one operation if all that it
+    computes are native kernels, elsewhere ``mx.compile`` keeps what it builds.
+
+    Args:
+        function (Callable): depends on its arguments' shapes and dtypes only, and on arrays that never change.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[mx.array]]):
+        self._function = function
+        self._compiled: Callable[..., Sequence[mx.array]] = mx.compile(function)
+        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for
+        self._foreign = False
+
+    def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
+        """What the function returns, lazily."""
+        kernels = None if self._foreign else native_kernels(inputs[0])
+        if kernels is None:
+            return self._compiled(*inputs)
+        for chain in self._chains:
+            if (made := chain(inputs)) is not None:
+                return made
+        if len(self._chains) == _MOST_CHAINS:
+            return self._compiled(*inputs)
+        outputs = self._function(*inputs)
+        try:
+            self._chains.append(kernels.Chain(inputs, outputs))
+        except ValueError:  # MLX computes a part of it
+            self._foreign = True
+        return outputs
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:

@@ -6,7 +6,7 @@ one kernel, and a layer ends with the norm that the next one begins with. The ho
 All else, prompts above all, runs through mlx-lm's own code.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_
@@ -19,7 +19,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from flashmoe_mlx import ops, trunk_ops
 from flashmoe_mlx.early import FEW_TOKENS
-from flashmoe_mlx.ops import Dense, native_kernels
+from flashmoe_mlx.ops import Dense, Fused, native_kernels
 from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.trunk_ops import Layout, Rope
 
@@ -74,7 +74,8 @@ class Way:
     """How a layer computes a step of few tokens.
 
     Args:
-        mix (Callable): all up to the experts, of the layer's input and its norm, ``[1, tokens, hidden]``, and a cache.
+        mix (Callable): all up to the experts, see :data:`Routed`, of the layer's input and its norm,
+            ``[1, tokens, hidden]``, and a cache.
         end (Callable): the layer's output and its norm, of the residual, the experts' outputs, their scores, and the
             shared expert's output.
         made_of (Snapshot): what it was made of.
@@ -83,7 +84,7 @@ class Way:
         next_normed (Prepared): likewise, for the layer behind it.
     """
 
-    mix: Callable[[mx.array, mx.array, Any], Routed]
+    mix: Callable[[mx.array, mx.array, Any], Sequence[mx.array]]
     end: Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
     made_of: Snapshot
     norm: Norm
@@ -213,21 +214,20 @@ class _Block(NamedTuple):
 
 def _delta_net(
     mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
-) -> Callable[[mx.array, mx.array, Any], Routed]:
+) -> Callable[[mx.array, mx.array, Any], Sequence[mx.array]]:
     merged, layout, out = _merge(inputs), _layout(mixer), _matrix(output)
     taps, a_log, dt_bias, norm = mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, _norm(mixer.norm)
 
-    @mx.compile
-    def step(x: mx.array, normed: mx.array, window: mx.array, state: mx.array) -> tuple[Routed, mx.array, mx.array]:
+    @Fused
+    def step(x: mx.array, normed: mx.array, window: mx.array, state: mx.array) -> tuple[mx.array, ...]:
         projected = ops.linear(normed, *merged)
         y, window, state = trunk_ops.gated_delta(
             projected, window, state, taps, a_log, dt_bias, norm.weight, layout=layout, eps=norm.eps
         )
-        return _route(x, ops.linear(y, *out), block), window, state
+        return *_route(x, ops.linear(y, *out), block), window, state
 
-    def mix(x: mx.array, normed: mx.array, cache: ArraysCache) -> Routed:
-        routed: Routed
-        routed, cache[0], cache[1] = step(x, normed, cache[0], cache[1])
+    def mix(x: mx.array, normed: mx.array, cache: ArraysCache) -> Sequence[mx.array]:
+        *routed, cache[0], cache[1] = step(x, normed, cache[0], cache[1])
         cache.advance(x.shape[1])
         return routed
 
@@ -248,7 +248,7 @@ def _layout(mixer: nn.Module) -> Layout:
 
 def _attention(
     mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
-) -> Callable[[mx.array, mx.array, Any], Routed]:
+) -> Callable[[mx.array, mx.array, Any], Sequence[mx.array]]:
     merged, out, scale = _merge(inputs), _matrix(output), mixer.scale
     heads, key_heads = mixer.num_attention_heads, mixer.num_key_value_heads
     q_norm, k_norm = mixer.q_norm.weight, mixer.k_norm.weight
@@ -265,11 +265,11 @@ def _attention(
         return queries, keys, values, projected
 
     @lru_cache(maxsize=8)
-    def behind(capacity: int) -> Callable[..., Routed]:
+    def behind(capacity: int) -> Fused:
         """All that follows a cache of so many positions. It grows, and one function would keep what MLX compiles for
         each size."""
 
-        @mx.compile
+        @Fused
         def attended(
             keys: mx.array, values: mx.array, queries: mx.array, projected: mx.array, position: mx.array, x: mx.array
         ) -> Routed:
@@ -278,7 +278,7 @@ def _attention(
 
         return attended
 
-    def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Routed:
+    def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Sequence[mx.array]:
         position = _position(cache.offset)
         queries, keys, values, projected = project(normed, position)
         _append(cache, keys, values)

@@ -6,12 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -33,7 +30,6 @@ struct Rows {
 struct Attention {
   Rows queries, keys, values;
   float* out;      // [batch, tokens, heads, size]
-  float* weights;  // [cores, ATTENTION_ROWS, padded(seen)]
   int64_t batch, heads, key_heads, tokens, seen, size;
   float scale;
   bool causal;
@@ -55,7 +51,10 @@ void compute(const Attention& attention) {
   const int64_t all = attention.position
       ? std::clamp<int64_t>(*attention.position + attention.tokens, attention.tokens, attention.seen)
       : attention.seen;
-  Workers::shared().run(attention.batch * attention.key_heads * tiles, [&](int64_t item, int thread) {
+  Workers& workers = Workers::shared();
+  const int64_t own = ATTENTION_ROWS * padded(all);  // floats of a thread
+  float* const weights = scratch(workers.cores() * own);
+  workers.run(attention.batch * attention.key_heads * tiles, [&](int64_t item, int thread) {
     const int64_t b = item / tiles / attention.key_heads;
     const int64_t key_head = item / tiles % attention.key_heads;
     const float* queries[ATTENTION_ROWS];
@@ -78,8 +77,8 @@ void compute(const Attention& attention) {
         seen,
         attention.size,
         attention.scale,
-        attention.weights + thread * ATTENTION_ROWS * padded(attention.seen),
-        padded(attention.seen),
+        weights + thread * own,
+        padded(all),
         out);
     const int64_t count = std::min(ATTENTION_ROWS, rows - item % tiles * ATTENTION_ROWS);
     for (int64_t i = 0; attention.gates && i < count; ++i) {
@@ -90,23 +89,18 @@ void compute(const Attention& attention) {
   });
 }
 
-class AttentionPrimitive : public mx::UnaryPrimitive {
+class AttentionPrimitive : public Operation {
  public:
   AttentionPrimitive(mx::Stream stream, float scale, bool causal)
-      : UnaryPrimitive(stream), scale_(scale), causal_(causal) {}
+      : Operation(stream), scale_(scale), causal_(causal) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    std::vector<mx::array> inputs;  // rows of a cache are read where they are
-    for (const mx::array& each : given) {  // and what else there is, as it is
-      inputs.push_back(each.ndim() == 4 && each.strides().back() == 1 ? each : contiguous_inputs({each}, stream())[0]);
-    }
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto rows = [&](size_t i) {
       const auto& strides = inputs[i].strides();
       return Rows{inputs[i].data<float>(), strides[0], strides[1], strides[2]};
     };
     Attention attention{rows(0), rows(1), rows(2)};
-    attention.out = out.data<float>();
+    attention.out = outputs[0].data<float>();
     attention.batch = inputs[0].shape(0);
     attention.heads = inputs[0].shape(1);
     attention.tokens = inputs[0].shape(2);
@@ -120,17 +114,7 @@ class AttentionPrimitive : public mx::UnaryPrimitive {
       attention.gates = inputs[4].data<float>();
       attention.width = inputs[4].shape(-1);
     }
-    const int64_t floats = Workers::shared().cores() * ATTENTION_ROWS * padded(attention.seen);
-    mx::array weights({static_cast<int>(floats)}, mx::float32, nullptr, {});
-    weights.set_data(mx::allocator::malloc(weights.nbytes()));
-    attention.weights = weights.data<float>();
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(weights);
-    encoder.dispatch([attention] { compute(attention); });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
-    throw std::runtime_error("[flashmoe] attention of the CPU was asked of a GPU.");
+    return [attention] { compute(attention); };
   }
 
   const char* name() const override {
@@ -142,60 +126,62 @@ class AttentionPrimitive : public mx::UnaryPrimitive {
     return scale_ == attention.scale_ && causal_ == attention.causal_;
   }
 
+ protected:
+  // Rows of a cache are read where they are.
+  std::vector<mx::array> arranged(const std::vector<mx::array>& inputs) const override {
+    std::vector<mx::array> arranged;
+    for (const mx::array& each : inputs) {
+      const bool rows = each.ndim() == 4 && each.strides().back() == 1;
+      arranged.push_back(rows ? each : Operation::arranged({each})[0]);
+    }
+    return arranged;
+  }
+
  private:
   float scale_;
   bool causal_;
 };
 
-class NormRope : public mx::Primitive {
+class NormRope : public Operation {
  public:
-  NormRope(mx::Stream stream, float eps) : Primitive(stream), eps_(eps) {}
+  NormRope(mx::Stream stream, float eps) : Operation(stream), eps_(eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
-    for (mx::array& out : outputs) {
-      out.set_data(mx::allocator::malloc(out.nbytes()));
-    }
-    const std::vector<mx::array> in = contiguous_inputs(given, stream());
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [x = in[0].data<float>(),
-         norms = std::array{in[1].data<float>(), in[2].data<float>()},
-         position = in[3].data<int32_t>(),
-         frequencies = in[4].data<float>(),
-         count = static_cast<int64_t>(in[4].size()),
-         to = std::array{outputs[0].data<float>(), outputs[1].data<float>()},
-         heads = std::array<int64_t, 2>{outputs[0].shape(1), outputs[1].shape(1)},
-         batch = in[0].shape(0),
-         tokens = static_cast<int64_t>(in[0].shape(1)),
-         width = static_cast<int64_t>(in[0].shape(2)),
-         size = static_cast<int64_t>(in[1].size()),
-         eps = eps_] {
-          const Kernels& kernel = kernels();
-          Workers::shared().run(batch * tokens, [&](int64_t item, int) {
-            const int64_t sequence = item / tokens, token = item % tokens;
-            std::vector<float> cosines(count), sines(count);
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& outputs) override {
+    return [x = in[0].data<float>(),
+     norms = std::array{in[1].data<float>(), in[2].data<float>()},
+     position = in[3].data<int32_t>(),
+     frequencies = in[4].data<float>(),
+     count = static_cast<int64_t>(in[4].size()),
+     to = std::array{outputs[0].data<float>(), outputs[1].data<float>()},
+     heads = std::array<int64_t, 2>{outputs[0].shape(1), outputs[1].shape(1)},
+     batch = in[0].shape(0),
+     tokens = static_cast<int64_t>(in[0].shape(1)),
+     width = static_cast<int64_t>(in[0].shape(2)),
+     size = static_cast<int64_t>(in[1].size()),
+     eps = eps_] {
+      const Kernels& kernel = kernels();
+      Workers::shared().run(batch * tokens, [&](int64_t item, int) {
+        const int64_t sequence = item / tokens, token = item % tokens;
+        std::vector<float> cosines(count), sines(count);
+        for (int64_t i = 0; i < count; ++i) {
+          const double angle = static_cast<float>(*position + token) * frequencies[i];  // rounded as MLX does
+          cosines[i] = static_cast<float>(std::cos(angle));
+          sines[i] = static_cast<float>(std::sin(angle));
+        }
+        for (int kind = 0; kind < 2; ++kind) {
+          for (int64_t head = 0; head < heads[kind]; ++head) {
+            const float* const from = x + item * width + (kind ? 2 * heads[0] + head : 2 * head) * size;
+            float* const out = to[kind] + ((sequence * heads[kind] + head) * tokens + token) * size;
+            kernel.norm(from, nullptr, norms[kind], eps, size, nullptr, out);
             for (int64_t i = 0; i < count; ++i) {
-              const double angle = static_cast<float>(*position + token) * frequencies[i];  // rounded as MLX does
-              cosines[i] = static_cast<float>(std::cos(angle));
-              sines[i] = static_cast<float>(std::sin(angle));
+              const float a = out[i], b = out[i + count];
+              out[i] = a * cosines[i] - b * sines[i];
+              out[i + count] = a * sines[i] + b * cosines[i];
             }
-            for (int kind = 0; kind < 2; ++kind) {
-              for (int64_t head = 0; head < heads[kind]; ++head) {
-                const float* const from = x + item * width + (kind ? 2 * heads[0] + head : 2 * head) * size;
-                float* const out = to[kind] + ((sequence * heads[kind] + head) * tokens + token) * size;
-                kernel.norm(from, nullptr, norms[kind], eps, size, nullptr, out);
-                for (int64_t i = 0; i < count; ++i) {
-                  const float a = out[i], b = out[i + count];
-                  out[i] = a * cosines[i] - b * sines[i];
-                  out[i + count] = a * sines[i] + b * cosines[i];
-                }
-              }
-            }
-          });
-        });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] a rope of the CPU was asked of a GPU.");
+          }
+        }
+      });
+    };
   }
 
   const char* name() const override {

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include "kernels.h"
 #include "mlx/version.h"
 #include "norm.h"
+#include "operation.h"
 #include "products.h"
 #include "route.h"
 #include "workers.h"
@@ -58,6 +60,9 @@ NB_MODULE(_native, m) {
             x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
       });
   m.def("attention", &flashmoe::attention);
+  nb::class_<flashmoe::Chain>(m, "Chain")
+      .def(nb::init<const std::vector<array>&, const std::vector<array>&>())
+      .def("__call__", &flashmoe::Chain::operator());
   m.def("norm_rope", &flashmoe::norm_rope);
   m.def("attend", &flashmoe::attend);
   m.def("delta_net", &flashmoe::delta_net);

@@ -5,12 +5,9 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -25,7 +22,6 @@ constexpr int64_t MOST_TAPS = 16;
 struct DeltaNet {
   const float *x, *window, *state, *taps, *a_log, *dt_bias, *norm;
   float *out, *new_window, *new_state;
-  float* memory;  // [cores, 2 * keys + values]
   int64_t batch, tokens, width, channels, kernel, key_heads, value_heads, keys, values;
   DeltaLayout layout;
   float eps;
@@ -92,23 +88,22 @@ void recur(const DeltaNet& net, int64_t sequence, int64_t head, float* memory) {
 }
 
 void compute(const DeltaNet& net) {
-  Workers::shared().run(net.batch * net.value_heads, [&](int64_t item, int thread) {
-    recur(net, item / net.value_heads, item % net.value_heads, net.memory + thread * (2 * net.keys + net.values));
+  Workers& workers = Workers::shared();
+  const int64_t own = 2 * net.keys + net.values;
+  float* const memory = scratch(workers.cores() * own);
+  workers.run(net.batch * net.value_heads, [&](int64_t item, int thread) {
+    recur(net, item / net.value_heads, item % net.value_heads, memory + thread * own);
   });
 }
 
-class GatedDeltaNet : public mx::Primitive {
+class GatedDeltaNet : public Operation {
  public:
   GatedDeltaNet(mx::Stream stream, const DeltaLayout& layout, float eps)
-      : Primitive(stream), layout_(layout), eps_(eps) {}
+      : Operation(stream), layout_(layout), eps_(eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& out) override {
-    const std::vector<mx::array> in = contiguous_inputs(given, stream());
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
     const mx::array& x = in[0];
     const mx::array& state = in[2];
-    for (mx::array& each : out) {
-      each.set_data(mx::allocator::malloc(each.nbytes()));
-    }
     DeltaNet net{};
     const float** addresses[] = {&net.x, &net.window, &net.state, &net.taps, &net.a_log, &net.dt_bias, &net.norm};
     for (size_t i = 0; i < in.size(); ++i) {
@@ -128,17 +123,7 @@ class GatedDeltaNet : public mx::Primitive {
     net.key_heads = (net.channels - net.value_heads * net.values) / (2 * net.keys);
     net.layout = layout_;
     net.eps = eps_;
-    mx::array memory(
-        {Workers::shared().cores(), static_cast<int>(2 * net.keys + net.values)}, mx::float32, nullptr, {});
-    memory.set_data(mx::allocator::malloc(memory.nbytes()));
-    net.memory = memory.data<float>();
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(memory);
-    encoder.dispatch([net] { compute(net); });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] a GatedDeltaNet of the CPU was asked of a GPU.");
+    return [net] { compute(net); };
   }
 
   const char* name() const override {

@@ -2,12 +2,9 @@
 
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -16,44 +13,35 @@ namespace flashmoe {
 namespace {
 
 // The norm of the first input, or of what it becomes by others; the weight is the last input.
-class Norm : public mx::Primitive {
+class Norm : public Operation {
  public:
-  Norm(mx::Stream stream, float eps) : Primitive(stream), eps_(eps) {}
+  Norm(mx::Stream stream, float eps) : Operation(stream), eps_(eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
-    for (mx::array& out : outputs) {
-      out.set_data(mx::allocator::malloc(out.nbytes()));
-    }
-    const std::vector<mx::array> in = contiguous_inputs(given, stream());
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& outputs) override {
     const int64_t size = in.back().size();
     auto address = [&](size_t i) { return i + 1 < in.size() ? in[i].data<float>() : nullptr; };
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [x = in[0].data<float>(),
-         y = address(1),
-         scores = address(2),
-         shared = address(3),
-         weight = in.back().data<float>(),
-         sum = outputs.size() > 1 ? outputs[0].data<float>() : nullptr,
-         normed = outputs.back().data<float>(),
-         rows = static_cast<int64_t>(in[0].size()) / size,
-         count = in.size() > 4 ? static_cast<int64_t>(in[2].shape(-1)) - 1 : 0,
-         size,
-         eps = eps_] {
-          const Kernels& kernel = kernels();
-          Workers::shared().run(rows, [&](int64_t row, int) {
-            const int64_t at = row * size;
-            if (shared) {
-              kernel.combine(x + at, y + at * count, scores + row * (count + 1), count, shared + at, size, sum + at);
-              kernel.norm(sum + at, nullptr, weight, eps, size, nullptr, normed + at);
-            } else {
-              kernel.norm(x + at, y ? y + at : nullptr, weight, eps, size, y ? sum + at : nullptr, normed + at);
-            }
-          });
-        });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] a norm of the CPU was asked of a GPU.");
+    return [x = in[0].data<float>(),
+            y = address(1),
+            scores = address(2),
+            shared = address(3),
+            weight = in.back().data<float>(),
+            sum = outputs.size() > 1 ? outputs[0].data<float>() : nullptr,
+            normed = outputs.back().data<float>(),
+            rows = static_cast<int64_t>(in[0].size()) / size,
+            count = in.size() > 4 ? static_cast<int64_t>(in[2].shape(-1)) - 1 : 0,
+            size,
+            eps = eps_] {
+      const Kernels& kernel = kernels();
+      Workers::shared().run(rows, [&](int64_t row, int) {
+        const int64_t at = row * size;
+        if (shared) {
+          kernel.combine(x + at, y + at * count, scores + row * (count + 1), count, shared + at, size, sum + at);
+          kernel.norm(sum + at, nullptr, weight, eps, size, nullptr, normed + at);
+        } else {
+          kernel.norm(x + at, y ? y + at : nullptr, weight, eps, size, y ? sum + at : nullptr, normed + at);
+        }
+      });
+    };
   }
 
   const char* name() const override {

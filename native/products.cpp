@@ -5,12 +5,9 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -32,7 +29,6 @@ struct Product {
   int64_t pairs;               // of a vector and a slot; as many pairs in a row share a vector as there are per vector
   float* out;                  // [pairs, rows], or [tokens, rows] for down
   int64_t tokens;              // for down
-  float* memory;               // as much as needs() says
 };
 
 constexpr int64_t BATCH = 16;              // vectors that are multiplied at a time with the rows of a chunk
@@ -57,7 +53,7 @@ struct Needs {
   }
 
   int64_t total() const {
-    return 16 + vectors + Workers::shared().cores() * (scratch + up) + pairs;
+    return vectors + Workers::shared().cores() * (scratch + up) + pairs;
   }
 };
 
@@ -83,10 +79,6 @@ struct Plan {
 
   explicit Plan(const Product& of)
       : product(of), needs(of), arranged(kernels().layout(of.matrix).arranged), order(of.pairs) {
-    vectors = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(product.memory) + 63) & ~uintptr_t(63));
-    scratch = vectors + needs.vectors;
-    const int64_t of_threads = Workers::shared().cores() * (needs.scratch + needs.up);
-    results = needs.pairs ? scratch + of_threads : product.out;
     std::iota(order.begin(), order.end(), 0);
     if (product.slots) {
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
@@ -103,6 +95,18 @@ struct Plan {
     chunk = chunk_rows(product, groups);
     chunks = (product.matrix.rows + chunk - 1) / chunk;
     items = groups * chunks;
+  }
+
+  // Take as much memory as it needs, and return what is behind it.
+  float* take(float* memory) {
+    vectors = memory;
+    scratch = vectors + needs.vectors;
+    results = scratch + Workers::shared().cores() * (needs.scratch + needs.up);
+    float* const end = results + needs.pairs;
+    if (!needs.pairs) {
+      results = product.out;
+    }
+    return end;
   }
 
   void arrange(int64_t vector) const {
@@ -161,8 +165,13 @@ void compute(const std::array<Product, COUNT>& products) {
   auto plans = [&]<size_t... I>(std::index_sequence<I...>) {
     return std::array<Plan, COUNT>{Plan(products[I])...};
   }(std::make_index_sequence<COUNT>());
-  int64_t items = 0;
+  int64_t floats = 0, items = 0;
   for (const Plan& plan : plans) {
+    floats += plan.needs.total();
+  }
+  float* memory = scratch(floats);
+  for (Plan& plan : plans) {
+    memory = plan.take(memory);
     workers.run(plan.product.vectors, [&](int64_t vector, int) { plan.arrange(vector); });
     items += plan.items;
   }
@@ -192,29 +201,13 @@ Matrix next_matrix(const std::vector<mx::array>& inputs, size_t& next, int64_t c
       weight.data<uint32_t>(), scales.data<void>(), biases.data<void>(), stored, weight.shape(-2), columns, group, bits};
 }
 
-// Launch products that have all but their memory.
-template <size_t COUNT>
-void launch(std::array<Product, COUNT> products, const mx::Stream& stream) {
-  auto& encoder = mx::cpu::get_command_encoder(stream);
-  for (Product& product : products) {
-    const int64_t nbytes = Needs(product).total() * sizeof(float);
-    mx::array memory({static_cast<int>(nbytes)}, mx::uint8, nullptr, {});
-    memory.set_data(mx::allocator::malloc(nbytes));
-    product.memory = reinterpret_cast<float*>(memory.data<uint8_t>());
-    encoder.add_temporary(memory);
-  }
-  encoder.dispatch([products] { compute(products); });
-}
-
-class QuantizedProduct : public mx::Primitive {
+class QuantizedProduct : public Operation {
  public:
   QuantizedProduct(mx::Stream stream, Product::Kind kind, bool slots, int group, int bits)
-      : Primitive(stream), kind_(kind), slots_(slots), group_(group), bits_(bits) {}
+      : Operation(stream), kind_(kind), slots_(slots), group_(group), bits_(bits) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     mx::array& out = outputs[0];
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
     size_t next = 0;
     Product product{};
     product.kind = kind_;
@@ -238,13 +231,9 @@ class QuantizedProduct : public mx::Primitive {
     product.out = out.data<float>();
     product.tokens = out.size() / product.matrix.rows;
     if (product.pairs == 0 || product.matrix.rows == 0) {
-      return;
+      return [] {};
     }
-    launch(std::array{product}, stream());
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] products of the CPU were asked of a GPU.");
+    return [product] { compute(std::array{product}); };
   }
 
   const char* name() const override {
@@ -263,21 +252,17 @@ class QuantizedProduct : public mx::Primitive {
   int bits_;
 };
 
-class AskPrimitive : public mx::Primitive {
+class AskPrimitive : public Operation {
  public:
-  AskPrimitive(mx::Stream stream, Format router, Format shared) : Primitive(stream), router_(router), shared_(shared) {}
+  AskPrimitive(mx::Stream stream, Format router, Format shared) : Operation(stream), router_(router), shared_(shared) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
-    for (mx::array& out : outputs) {
-      out.set_data(mx::allocator::malloc(out.nbytes()));
-    }
-    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     const int64_t columns = inputs[0].shape(-1);
     Product logits{};
     logits.x = inputs[0].data<float>();
     logits.vectors = logits.pairs = inputs[0].size() / columns;
     if (logits.vectors == 0) {
-      return;
+      return [] {};
     }
     Product hidden = logits;
     size_t next = 1;
@@ -288,11 +273,7 @@ class AskPrimitive : public mx::Primitive {
     hidden.matrix = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
     hidden.up = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
     hidden.out = outputs[1].data<float>();
-    launch(std::array{logits, hidden}, stream());
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] products of the CPU were asked of a GPU.");
+    return [logits, hidden] { compute(std::array{logits, hidden}); };
   }
 
   const char* name() const override {

@@ -5,12 +5,9 @@
 #include <limits>
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -55,29 +52,21 @@ void choose(
   scores[top_k] = 1.0f / (1.0f + std::exp(-logits[count]));
 }
 
-class Route : public mx::Primitive {
+class Route : public Operation {
  public:
-  Route(mx::Stream stream, int top_k, bool normalize) : Primitive(stream), top_k_(top_k), normalize_(normalize) {}
+  Route(mx::Stream stream, int top_k, bool normalize) : Operation(stream), top_k_(top_k), normalize_(normalize) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
-    for (mx::array& out : outputs) {
-      out.set_data(mx::allocator::malloc(out.nbytes()));
-    }
-    const std::vector<mx::array> in = contiguous_inputs(given, stream());
-    const int64_t size = in[0].shape(-1);
-    mx::array gates({Workers::shared().cores(), static_cast<int>(padded(size))}, mx::float32, nullptr, {});
-    gates.set_data(mx::allocator::malloc(gates.nbytes()));
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(gates);
-    encoder.dispatch([logits = in[0].data<float>(),
-                      tokens = static_cast<int64_t>(in[0].size()) / size,
-                      size,
-                      gates = gates.data<float>(),
-                      experts = outputs[0].data<uint32_t>(),
-                      scores = outputs[1].data<float>(),
-                      top_k = top_k_,
-                      normalize = normalize_] {
-      Workers::shared().run(tokens, [&](int64_t token, int thread) {
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& outputs) override {
+    return [logits = in[0].data<float>(),
+            size = static_cast<int64_t>(in[0].shape(-1)),
+            tokens = static_cast<int64_t>(in[0].size() / in[0].shape(-1)),
+            experts = outputs[0].data<uint32_t>(),
+            scores = outputs[1].data<float>(),
+            top_k = top_k_,
+            normalize = normalize_] {
+      Workers& workers = Workers::shared();
+      float* const gates = scratch(workers.cores() * padded(size));
+      workers.run(tokens, [&](int64_t token, int thread) {
         choose(
             logits + token * size,
             size - 1,
@@ -87,11 +76,7 @@ class Route : public mx::Primitive {
             experts + token * top_k,
             scores + token * (top_k + 1));
       });
-    });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] a choice of the CPU was asked of a GPU.");
+    };
   }
 
   const char* name() const override {
