@@ -20,10 +20,13 @@ class Linear(nn.QuantizedLinear):
 
 
 class Embedding(nn.QuantizedEmbedding):
-    """``nn.QuantizedEmbedding``, whose use as an output head is computed by :func:`flashmoe_mlx.ops.linear`."""
+    """``nn.QuantizedEmbedding`` in one kernel, and as an output head :func:`flashmoe_mlx.ops.linear`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows ``[..., dims]`` of token numbers ``[...]``, in float32."""
+        if kernels := native.kernels():
+            numbers = x.astype(mx.uint32)
+            return kernels.embed(numbers, self.weight, self.scales, self.biases, self.group_size, self.bits)
         scales, biases = self.scales[x].astype(mx.float32), self.biases[x].astype(mx.float32)
         return mx.dequantize(self.weight[x], scales, biases, self.group_size, self.bits)
 

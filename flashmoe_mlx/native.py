@@ -32,6 +32,10 @@ class Kernels(Protocol):
         self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
     ) -> mx.array: ...
 
+    def embed(
+        self, numbers: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
+    ) -> mx.array: ...
+
     def matvec(
         self,
         x: mx.array,

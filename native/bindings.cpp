@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "delta.h"
+#include "embedding.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "norm.h"
@@ -34,6 +35,11 @@ NB_MODULE(_native, m) {
       "linear",
       [](const array& x, const array& weight, const array& scales, const array& biases, int group, int bits) {
         return flashmoe::linear(x, {weight, scales, biases}, group, bits);
+      });
+  m.def(
+      "embed",
+      [](const array& numbers, const array& weight, const array& scales, const array& biases, int group, int bits) {
+        return flashmoe::embed(numbers, {weight, scales, biases}, {group, bits});
       });
   m.def(
       "matvec",

@@ -295,11 +295,10 @@ void require(bool condition, const char* what) {
   }
 }
 
-void check(const mx::array& x, const Quantized& matrix, int group, int bits, size_t ndim) {
-  const int columns = x.shape(-1);
+void check_matrix(int columns, const Quantized& matrix, Format format, size_t ndim) {
+  const auto [group, bits] = format;
   require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8");
   require(group == 32 || group == 64 || group == 128, "group_size must be 32, 64 or 128");
-  require(x.dtype() == mx::float32, "x must be float32");
   require(matrix.weight.dtype() == mx::uint32, "weight must be uint32");
   require(matrix.weight.ndim() == ndim && matrix.scales.ndim() == ndim, "weight and scales have too many or few axes");
   require(columns % group == 0, "columns must be a multiple of group_size");
@@ -311,6 +310,11 @@ void check(const mx::array& x, const Quantized& matrix, int group, int bits, siz
       "scales must be float32, float16 or bfloat16");
   require(std::equal(matrix.weight.shape().begin(), matrix.weight.shape().end() - 1, matrix.scales.shape().begin()),
       "weight and scales differ in rows or slots");
+}
+
+void check(const mx::array& x, const Quantized& matrix, int group, int bits, size_t ndim) {
+  require(x.dtype() == mx::float32 && x.ndim() >= 1, "x must be float32");
+  check_matrix(x.shape(-1), matrix, {group, bits}, ndim);
 }
 
 // Whether slots are [..., top_k], with the same axes before the last as x.
@@ -339,6 +343,10 @@ mx::array make(
 }
 
 }  // namespace
+
+void check(int columns, const Quantized& matrix, Format format) {
+  check_matrix(columns, matrix, format, 2);
+}
 
 mx::array linear(const mx::array& x, const Quantized& matrix, int group, int bits) {
   check(x, matrix, group, bits, 2);

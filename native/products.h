@@ -15,6 +15,16 @@ struct Quantized {
   mlx::core::array biases;
 };
 
+// How a matrix is quantised.
+struct Format {
+  int group, bits;
+
+  bool operator==(const Format&) const = default;
+};
+
+// Throws std::invalid_argument if this is no single matrix of so many columns.
+void check(int columns, const Quantized& matrix, Format format);
+
 // [..., rows]: matrix x for each vector of x [..., columns].
 mlx::core::array linear(const mlx::core::array& x, const Quantized& matrix, int group, int bits);
 
@@ -39,13 +49,6 @@ mlx::core::array down(
     const Quantized& matrix,
     int group,
     int bits);
-
-// How a matrix is quantised.
-struct Format {
-  int group, bits;
-
-  bool operator==(const Format&) const = default;
-};
 
 // [..., router's rows]: router x, and [..., gate's rows]: silu(gate x) * (up x), for each vector of x [..., columns].
 std::vector<mlx::core::array> ask(

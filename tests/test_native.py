@@ -95,6 +95,9 @@ def test_like_the_twins(
     assert mx.array_equal(together[-1:], ops.down(hidden[-1:], slots[-1:], scores[-1:], up))
 
     matrix = (up.weight[1], up.scales[1], up.biases[1], group_size, bits)
+    numbers = mx.array([[0, rows - 1], [3, rows]], mx.uint32)
+    embedded = native.embed(numbers, *matrix)
+    assert error(embedded, dequantized(up)[1][np.minimum(np.array(numbers), rows - 1)]) < 1e-6
     together = ops.linear(hidden, *matrix)
     assert error(together, float64(hidden) @ dequantized(up)[1].T) < 1e-6
     assert mx.array_equal(together[-1, -1], ops.linear(hidden[-1, -1], *matrix))
