@@ -6,10 +6,10 @@
 PYTHON is one with ``llama-cpp-python``, built for this machine, and ``gguf``; FILE is written by
 ``PYTHON benchmarks/gguf_model.py write FILE``. Both decode random tokens, so that routing spreads over all experts.
 
-A run of a side begins with the page cache empty of both models and the memory to itself: the process is started, decodes
-until it is in its stride, is measured, and ends before the other begins. With ``--leave``, another process takes all
-memory but so much, and llama.cpp computes with its mapped file, of which the page cache holds what fits, instead of a
-copy. What devices deliver is told for both. The last line is JSON.
+A run of a side begins with the page cache empty of both models, and has the memory to itself: the process is started,
+decodes until it is in its stride, is measured, and ends before the other begins. With ``--leave``, another process
+takes all memory but so much, and llama.cpp computes with its mapped file, of which the page cache holds what fits,
+instead of a copy. What devices deliver is told for both. The last line is JSON.
 """
 
 import argparse

@@ -155,7 +155,7 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
         return None
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
     shared = block.shared_expert
-    names, output_name = next(names for kind, names in _PROJECTIONS.items() if isinstance(mixer, kind))
+    names, output_name = next(names for kind, names in PROJECTIONS.items() if isinstance(mixer, kind))
     inputs, output = [mixer[name] for name in names], mixer[output_name]
     router = [block[name] for name in _ROUTER]
     swiglu = [shared[name] for name in _SWIGLU]
@@ -191,7 +191,7 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
 
 
 # Of a mixer those that read its input, and the one that makes its output.
-_PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
+PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
     qwen3_5.GatedDeltaNet: (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), "out_proj"),
     qwen3_next.Qwen3NextGatedDeltaNet: (("in_proj_qkvz", "in_proj_ba"), "out_proj"),
     qwen3_next.Qwen3NextAttention: (("q_proj", "k_proj", "v_proj"), "o_proj"),
