@@ -7,7 +7,8 @@
 
 Random layers of the 397B model's size with 64 experts each decode token after token, as generation does: the host is
 one token ahead. The ways take turns, and figures are medians. Each is timed without and with a read-back of the
-router's choice in every layer, which streaming needs. What counts as a launch is an operation of the graph that is no
+router's choice in every layer, which streaming needs: mlx-lm's layers read it before they call their experts, ours
+are those that stream, with every expert in a slot. What counts as a launch is an operation of the graph that is no
 view; experts are not counted. With more than 1,024 positions MLX's attention launches twice. The last line is JSON.
 """
 
@@ -37,7 +38,13 @@ from benchmarks.exact import load_resident
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.record import record
 from flashmoe_mlx import budget, ops, trunk_ops
-from flashmoe_mlx.layers import ResidentSwitchGLU
+from flashmoe_mlx.checkpoint import Span
+from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.expert_table import ExpertPart, ExpertTable
+from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
+from flashmoe_mlx.pool import Pool, slot_nbytes
+from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.staging import Staging, needs_staging
 from flashmoe_mlx.trunk import swap_trunk
 
 DIMS = {
@@ -78,7 +85,7 @@ VIEWS |= {"View", "StopGradient", "Contiguous"}  # the last copies nothing here
 
 
 class ReadBack(nn.Module):
-    """A switch layer whose experts the host must know before it calls it, as one that streams does."""
+    """A switch layer whose experts the host must know before it calls it."""
 
     def __init__(self, switch: nn.Module):
         super().__init__()
@@ -137,6 +144,35 @@ def ways(theirs: list[nn.Module]) -> dict[str, list[nn.Module]]:
             if name in their:
                 their[name].update(our[name].parameters())
     return {"mlx-lm": theirs, "few launches": ours}
+
+
+def read_back(both: dict[str, list[nn.Module]], folder: Path) -> dict[str, list[nn.Module]]:
+    """Switch layers for both ways whose experts the host has to know."""
+    counters = Counters()
+    fence = Fence(counters)
+    return {
+        "mlx-lm": [ReadBack(layer.mlp.switch_mlp) for layer in both["mlx-lm"]],
+        "few launches": [
+            streamed_switch(layer.mlp.switch_mlp.switch, folder / str(number), fence, counters)
+            for number, layer in enumerate(both["few launches"])
+        ],
+    }
+
+
+def streamed_switch(switch: nn.Module, file: Path, fence: Fence, counters: Counters) -> StreamedSwitchGLU:
+    """A switch layer that streams the same experts from a file, and has them all in slots."""
+    parts, columns = [], []
+    with file.open("wb") as written:
+        for name, array in tree_flatten(switch.parameters()):
+            begin, size = written.tell(), array.nbytes // len(array)
+            written.write(memoryview(array.view(mx.uint8)))
+            parts.append(ExpertPart(name, array.shape[1:], array.dtype))
+            columns.append([Span(str(file), begin + expert * size, size) for expert in range(len(array))])
+    table = ExpertTable(str(file), tuple(parts), list(zip(*columns, strict=True)))
+    staging = Staging(slot_nbytes(table), 10) if needs_staging() else None
+    pool = Pool(table.experts, table, Reader([str(file)], 8, counters), counters, staging)
+    pool.load(table, range(table.experts))
+    return StreamedSwitchGLU(copy.deepcopy(switch), table, pool, fence)
 
 
 def cache_of(layer: nn.Module, context: int, dtype: mx.Dtype) -> ArraysCache | KVCache:
@@ -208,7 +244,12 @@ def layer_nbytes(layer: nn.Module, cache: Any) -> int:
 
 
 def measure(
-    kind: str, both: dict[str, list[nn.Module]], context: int, args: argparse.Namespace, dtype: mx.Dtype
+    kind: str,
+    both: dict[str, list[nn.Module]],
+    asking: dict[str, list[nn.Module]],
+    context: int,
+    args: argparse.Namespace,
+    dtype: mx.Dtype,
 ) -> list[dict[str, Any]]:
     """The figures of each way for one kind of layer at one context."""
     x = mx.random.normal((1, 1, both["mlx-lm"][0].input_layernorm.weight.size)).astype(dtype)
@@ -218,8 +259,8 @@ def measure(
         for way, layers in both.items():
             figures = [seconds_per_layer(layers, fresh(layers), x, args.tokens)]
             switches = [layer.mlp.switch_mlp for layer in layers]
-            for layer, switch in zip(layers, switches, strict=True):
-                layer.mlp.switch_mlp = ReadBack(switch)
+            for layer, switch in zip(layers, asking[way], strict=True):
+                layer.mlp.switch_mlp = switch
             figures.append(seconds_per_layer(layers, fresh(layers), x, args.tokens))
             for layer, switch in zip(layers, switches, strict=True):
                 layer.mlp.switch_mlp = switch
@@ -334,9 +375,12 @@ def main() -> None:
         both = ways([random_layer(model_args, KINDS[kind], dtype) for _ in range(args.layers)])
         print(f"{kind}: {args.layers} layers in {time.perf_counter() - begin:.1f} s", flush=True)
         print(f"{kind}: outputs differ by {difference(both, 128, dtype):.1e}", flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            asking = read_back(both, Path(name))
+        print(f"{kind}: experts in slots after {time.perf_counter() - begin:.1f} s", flush=True)
         for context in args.contexts if kind == "attention" else args.contexts[:1]:  # a state is as large as ever
-            lines += measure(kind, both, context, args, dtype)
-        del both
+            lines += measure(kind, both, asking, context, args, dtype)
+        del both, asking
         mx.clear_cache()
     if args.record:
         for line in lines:

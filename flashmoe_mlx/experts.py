@@ -23,7 +23,7 @@ class Experts:
         self._matrices = _swiglu_matrices(switch)
         # Compiled, because MLX writes out a kernel's text whenever a graph is built of it. The matrices are inside,
         # because passing them takes as long as all the rest.
-        self._kernels: ExpertFunction = _compiled(self._matrices)
+        self._kernels, self._kernels_ahead = _compiled(self._matrices)
 
     def function(self, x: mx.array, indices: mx.array) -> ExpertFunction:
         """What computes a call: from ``x`` and where each expert is, ``[..., experts_per_token, hidden]``.
@@ -34,6 +34,24 @@ class Experts:
             return self._kernels
         return self._switch
 
+    def ahead(self, x: mx.array, indices: mx.array, places: mx.array) -> mx.array | None:
+        """Launch the experts that are in slots before the host knows which are needed.
+
+        Args:
+            x (mx.array): ``[..., hidden]``.
+            indices (mx.array): expert numbers ``[..., experts_per_token]``.
+            places (mx.array): the slot of each expert, or ``NO_SLOT``, ``[experts]``, uint32.
+
+        Returns:
+            mx.array, optional: ``[..., experts_per_token, hidden]``, zero for experts that are in no slot. None if no
+            kernel computes this call.
+        """
+        if self.function(x, indices) is not self._kernels:
+            return None
+        y = self._kernels_ahead(x, indices, places)
+        mx.async_eval(y)  # type: ignore[no-untyped-call]
+        return y
+
     def splits(self, function: ExpertFunction) -> bool:
         """Whether a call may be computed in parts and stay the same to the bit.
 
@@ -43,12 +61,16 @@ class Experts:
         return function is self._kernels or mx.default_device().type == mx.cpu
 
 
-def _compiled(matrices: dict[str, ops.Quantized]) -> ExpertFunction:
+def _compiled(matrices: dict[str, ops.Quantized]) -> tuple[ExpertFunction, Callable[..., mx.array]]:
     @mx.compile
     def experts(x: mx.array, slots: mx.array) -> mx.array:
         return ops.experts(x, slots, **matrices)
 
-    return experts
+    @mx.compile
+    def ahead(x: mx.array, indices: mx.array, places: mx.array) -> mx.array:
+        return ops.experts(x, places[indices], **matrices)
+
+    return experts, ahead
 
 
 def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:

@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.early import FEW_TOKENS
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.lookahead import Lookahead
@@ -111,23 +112,33 @@ class StreamedSwitchGLU(nn.Module):
         """
         guess = self.lookahead.guess(x) if self.lookahead else None
         asked = [indices] if guess is None else [indices, guess]
-        if self.start_early:
+        decodes = x.size <= FEW_TOKENS * x.shape[-1]
+        if decodes or self.start_early:
             mx.async_eval(asked)  # type: ignore[no-untyped-call]  # first: what is launched together ends together
+        if self.start_early:
             self.start_early(x)
+        # What is read ahead for this layer is here only after the wait.
+        ahead = self._experts.ahead(x, indices, self._pool.places(self._table)) if decodes and guess is None else None
         self._fence.wait(*asked)  # the only host sync of the layer
+        if ahead is not None:
+            self._fence.hold([ahead])
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         needed = sorted(set(pairs))
         self._fit(needed)
         experts = self._experts.function(x, indices)
-        waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
-        y = self._compute(experts, x, indices.shape, pairs, waves)
+        hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
+        if ahead is not None and not waves:
+            self._pool.fetch(self._table, hits)
+            return ahead
+        y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead)
         if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
             self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))
         return y
 
     def _fit(self, needed: list[int]) -> None:
-        """Follow the machine's memory, while every slot is idle."""
+        """Follow the machine's memory."""
         if self.slots_now is not None and (slots := self.slots_now(self._pool)) != self._pool.slots:
+            self._fence.wait()
             self._pool.resize(slots, self._table, needed)
         if self._moves != self._pool.moves:  # not only after what was just done: that may have been interrupted
             self._bind()
@@ -139,10 +150,19 @@ class StreamedSwitchGLU(nn.Module):
         self._moves = self._pool.moves
 
     def _compute(
-        self, experts: ExpertFunction, x: mx.array, shape: tuple[int, ...], pairs: list[int], waves: list[list[int]]
+        self,
+        experts: ExpertFunction,
+        x: mx.array,
+        shape: tuple[int, ...],
+        pairs: list[int],
+        hits: list[int],
+        waves: list[list[int]],
+        ahead: mx.array | None,
     ) -> mx.array:
         """Fetch wave after wave and launch its share of the call."""
-        if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
+        if hits and ahead is None:
+            waves = [hits, *waves]
+        if len(waves) == 1 and ahead is None:  # the call that mlx-lm would make: a GPU may round others differently
             slot_of = self._pool.fetch(self._table, waves[0])
             y = _launch(experts, x, [slot_of[expert] for expert in pairs], shape)
             self._fence.hold([y])
@@ -150,24 +170,32 @@ class StreamedSwitchGLU(nn.Module):
 
         top_k = shape[-1]
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, hidden]
+        outputs: list[mx.array] = []  # [pairs of a wave, 1, hidden]
+        rows = [0] * len(pairs)  # where in all of them the output of each pair is
+        running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
+        if ahead is not None:
+            self._pool.fetch(self._table, hits)
+            outputs.append(ahead.reshape(len(pairs), 1, -1))
+            rows = list(range(len(pairs)))
+            running.append((ahead, len(hits)))
+
         wave_of = {expert: number for number, wave in enumerate(waves) for expert in wave}
         parts: list[list[int]] = [[] for _ in waves]  # the pairs of each wave
         for pair, expert in enumerate(pairs):
-            parts[wave_of[expert]].append(pair)
-
-        outputs: list[mx.array] = []  # [pairs of the wave, 1, hidden]
-        running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
+            if expert in wave_of:
+                parts[wave_of[expert]].append(pair)
+        begin = sum(len(output) for output in outputs)
         for wave, part in zip(waves, parts, strict=True):
             while sum(count for _, count in running) + len(wave) > self._pool.slots:
                 mx.eval(running.popleft()[0])
             slot_of = self._pool.fetch(self._table, wave)  # while the wave before is computed
-            rows = mx.array([pair // top_k for pair in part])
             slots = [slot_of[pairs[pair]] for pair in part]
-            outputs.append(_launch(experts, tokens[rows], slots, (len(part), 1)))
+            outputs.append(_launch(experts, tokens[mx.array([pair // top_k for pair in part])], slots, (len(part), 1)))
             running.append((outputs[-1], len(wave)))
+            for pair in part:
+                rows[pair], begin = begin, begin + 1
         self._fence.hold(output for output, _ in running)
-        places = np.argsort([pair for part in parts for pair in part])
-        return mx.concatenate(outputs)[mx.array(places)].reshape(*shape, -1)
+        return mx.concatenate(outputs)[mx.array(rows)].reshape(*shape, -1)
 
 
 def _experts_on(switch: nn.Module, slabs: Mapping[str, Slab]) -> Experts:

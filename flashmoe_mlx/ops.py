@@ -88,7 +88,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
 
     Args:
         x (mx.array): ``[..., columns]``.
-        slots (mx.array): where the experts of each token are, ``[..., top_k]``, uint32.
+        slots (mx.array): where the experts of each token are, ``[..., top_k]``, uint32. A product with ``NO_SLOT`` is
+            zero, here and below; the twins do not know it.
         gate (Quantized): ``[slots, rows, columns]``.
         up (Quantized): like ``gate``; the kernel wants the same bits and groups, too.
 

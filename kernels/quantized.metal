@@ -15,6 +15,8 @@
 
 constant constexpr int BLOCK = 32;  // weights
 
+constant constexpr uint NO_SLOT = 0xffffffff;  // of an expert that is not in memory: products with it are zero
+
 // Where weight `i` of a block is used in its byte.
 template <int BITS>
 inline constexpr int shift_in_byte(int i) {
@@ -150,7 +152,7 @@ inline void dot_rows(
     int lane,
     thread float* dots) {
   constexpr int ROWS_ACROSS = 32 / LANES;
-  const int blocks = columns / BLOCK;
+  const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     dots[r] = 0.0f;
