@@ -35,7 +35,7 @@ class Experts:
         return self._switch
 
     def ahead(self, x: mx.array, indices: mx.array, places: mx.array) -> mx.array | None:
-        """Launch the experts that are in slots before the host knows which are needed.
+        """The experts that are in slots, for which the host need not know which are needed.
 
         Args:
             x (mx.array): ``[..., hidden]``.
@@ -48,9 +48,7 @@ class Experts:
         """
         if self.function(x, indices) is not self._kernels:
             return None
-        y = self._kernels_ahead(x, indices, places)
-        mx.async_eval(y)  # type: ignore[no-untyped-call]
-        return y
+        return self._kernels_ahead(x, indices, places)
 
     def splits(self, function: ExpertFunction) -> bool:
         """Whether a call may be computed in parts and stay the same to the bit.

@@ -78,7 +78,7 @@ class StreamedSwitchGLU(nn.Module):
 
     Attributes:
         hidden (int): width of the experts' input. A block may project its own to it.
-        start_early (Callable, optional): launches what needs ``x`` and no experts, before experts are read.
+        start_early (Callable, optional): gives what needs ``x`` and no experts, to be launched before experts are read.
         lookahead (Lookahead, optional): guesses what the next layer will need.
         slots_now (Callable, optional): tells how many slots the pool should have, if that may change. Only for a pool
             that no other layer uses.
@@ -87,7 +87,7 @@ class StreamedSwitchGLU(nn.Module):
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
         super().__init__()
         self.hidden: int = (switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2).output_dims
-        self.start_early: Callable[[mx.array], None] | None = None
+        self.start_early: Callable[[mx.array], mx.array | None] | None = None
         self.lookahead: Lookahead | None = None
         self.slots_now: Callable[[Pool], int] | None = None
         # Not the switch itself: as a module it would make the slabs parameters of the model.
@@ -113,23 +113,23 @@ class StreamedSwitchGLU(nn.Module):
         guess = self.lookahead.guess(x) if self.lookahead else None
         asked = [indices] if guess is None else [indices, guess]
         decodes = x.size <= FEW_TOKENS * x.shape[-1]
-        if decodes or self.start_early:
+        ahead = None
+        if decodes:
             mx.async_eval(asked)  # type: ignore[no-untyped-call]  # first: what is launched together ends together
-        if self.start_early:
-            self.start_early(x)
-        # What is read ahead for this layer is here only after the wait.
-        ahead = self._experts.ahead(x, indices, self._pool.places(self._table)) if decodes and guess is None else None
+            early = self.start_early(x) if self.start_early else None
+            if guess is None:  # what is read ahead for this layer is here only after the wait
+                ahead = self._experts.ahead(x, indices, self._pool.places(self._table))
+            mx.async_eval([y for y in (early, ahead) if y is not None])  # type: ignore[no-untyped-call]
         self._fence.wait(*asked)  # the only host sync of the layer
         if ahead is not None:
             self._fence.hold([ahead])
         pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         needed = sorted(set(pairs))
         self._fit(needed)
+        if ahead is not None and self._pool.use(self._table, needed):
+            return ahead
         experts = self._experts.function(x, indices)
         hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
-        if ahead is not None and not waves:
-            self._pool.fetch(self._table, hits)
-            return ahead
         y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead)
         if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
             self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))

@@ -359,14 +359,15 @@ def _hidden(config: Mapping[str, Any]) -> int | None:
 
 
 def _start_early(model: nn.Module, hidden: int | None) -> None:
-    """Let each streamed layer start its block's shared expert, unless that is computed together with the router."""
+    """Let each streamed layer start its block's shared expert."""
     modules = dict(model.named_modules())
     for path, block in modules.items():
-        if isinstance(modules.get(path.rpartition(".")[0]), FewLaunches):
-            continue
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
-        if streamed is not None and streamed.hidden == hidden and name is not None:
+        layer = modules.get(path.rpartition(".")[0])
+        if streamed is not None and isinstance(layer, FewLaunches):  # which begins it together with the router
+            streamed.start_early = layer.start
+        elif streamed is not None and streamed.hidden == hidden and name is not None:
             streamed.start_early = make_early(block[name]).start
 
 

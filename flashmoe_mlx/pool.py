@@ -104,6 +104,16 @@ class Pool:
             self._places[table.layer] = mx.array(slots, mx.uint32)
         return self._places[table.layer]
 
+    def use(self, table: ExpertTable, experts: Sequence[int]) -> bool:
+        """Note that a layer uses these experts now, if all of them are here and nothing is on its way."""
+        keys = [(table.layer, expert) for expert in experts]
+        if self._arrival is not None or not all(map(self._slot_of.__contains__, keys)):
+            return False
+        for key in keys:
+            self._slot_of.move_to_end(key)
+        self._counters.hits += len(keys)
+        return True
+
     def waves(self, table: ExpertTable, experts: Sequence[int], together: bool) -> tuple[list[int], list[list[int]]]:
         """Divide the experts that a call of a layer needs into what is fetched and computed at once.
 

@@ -16,8 +16,11 @@ from flashmoe_mlx.ops import MAX_TOP_K, Dense, has_kernel, linear
 
 _DELTA_SIMDGROUPS = 16  # that share a head's state
 _QUERIES = 4  # that a simdgroup has
+_LANES, _AT_ONCE = 16, 2
+_GROUPS = 8
+_ROUTER = (2, 32)
 _PART = 32  # positions that a part of attention has at least, if there are as many
-_MOST_PARTS = 256  # what merges them takes them one after another
+_MOST_PARTS = 128  # what merges them takes them one after another
 
 
 Layout = tuple[tuple[int, int], ...]
@@ -126,12 +129,12 @@ def gated_delta_twin(
 
 def norm_rope(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array]:
-    """The queries and keys of attention: the norm of each head, then RoPE.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The queries and keys of attention, the norm of each head, then RoPE; and its values, as they are.
 
     Args:
         x (mx.array): what is projected, ``[1, tokens, width]``: for each head its query and its output's gate, then the
-            keys, then what else.
+            keys, then the values.
         q_norm (mx.array): weight of the norm, ``[head_dim]``.
         k_norm (mx.array): likewise.
         position (mx.array): of the first token, ``[1]``, an integer.
@@ -140,30 +143,30 @@ def norm_rope(
         rope (Rope): how to turn them.
 
     Returns:
-        tuple: queries ``[1, heads, tokens, head_dim]`` and keys ``[1, key_heads, tokens, head_dim]``.
+        tuple: queries ``[1, heads, tokens, head_dim]``, keys and values ``[1, key_heads, tokens, head_dim]``.
     """
     if not gpu.on_gpu():
         return norm_rope_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
     head_dim = q_norm.size
-    queries, keys = gpu.run(
+    queries, keys, values = gpu.run(
         _NORM_ROPE,
         [x, q_norm, k_norm, position, mx.array([math.log2(rope.base), rope.scale, rope.eps])],
-        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads)],
-        threadgroups=(heads + key_heads, x.shape[1]),
+        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads, key_heads)],
+        threadgroups=(heads + 2 * key_heads, x.shape[1]),
         simdgroups=1,
-        template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads},
+        template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads, "KEY_HEADS": key_heads},
     )
-    return queries, keys
+    return queries, keys, values
 
 
 def norm_rope_twin(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, mx.array, mx.array]:
     """:func:`norm_rope` in MLX operations, as mlx-lm's layers compute it."""
     head_dim = q_norm.size
-    q, k = mx.split(x[..., : (2 * heads + key_heads) * head_dim], [2 * heads * head_dim], axis=-1)
+    q, k, v = mx.split(x, [2 * heads * head_dim, (2 * heads + key_heads) * head_dim], axis=-1)
     q = q.reshape(1, -1, heads, 2 * head_dim)[..., :head_dim]
-    k = k.reshape(1, -1, key_heads, head_dim)
+    k, v = (each.reshape(1, -1, key_heads, head_dim) for each in (k, v))
 
     def turned(each: mx.array, norm: mx.array) -> mx.array:
         normed = mx.fast.rms_norm(each, norm, rope.eps).swapaxes(1, 2)
@@ -171,7 +174,7 @@ def norm_rope_twin(
             normed, rope.dims, traditional=False, base=rope.base, scale=rope.scale, offset=position.squeeze(0)
         )
 
-    return turned(q, q_norm), turned(k, k_norm)
+    return turned(q, q_norm), turned(k, k_norm), v.swapaxes(1, 2)
 
 
 def attend(
@@ -205,15 +208,15 @@ def attend(
         dtypes=[mx.float32, mx.float32],
         threadgroups=(key_heads * parts, tokens),
         simdgroups=share // each,
-        template={"DIM": head_dim, "SHARE": share, "EACH": each},
+        template={"DIM": head_dim, "SHARE": share, "EACH": each, "LANES": _LANES, "AT_ONCE": _AT_ONCE},
     )
     (out,) = gpu.run(
         _MERGE_ATTENDED,
         [x, sums, weights],
         [(1, tokens, heads * head_dim)],
         threadgroups=(heads, tokens),
-        simdgroups=(groups := 2) * head_dim // 32,
-        template={"DIM": head_dim, "GROUPS": groups},
+        simdgroups=_GROUPS * head_dim // 128,
+        template={"DIM": head_dim, "GROUPS": _GROUPS},
     )
     return out
 
@@ -245,12 +248,13 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
     if not gpu.on_gpu() or gate[3:] != up[3:] or not has_kernel(x, x[..., :1], router, gate, up):
         return ask_twin(x, router, gate, up)
     rows = 2 if gate.bits == 2 else 1  # of a simdgroup
+    router_rows, router_lanes = _ROUTER
     hidden_size, logits_size = gate.weight.shape[0], router.weight.shape[0]
     hidden, logits = gpu.run(
         _ASK,
         [x, *gate[:3], *up[:3], *router[:3]],
         [(1, tokens, hidden_size), (1, tokens, logits_size)],
-        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // 8), tokens),
+        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // (64 * router_rows // router_lanes)), tokens),
         simdgroups=2,
         template={
             "BITS": gate.bits,
@@ -258,6 +262,8 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
             "ROWS": rows,
             "ROUTER_BITS": router.bits,
             "ROUTER_GROUP": router.group_size,
+            "ROUTER_ROWS": router_rows,
+            "ROUTER_LANES": router_lanes,
         },
     )
     return logits, hidden
@@ -317,9 +323,9 @@ def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx
     Returns:
         tuple: ``x + y``, and its norm.
     """
-    if not gpu.on_gpu():
-        return add_norm_twin(x, y, weight, eps)
     _, tokens, hidden = x.shape
+    if not gpu.on_gpu() or hidden % 32:
+        return add_norm_twin(x, y, weight, eps)
     total, normed = gpu.run(
         _ADD_NORM,
         [x, y, weight, mx.array([eps])],
@@ -353,9 +359,9 @@ def combine(
     Returns:
         tuple: ``[1, tokens, hidden]``, and its norm.
     """
-    if not gpu.on_gpu():
-        return combine_twin(x, y, scores, shared, weight, eps)
     _, tokens, hidden = x.shape
+    if not gpu.on_gpu() or hidden % 32:
+        return combine_twin(x, y, scores, shared, weight, eps)
     out, normed = gpu.run(
         _COMBINE,
         [x, y, scores, shared, weight, mx.array([eps])],
@@ -392,12 +398,12 @@ _NORM_ROPE = gpu.Call(
     "norm_rope",
     ("x", "q_norm", "k_norm", "position", "rope"),
     """
-    norm_rope<T, DIM, DIMS, HEADS>(
-        x, q_norm, k_norm, position, rope, queries, keys,
+    norm_rope<T, DIM, DIMS, HEADS, KEY_HEADS>(
+        x, q_norm, k_norm, position, rope, queries, keys, values,
         x_shape[1], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
         thread_index_in_simdgroup);
     """,
-    ("queries", "keys"),
+    ("queries", "keys", "values"),
 )
 _ROUTE = gpu.Call(
     "route",
@@ -413,7 +419,7 @@ _ATTEND = gpu.Call(
     ("queries", "keys", "values", "position", "scale"),
     """
         const int parts = threadgroups_per_grid.x / keys_shape[1];
-        attend<T, DIM, SHARE, EACH>(
+        attend<T, DIM, SHARE, EACH, LANES, AT_ONCE>(
             queries, keys, values, position, scale, sums, weights,
             queries_shape[2], queries_shape[1], keys_shape[2], parts, threadgroup_position_in_grid.x / parts,
             threadgroup_position_in_grid.x % parts, threadgroup_position_in_grid.y,
@@ -425,7 +431,7 @@ _MERGE_ATTENDED = gpu.Call(
     "merge_attended",
     ("x", "sums", "weights"),
     """
-        threadgroup float shared_[2 * GROUPS * DIM];
+        threadgroup float shared_[GROUPS * (DIM + 1)];
         merge_attended<T, DIM, GROUPS>(
             x, sums, weights, out, shared_,
             sums_shape[1], sums_shape[2], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
@@ -439,14 +445,14 @@ _ASK = gpu.Call(
         *("router_weight", "router_scales", "router_biases"),
     ),
     """
-        ask<T, BITS, GROUP, ROWS, ROUTER_BITS, ROUTER_GROUP, SIMDGROUPS>(
+        ask<T, BITS, GROUP, ROWS, ROUTER_BITS, ROUTER_GROUP, ROUTER_ROWS, ROUTER_LANES, SIMDGROUPS>(
             x, gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases,
             router_weight, router_scales, router_biases, hidden, logits,
             x_shape[2], gate_scales_shape[0], router_scales_shape[0], threadgroup_position_in_grid.y,
             threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
         """,
     ("hidden", "logits"),
-    uses=("quantized", "gate_up", "matvec"),
+    uses=("quantized", "gate_up", "matvec", "linear"),
 )
 _ADD_NORM = gpu.Call(
     "add_norm",

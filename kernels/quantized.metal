@@ -66,6 +66,18 @@ inline void unpack(uint word, thread float* x, bfloat16_t) {
   x[1] = as_type<float>(word & 0xffff0000u);
 }
 
+// Reads 16 bytes.
+template <typename T>
+inline void load_chunk(const device T* from, thread float* values) {
+  constexpr int PER_WORD = 4 / sizeof(T);
+  uint words[4];
+  load_words<4>((const device uint*)from, words);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    unpack(words[i], values + i * PER_WORD, T(0.0f));
+  }
+}
+
 // Reads the activations of a block into `x`, each times 2^-shift. Returns the sum of what was read.
 template <typename T, int BITS>
 inline float load_activations(const device T* from, thread float* x) {
@@ -152,11 +164,13 @@ inline void dot_rows(
     int lane,
     thread float* dots) {
   constexpr int ROWS_ACROSS = 32 / LANES;
+  constexpr int UNROLL = 2;  // reads on their way
   const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     dots[r] = 0.0f;
   }
+#pragma unroll UNROLL
   for (int block = lane / ROWS_ACROSS; block < blocks; block += LANES) {
     float activations[BLOCK];
     const float sum = load_activations<T, BITS>(x + block * BLOCK, activations);

@@ -66,6 +66,9 @@ def check_kernels(
         here = (some != NO_SLOT)[..., None]
         assert mx.array_equal(ops.matvec(hidden, some, up), here * ops.matvec(hidden, slots, up))
         assert mx.array_equal(ops.gate_up(x, some, gate, up), here * ops.gate_up(x, slots, gate, up))
+    dense = (up.weight[1], up.scales[1], up.biases[1], group_size, bits)
+    if dense[1].size >= gpu.DEVICE_MEMORY:
+        assert error(ops.linear(x[:1], *dense), float64(x[:1]) @ dequantized(up)[1].T) < TOLERANCE[dtype]
     weighted = (wanted * float64(scores)[..., None]).sum(1)
     assert error(ops.down(hidden, slots, scores, up), weighted) < TOLERANCE[dtype]
 
