@@ -16,12 +16,13 @@ from flashmoe_mlx.early import FEW_TOKENS
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.mailbox import Mailbox
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.slab import Slab, return_freed_memory
 
 
 class Fence:
-    """Tells when slots are idle. One for all layers of a model.
+    """Tells what the router chose, and when slots are idle. One for all layers of a model.
 
     A slot may be overwritten once every graph that reads it has run. Each call of a layer waits for the expert
     outputs of the call before, whichever layer's it was, so no others are ever pending. While decoding this costs
@@ -29,22 +30,40 @@ class Fence:
 
     Args:
         counters (Counters): where the time is added up.
+        mailbox (Mailbox, optional): tells the choice sooner than MLX. Default: ``None``.
     """
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, mailbox: Mailbox | None = None) -> None:
         self._counters = counters
+        self._mailbox = mailbox
+        self._posted: mx.array | None = None
         self._pending: list[mx.array] = []
 
-    def wait(self, *indices: mx.array) -> None:
-        """Evaluate ``indices`` and what is pending. Then every slot is idle."""
+    def launch(self, indices: mx.array, others: list[mx.array]) -> None:
+        """Start computing what :meth:`read` will be asked for, and ``others``."""
+        letter = self._mailbox.post(indices) if self._mailbox else None
+        self._posted = None if letter is None else indices
+        mx.async_eval([indices, *others] if letter is None else [indices, letter, *others])  # type: ignore[no-untyped-call]
+
+    def read(self, indices: mx.array, others: list[mx.array]) -> list[int]:
+        """The numbers of ``indices``, flat. ``others`` and what is pending are evaluated, too: every slot is idle."""
         pending, self._pending = self._pending, []
         begin = time.perf_counter()
-        mx.eval(*indices, *pending)
+        numbers = self._mailbox.take() if self._mailbox and self._posted is indices else None
+        mx.eval(others, pending) if numbers is not None else mx.eval(indices, others, pending)
+        if numbers is None:
+            numbers = np.asarray(indices).ravel().tolist()
         self._counters.sync_seconds += time.perf_counter() - begin
+        return numbers
 
     def hold(self, outputs: Iterable[mx.array]) -> None:
         """Note that ``outputs`` read slots and may not have run."""
         self._pending.extend(outputs)
+
+    def wait(self) -> None:
+        """Evaluate what is pending."""
+        pending, self._pending = self._pending, []
+        mx.eval(pending)
 
 
 class ResidentSwitchGLU(nn.Module):
@@ -110,20 +129,17 @@ class StreamedSwitchGLU(nn.Module):
         Raises:
             ReadError: an expert could not be read; the next call works.
         """
-        guess = self.lookahead.guess(x) if self.lookahead else None
-        asked = [indices] if guess is None else [indices, guess]
-        decodes = x.size <= FEW_TOKENS * x.shape[-1]
+        guess = [] if self.lookahead is None or (guessed := self.lookahead.guess(x)) is None else [guessed]
         ahead = None
-        if decodes:
-            mx.async_eval(asked)  # type: ignore[no-untyped-call]  # first: what is launched together ends together
+        if x.size <= FEW_TOKENS * x.shape[-1]:
+            self._fence.launch(indices, guess)  # first: what is launched together ends together
             early = self.start_early(x) if self.start_early else None
-            if guess is None:  # what is read ahead for this layer is here only after the wait
+            if not guess:  # what is read ahead for this layer is here only after the wait
                 ahead = self._experts.ahead(x, indices, self._pool.places(self._table))
             mx.async_eval([y for y in (early, ahead) if y is not None])  # type: ignore[no-untyped-call]
-        self._fence.wait(*asked)  # the only host sync of the layer
+        pairs = self._fence.read(indices, guess)  # [tokens * top_k]: pair p is an expert of token p // top_k
         if ahead is not None:
             self._fence.hold([ahead])
-        pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
         needed = sorted(set(pairs))
         self._fit(needed)
         if ahead is not None and self._pool.use(self._table, needed):
@@ -131,8 +147,8 @@ class StreamedSwitchGLU(nn.Module):
         experts = self._experts.function(x, indices)
         hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
         y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead)
-        if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
-            self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))
+        if self.lookahead and guess and len(needed) <= self._pool.slots:
+            self.lookahead.begin(sorted(set(np.asarray(guess[0]).ravel().tolist())), self._pool, busy=len(needed))
         return y
 
     def _fit(self, needed: list[int]) -> None:

@@ -35,6 +35,7 @@ from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.mailbox import Mailbox
 from flashmoe_mlx.manifest import FirstReads, Manifest
 from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.pool import Pool, slot_nbytes
@@ -297,8 +298,8 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     first_reads = None
     if config.manifest is not None:
         first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
-    fence = Fence(counters)
     staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
+    fence = Fence(counters, Mailbox() if place_nbytes else None)
     replaced: list[tuple[str, nn.Module]] = []
     places: dict[str, tuple[ExpertTable, Pool]] = {}
     for share in shares:
