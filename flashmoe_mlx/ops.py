@@ -214,36 +214,24 @@ def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, gr
         weight (mx.array): ``[rows, columns * bits / 32]``, uint32; see :class:`Quantized` for the rest.
 
     Returns:
-        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself.
+        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself; a GPU's takes
+            one vector, on NVIDIA's, where MLX's own product reads half as fast.
     """
     if x.dtype == mx.float32 and (kernels := _native()):
         return kernels.linear(x, weight, scales, biases, group_size, bits)
-    if gpu.on_gpu() and x.size == x.shape[-1] and scales.dtype == x.dtype and scales.size >= gpu.DEVICE_MEMORY:
-        rows, lanes, simdgroups = _LINEAR_SHAPE
+    if gpu.on_nvidia() and x.size == x.shape[-1] and scales.dtype == x.dtype and scales.size >= gpu.DEVICE_MEMORY:
         return _launch(
             _LINEAR,
             [x, weight, scales, biases],
             (*x.shape[:-1], len(weight)),
             vectors=1,
-            simdgroups=simdgroups,
-            tile=simdgroups * rows * 32 // lanes,
-            template={"BITS": bits, "GROUP": group_size, "ROWS": rows, "LANES": lanes},
+            simdgroups=2,
+            tile=4,
+            template={"BITS": bits, "GROUP": group_size, "ROWS": 2, "LANES": 32},
         )
     return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
 
 
-_LINEAR_SHAPE = (2, 32, 2)
-_LINEAR = gpu.Call(
-    "linear",
-    ("x", "weight", "scales", "biases"),
-    """
-    linear<T, BITS, GROUP, ROWS, LANES>(
-        x, weight, scales, biases, out,
-        scales_shape[1] * GROUP, scales_shape[0], threadgroup_position_in_grid.y,
-        threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-    """,
-    uses=("quantized", "matvec"),
-)
 _GATE_UP = gpu.Call(
     "gate_up",
     ("x", "slots", "gate_weight", "gate_scales", "gate_biases", "up_weight", "up_scales", "up_biases"),
@@ -274,6 +262,17 @@ _MATVEC = gpu.Call(
         scales_shape[2] * GROUP, scales_shape[1], threadgroup_position_in_grid.y,
         threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """,
+)
+_LINEAR = gpu.Call(
+    "linear",
+    ("x", "weight", "scales", "biases"),
+    """
+    linear<T, BITS, GROUP, ROWS, LANES>(
+        x, weight, scales, biases, out,
+        scales_shape[1] * GROUP, scales_shape[0], threadgroup_position_in_grid.y,
+        threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """,
+    uses=("quantized", "matvec"),
 )
 
 

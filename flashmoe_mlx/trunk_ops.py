@@ -16,9 +16,6 @@ from flashmoe_mlx.ops import MAX_TOP_K, Dense, has_kernel, linear
 
 _DELTA_SIMDGROUPS = 16  # that share a head's state
 _QUERIES = 4  # that a simdgroup has
-_LANES, _AT_ONCE = 16, 2
-_GROUPS = 8
-_ROUTER = (2, 32)
 _PART = 32  # positions that a part of attention has at least, if there are as many
 _MOST_PARTS = 128  # what merges them takes them one after another
 
@@ -208,15 +205,15 @@ def attend(
         dtypes=[mx.float32, mx.float32],
         threadgroups=(key_heads * parts, tokens),
         simdgroups=share // each,
-        template={"DIM": head_dim, "SHARE": share, "EACH": each, "LANES": _LANES, "AT_ONCE": _AT_ONCE},
+        template={"DIM": head_dim, "SHARE": share, "EACH": each},
     )
     (out,) = gpu.run(
         _MERGE_ATTENDED,
         [x, sums, weights],
         [(1, tokens, heads * head_dim)],
         threadgroups=(heads, tokens),
-        simdgroups=_GROUPS * head_dim // 128,
-        template={"DIM": head_dim, "GROUPS": _GROUPS},
+        simdgroups=(groups := 8) * head_dim // 128,
+        template={"DIM": head_dim, "GROUPS": groups},
     )
     return out
 
@@ -248,13 +245,12 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
     if not gpu.on_gpu() or gate[3:] != up[3:] or not has_kernel(x, x[..., :1], router, gate, up):
         return ask_twin(x, router, gate, up)
     rows = 2 if gate.bits == 2 else 1  # of a simdgroup
-    router_rows, router_lanes = _ROUTER
     hidden_size, logits_size = gate.weight.shape[0], router.weight.shape[0]
     hidden, logits = gpu.run(
         _ASK,
         [x, *gate[:3], *up[:3], *router[:3]],
         [(1, tokens, hidden_size), (1, tokens, logits_size)],
-        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // (64 * router_rows // router_lanes)), tokens),
+        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // 4), tokens),
         simdgroups=2,
         template={
             "BITS": gate.bits,
@@ -262,8 +258,6 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
             "ROWS": rows,
             "ROUTER_BITS": router.bits,
             "ROUTER_GROUP": router.group_size,
-            "ROUTER_ROWS": router_rows,
-            "ROUTER_LANES": router_lanes,
         },
     )
     return logits, hidden
@@ -419,7 +413,7 @@ _ATTEND = gpu.Call(
     ("queries", "keys", "values", "position", "scale"),
     """
         const int parts = threadgroups_per_grid.x / keys_shape[1];
-        attend<T, DIM, SHARE, EACH, LANES, AT_ONCE>(
+        attend<T, DIM, SHARE, EACH>(
             queries, keys, values, position, scale, sums, weights,
             queries_shape[2], queries_shape[1], keys_shape[2], parts, threadgroup_position_in_grid.x / parts,
             threadgroup_position_in_grid.x % parts, threadgroup_position_in_grid.y,
@@ -445,7 +439,7 @@ _ASK = gpu.Call(
         *("router_weight", "router_scales", "router_biases"),
     ),
     """
-        ask<T, BITS, GROUP, ROWS, ROUTER_BITS, ROUTER_GROUP, ROUTER_ROWS, ROUTER_LANES, SIMDGROUPS>(
+        ask<T, BITS, GROUP, ROWS, ROUTER_BITS, ROUTER_GROUP, SIMDGROUPS>(
             x, gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases,
             router_weight, router_scales, router_biases, hidden, logits,
             x_shape[2], gate_scales_shape[0], router_scales_shape[0], threadgroup_position_in_grid.y,

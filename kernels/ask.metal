@@ -1,15 +1,6 @@
 // What a block of experts begins with: the router's logits, and the hidden activations of the shared expert. They read the
 // same input, and share a launch: the first threadgroups make activations, the others logits.
-template <
-    typename T,
-    int BITS,
-    int GROUP,
-    int ROWS,
-    int ROUTER_BITS,
-    int ROUTER_GROUP,
-    int ROUTER_ROWS,
-    int ROUTER_LANES,
-    int SIMDGROUPS>
+template <typename T, int BITS, int GROUP, int ROWS, int ROUTER_BITS, int ROUTER_GROUP, int SIMDGROUPS>
 inline void ask(
     const device T* x,                // [tokens, columns]
     const device uint* gate_weight,   // [rows, columns * BITS / 32]
@@ -36,7 +27,7 @@ inline void ask(
         x, FirstSlot(), gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases, hidden,
         columns, rows, token, number * SIMDGROUPS + simdgroup, lane);
   } else {
-    linear<T, ROUTER_BITS, ROUTER_GROUP, ROUTER_ROWS, ROUTER_LANES>(
+    linear<T, ROUTER_BITS, ROUTER_GROUP, 2, 32>(
         x, router_weight, router_scales, router_biases, logits,
         columns, router_rows, token, (number - first) * SIMDGROUPS + simdgroup, lane);
   }

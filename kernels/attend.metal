@@ -14,15 +14,7 @@ inline float sum_across(float value) {
   return value;
 }
 
-template <
-    typename T,
-    int DIM,
-    int SHARE,
-    int EACH,
-    int LANES,
-    int AT_ONCE,
-    typename Position,
-    typename Scale>
+template <typename T, int DIM, int SHARE, int EACH, typename Position, typename Scale>
 inline void attend(
     const device T* queries,  // [heads, tokens, DIM]
     const device T* keys,     // [key heads, capacity, DIM]
@@ -40,7 +32,9 @@ inline void attend(
     int token,
     int simdgroup,
     int lane) {
+  constexpr int LANES = 16;
   constexpr int ACROSS = 32 / LANES;
+  constexpr int AT_ONCE = 2;
   constexpr int OWN = DIM / LANES;  // elements of a head that a lane has
   constexpr int PER_WORD = 4 / sizeof(T);
   constexpr int WORDS = OWN / PER_WORD;
