@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -186,32 +186,30 @@ class StreamedSwitchGLU(nn.Module):
 
         top_k = shape[-1]
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, hidden]
-        outputs: list[mx.array] = []  # [pairs of a wave, 1, hidden]
-        rows = [0] * len(pairs)  # where in all of them the output of each pair is
-        running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
-        if ahead is not None:
-            self._pool.fetch(self._table, hits)
-            outputs.append(ahead.reshape(len(pairs), 1, -1))
-            rows = list(range(len(pairs)))
-            running.append((ahead, len(hits)))
-
         wave_of = {expert: number for number, wave in enumerate(waves) for expert in wave}
         parts: list[list[int]] = [[] for _ in waves]  # the pairs of each wave
         for pair, expert in enumerate(pairs):
             if expert in wave_of:
                 parts[wave_of[expert]].append(pair)
-        begin = sum(len(output) for output in outputs)
+
+        computed: list[tuple[mx.array, Sequence[int]]] = []  # outputs [some pairs, 1, hidden], and of which pairs
+        running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
+        if ahead is not None:
+            self._pool.fetch(self._table, hits)
+            computed.append((ahead.reshape(len(pairs), 1, -1), range(len(pairs))))
+            running.append((ahead, len(hits)))
         for wave, part in zip(waves, parts, strict=True):
             while sum(count for _, count in running) + len(wave) > self._pool.slots:
                 mx.eval(running.popleft()[0])
             slot_of = self._pool.fetch(self._table, wave)  # while the wave before is computed
-            slots = [slot_of[pairs[pair]] for pair in part]
-            outputs.append(_launch(experts, tokens[mx.array([pair // top_k for pair in part])], slots, (len(part), 1)))
-            running.append((outputs[-1], len(wave)))
-            for pair in part:
-                rows[pair], begin = begin, begin + 1
+            rows = mx.array([pair // top_k for pair in part])
+            output = _launch(experts, tokens[rows], [slot_of[pairs[pair]] for pair in part], (len(part), 1))
+            computed.append((output, part))
+            running.append((output, len(wave)))
         self._fence.hold(output for output, _ in running)
-        return mx.concatenate(outputs)[mx.array(rows)].reshape(*shape, -1)
+        place_of = {pair: place for place, pair in enumerate(pair for _, part in computed for pair in part)}  # the last
+        places = mx.array([place_of[pair] for pair in range(len(pairs))])
+        return mx.concatenate([output for output, _ in computed])[places].reshape(*shape, -1)
 
 
 def _experts_on(switch: nn.Module, slabs: Mapping[str, Slab]) -> Experts:
