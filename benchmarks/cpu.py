@@ -11,7 +11,9 @@ figures are medians, the ceiling's of all its turns in a case. MLX's own operati
 scales in float32 because it is several times slower with others. The last line is JSON.
 
 With ``--model``, a model decodes with all experts in memory, in turns with the C program, which reads as many bytes as
-a token needs of weights. ``weights_share`` is the part of a token's time that it takes: what no faster kernel saves.
+a token needs of weights, and with the products of a token alone, one after another, of experts that change from token
+to token. ``weights_share`` is the part of a token's time that the C program takes: what no faster kernel saves.
+``products_share`` is the part that the products take: what nothing but faster kernels saves.
 """
 
 import argparse
@@ -30,17 +32,19 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 import flashmoe_mlx
 from benchmarks.decode import seconds_per_token
 from benchmarks.record import record
-from flashmoe_mlx import native, ops
+from flashmoe_mlx import native, ops, trunk_ops
 from flashmoe_mlx.config import parse_size
 from flashmoe_mlx.layers import StreamedSwitchGLU
-from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.ops import Dense, Quantized
 from flashmoe_mlx.pages import use_large_pages
+from flashmoe_mlx.trunk import PROJECTIONS, FewLaunches
 
 TURN_NBYTES = 100e6
 
@@ -177,8 +181,51 @@ def mlx_gbps(case: tuple[int, int, int, int, int]) -> float:
     return nbytes_of(gate, top_k) / seconds / 1e9
 
 
+def products(model: nn.Module) -> Iterator[Callable[[], Any]]:
+    """The products of a token, as its layers make them, each of a random vector."""
+
+    def random_vector(matrix: Dense | Quantized) -> mx.array:
+        x = mx.random.normal((1, 1, matrix.scales.shape[-1] * matrix.group_size))
+        mx.eval(x)
+        return x
+
+    def dense(matrix: Dense) -> Callable[[], mx.array]:
+        x = random_vector(matrix)
+        return lambda: ops.linear(x, *matrix)
+
+    for layer in model.layers:
+        if not isinstance(layer, FewLaunches):
+            raise SystemExit("products are known of layers that decode in few launches only")
+        mixer, block = (layer.linear_attn if layer.is_linear else layer.self_attn), layer.mlp
+        names, output = next(names for kind, names in PROJECTIONS.items() if isinstance(mixer, kind))
+        yield dense(_joined([mixer[name] for name in names]))
+        yield dense(_joined([mixer[output]]))
+        router = _joined([block.gate, block.shared_expert_gate])
+        gate, up, down = (_joined([block.shared_expert[name]]) for name in ("gate_proj", "up_proj", "down_proj"))
+        x = random_vector(router)
+        yield lambda x=x, router=router, gate=gate, up=up: trunk_ops.ask(x, router, gate, up)
+        yield dense(down)
+        experts = block.switch_mlp.switch
+        chosen = rotating(experts.gate_proj.num_experts, block.top_k)
+        matrices = [
+            Quantized(each.weight, each.scales, each.biases, each.group_size, each.bits)
+            for each in (experts.gate_proj, experts.up_proj, experts.down_proj)
+        ]
+        yield lambda x=x, chosen=chosen, matrices=matrices: ops.experts(x, next(chosen)[None], *matrices)
+    yield dense(_joined([model.language_model.lm_head]))
+
+
+def _joined(linears: list[nn.Module]) -> Dense:
+    """One matrix of all their rows."""
+    parts = [mx.concatenate([linear[name] for linear in linears]) for name in ("weight", "scales", "biases")]
+    for part in parts:
+        mx.eval(part)
+        use_large_pages(part)
+    return Dense(*parts, linears[0].group_size, linears[0].bits)
+
+
 def weights_share(folder: str, turns: int, reader: Callable[[int, int], float], turn: int = 8) -> dict[str, Any]:
-    """How much of a token's time the reading of its weights would take by itself."""
+    """How much of a token's time the reading of its weights, and its products, would take by themselves."""
     streamed, tokenizer = flashmoe_mlx.load(folder, ram_budget=0)
     streaming = streamed.streaming
     tables = [module._table for module in streamed.modules() if isinstance(module, StreamedSwitchGLU)]
@@ -193,16 +240,25 @@ def weights_share(folder: str, turns: int, reader: Callable[[int, int], float], 
     kernels = native.kernels()
     assert kernels is not None
     seconds = seconds_per_token(model, tokenizer.encode("What is a heron?"), turn, lambda: None)
-    next(seconds), reader(nbytes, kernels.threads())  # warm up
-    pairs = [(reader(nbytes, kernels.threads()), next(seconds)) for _ in range(turns)]
+    calls = list(products(model))
+
+    def seconds_of_products() -> float:
+        begin = time.perf_counter()
+        for _ in range(turn):
+            mx.eval([call() for call in calls])
+        return (time.perf_counter() - begin) / turn
+
+    next(seconds), reader(nbytes, kernels.threads()), seconds_of_products()  # warm up
+    rounds = [(reader(nbytes, kernels.threads()), next(seconds), seconds_of_products()) for _ in range(turns)]
     return {
         "model": Path(folder).name,
         "threads": kernels.threads(),
         "trunk_mb": round(trunk / 1e6, 1),
         "experts_mb": round(experts / 1e6, 1),
-        "tps": round(1 / median(ours for _, ours in pairs), 2),
-        "read_gbps": round(nbytes / median(theirs for theirs, _ in pairs) / 1e9, 2),
-        "weights_share": round(median(theirs / ours for theirs, ours in pairs), 3),
+        "tps": round(1 / median(token for _, token, _ in rounds), 2),
+        "read_gbps": round(nbytes / median(read for read, _, _ in rounds) / 1e9, 2),
+        "weights_share": round(median(read / token for read, token, _ in rounds), 3),
+        "products_share": round(median(made / token for _, token, made in rounds), 3),
     }
 
 

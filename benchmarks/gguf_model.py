@@ -44,15 +44,17 @@ def write(args: argparse.Namespace) -> None:
     def ones(name: str, size: int) -> None:
         writer.add_tensor(name, np.ones(size, np.float32))
 
-    def quantized(name: str, *shape: int) -> None:
-        """Weights of about normal size in a matrix product of ``shape[-1]`` columns."""
-        blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 32, _NBYTES), np.uint8)
-        scale = np.float16(shape[-1] ** -0.5 / 4.6)  # 4.6 is the deviation of 16 equal steps
+    def quantized(name: str, *shape: int, size: float | None = None) -> None:
+        """Weights that are 0 on average, of about normal size in a matrix product of ``shape[-1]`` columns."""
+        blocks = rng.integers(1, 16, (*shape[:-1], shape[-1] // 32, _NBYTES), np.uint8)
+        blocks |= rng.integers(1, 16, blocks.shape, np.uint8) << 4
+        scale = np.float16((size or shape[-1] ** -0.5) / 4.3)  # 4.3 is the deviation of 15 equal steps
         blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
         data = blocks.reshape(*shape[:-1], -1)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
-    quantized("token_embd.weight", args.vocab, args.hidden)
+    # Larger than what layers add: otherwise all tokens look the same to routers, and ask for the same experts.
+    quantized("token_embd.weight", args.vocab, args.hidden, size=4)
     for layer in range(args.layers):
         name = f"blk.{layer}."
         ones(name + "attn_norm.weight", args.hidden)

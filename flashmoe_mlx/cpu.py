@@ -20,10 +20,13 @@ class Linear(nn.QuantizedLinear):
 
 
 class Embedding(nn.QuantizedEmbedding):
-    """``nn.QuantizedEmbedding``, whose use as an output head is computed by :func:`flashmoe_mlx.ops.linear`."""
+    """``nn.QuantizedEmbedding`` in one kernel, and as an output head :func:`flashmoe_mlx.ops.linear`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows ``[..., dims]`` of token numbers ``[...]``, in float32."""
+        if kernels := native.kernels():
+            numbers = x.astype(mx.uint32)
+            return kernels.embed(numbers, self.weight, self.scales, self.biases, self.group_size, self.bits)
         scales, biases = self.scales[x].astype(mx.float32), self.biases[x].astype(mx.float32)
         return mx.dequantize(self.weight[x], scales, biases, self.group_size, self.bits)
 
@@ -67,30 +70,29 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
             theirs: mx.array = super().__call__(inputs, mask, cache)
             return theirs
         batch, tokens, _ = inputs.shape
-        recent = state = None
+        window = state = None
         if cache is not None:
-            recent, state = cache[0], cache[1]
-        if recent is None:
-            recent = mx.zeros((batch, self.conv_kernel_size - 1, self.conv_dim))
+            window, state = cache[0], cache[1]
+        if window is None:
+            window = mx.zeros((batch, self.conv_kernel_size - 1, self.conv_dim))
         if state is None:
             state = mx.zeros((batch, self.num_v_heads, self.head_v_dim, self.head_k_dim))
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        widths = (self.key_dim, self.key_dim, self.value_dim, self.value_dim, self.num_v_heads, self.num_v_heads)
         y: mx.array
-        y, recent, state = kernels.delta_net(
-            self.in_proj_qkv(inputs),
-            self.in_proj_z(inputs),
-            self.in_proj_a(inputs),
-            self.in_proj_b(inputs),
-            recent.astype(mx.float32),
+        y, window, state = kernels.delta_net(
+            mx.concatenate([project(inputs) for project in projections], axis=-1),
+            window.astype(mx.float32),
             state.astype(mx.float32),
             self.conv1d.weight,
             self.A_log,
             self.dt_bias,
             self.norm.weight,
-            self.num_k_heads,
+            [(sum(widths[:part]), width // self.num_k_heads) for part, width in enumerate(widths)],
             self.norm.eps,
         )
         if cache is not None:
-            cache[0], cache[1] = recent, state
+            cache[0], cache[1] = window, state
             cache.advance(tokens)
         y = self.out_proj(y)
         return y

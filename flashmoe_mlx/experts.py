@@ -23,7 +23,7 @@ class Experts:
         self._matrices = _swiglu_matrices(switch)
         # Compiled, because MLX writes out a kernel's text whenever a graph is built of it. The matrices are inside,
         # because passing them takes as long as all the rest.
-        self._kernels, self._kernels_ahead = _compiled(self._matrices)
+        self._kernels: ExpertFunction = _fused(self._matrices)
 
     def function(self, x: mx.array, indices: mx.array) -> ExpertFunction:
         """What computes a call: from ``x`` and where each expert is, ``[..., experts_per_token, hidden]``.
@@ -48,7 +48,7 @@ class Experts:
         """
         if self.function(x, indices) is not self._kernels:
             return None
-        return self._kernels_ahead(x, indices, places)
+        return self._kernels(x, places[indices])
 
     def splits(self, function: ExpertFunction) -> bool:
         """Whether a call may be computed in parts and stay the same to the bit.
@@ -59,16 +59,13 @@ class Experts:
         return function is self._kernels or mx.default_device().type == mx.cpu
 
 
-def _compiled(matrices: dict[str, ops.Quantized]) -> tuple[ExpertFunction, Callable[..., mx.array]]:
-    @mx.compile
+def _fused(matrices: dict[str, ops.Quantized]) -> ExpertFunction:
+    fused = ops.Fused(lambda x, slots: (ops.experts(x, slots, **matrices),))
+
     def experts(x: mx.array, slots: mx.array) -> mx.array:
-        return ops.experts(x, slots, **matrices)
+        return fused(x, slots)[0]
 
-    @mx.compile
-    def ahead(x: mx.array, indices: mx.array, places: mx.array) -> mx.array:
-        return ops.experts(x, places[indices], **matrices)
-
-    return experts, ahead
+    return experts
 
 
 def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:

@@ -14,6 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
+from flashmoe_mlx import native
 from flashmoe_mlx.budget import (
     experts_nbytes,
     free_memory,
@@ -197,7 +198,7 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
-    if mx.default_device().type == mx.gpu and not lazy:  # on a CPU launches cost nothing
+    if not lazy and (mx.default_device().type == mx.gpu or native.kernels() is not None):
         swap_trunk(model)
     _start_early(model, _hidden(loaded_config))
     # Said either way: where it is not, transformers asks whoever sits at the terminal.

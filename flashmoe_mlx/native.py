@@ -2,12 +2,19 @@
 
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Protocol, cast
 
 import mlx.core as mx
+
+
+class Chain(Protocol):
+    """Some of these functions in a row as one operation; of inputs in the shapes that it was made for."""
+
+    def __call__(self, inputs: Sequence[mx.array], /) -> list[mx.array] | None: ...
 
 
 class Kernels(Protocol):
@@ -19,8 +26,14 @@ class Kernels(Protocol):
 
     mlx_version: str
 
+    def Chain(self, inputs: Sequence[mx.array], outputs: Sequence[mx.array], /) -> Chain: ...
+
     def linear(
         self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
+    ) -> mx.array: ...
+
+    def embed(
+        self, numbers: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
     ) -> mx.array: ...
 
     def matvec(
@@ -67,24 +80,72 @@ class Kernels(Protocol):
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool, /
     ) -> mx.array: ...
 
+    def norm_rope(
+        self,
+        x: mx.array,
+        q_norm: mx.array,
+        k_norm: mx.array,
+        position: mx.array,
+        frequencies: mx.array,
+        heads: int,
+        key_heads: int,
+        eps: float,
+        /,
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float, /
+    ) -> mx.array: ...
+
     def delta_net(
         self,
-        qkv: mx.array,
-        z: mx.array,
-        a: mx.array,
-        b: mx.array,
-        recent: mx.array,
+        x: mx.array,
+        window: mx.array,
         state: mx.array,
-        convolution: mx.array,
+        taps: mx.array,
         a_log: mx.array,
         dt_bias: mx.array,
         norm: mx.array,
-        key_heads: int,
-        norm_eps: float,
+        layout: Sequence[tuple[int, int]],
+        eps: float,
         /,
     ) -> tuple[mx.array, mx.array, mx.array]: ...
 
     def rms_norm(self, x: mx.array, weight: mx.array, eps: float, /) -> mx.array: ...
+
+    def add_norm(self, x: mx.array, y: mx.array, weight: mx.array, eps: float, /) -> tuple[mx.array, mx.array]: ...
+
+    def combine(
+        self,
+        x: mx.array,
+        y: mx.array,
+        scores: mx.array,
+        shared: mx.array,
+        weight: mx.array,
+        eps: float,
+        /,
+    ) -> tuple[mx.array, mx.array]: ...
+
+    def route(self, logits: mx.array, top_k: int, normalize: bool, /) -> tuple[mx.array, mx.array]: ...
+
+    def ask(
+        self,
+        x: mx.array,
+        router_weight: mx.array,
+        router_scales: mx.array,
+        router_biases: mx.array,
+        router_group_size: int,
+        router_bits: int,
+        gate_weight: mx.array,
+        gate_scales: mx.array,
+        gate_biases: mx.array,
+        up_weight: mx.array,
+        up_scales: mx.array,
+        up_biases: mx.array,
+        group_size: int,
+        bits: int,
+        /,
+    ) -> tuple[mx.array, mx.array]: ...
 
     def instruction_set(self) -> str: ...
 

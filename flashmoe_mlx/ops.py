@@ -5,6 +5,7 @@ decoding, and reads slabs in place. Activations must begin at a multiple of 16 b
 of another may not. A CPU's kernels are in ``native/`` and take any number of tokens.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from flashmoe_mlx import gpu, native
 
 MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
 MAX_TOP_K = 16  # experts of a token, for down()
+_MOST_CHAINS = 8  # of a function: decoding asks for few shapes
 
 
 class Quantized(NamedTuple):
@@ -74,13 +76,41 @@ def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized | Dense) -> bo
     )
 
 
-def _native() -> native.Kernels | None:
-    return None if gpu.on_gpu() else native.kernels()
+def native_kernels(x: mx.array) -> native.Kernels | None:
+    """The native kernels, if they take ``x``."""
+    return native.kernels() if x.dtype == mx.float32 and not gpu.on_gpu() else None
 
 
-def _flat(slots: mx.array) -> mx.array:
-    """As native kernels want them."""
-    return slots.reshape(-1, slots.shape[-1]).astype(mx.uint32)
+class Fused:
+    """A function of arrays that returns some, and costs the host little: on a CPU it is one operation if all that it
+    computes are native kernels, elsewhere ``mx.compile`` keeps what it builds.
+
+    Args:
+        function (Callable): depends on its arguments' shapes and dtypes only, and on arrays that never change.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[mx.array]]):
+        self._function = function
+        self._compiled: Callable[..., Sequence[mx.array]] = mx.compile(function)
+        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for
+        self._foreign = False
+
+    def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
+        """What the function returns, lazily."""
+        kernels = None if self._foreign else native_kernels(inputs[0])
+        if kernels is None:
+            return self._compiled(*inputs)
+        for chain in self._chains:
+            if (made := chain(inputs)) is not None:
+                return made
+        if len(self._chains) == _MOST_CHAINS:
+            return self._compiled(*inputs)
+        outputs = self._function(*inputs)
+        try:
+            self._chains.append(kernels.Chain(inputs, outputs))
+        except ValueError:  # MLX computes a part of it
+            self._foreign = True
+        return outputs
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:
@@ -98,9 +128,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
     """
     if gate[3:] != up[3:] or not has_kernel(x, slots, gate, up):
         return gate_up_twin(x, slots, gate, up)
-    if kernels := _native():
-        y = kernels.gate_up(x.reshape(-1, x.shape[-1]), _flat(slots), *gate[:3], *up[:3], gate.group_size, gate.bits)
-        return y.reshape(*slots.shape, gate.rows)
+    if kernels := native_kernels(x):
+        return kernels.gate_up(x, slots.astype(mx.uint32), *gate[:3], *up[:3], gate.group_size, gate.bits)
     return _launch(
         _GATE_UP,
         [x, slots, *gate[:3], *up[:3]],
@@ -133,8 +162,8 @@ def down(x: mx.array, slots: mx.array, scores: mx.array, matrix: Quantized) -> m
     """
     if not has_kernel(x, slots, matrix):
         return down_twin(x, slots, scores, matrix)
-    if kernels := _native():
-        return kernels.down(x, _flat(slots), scores.astype(mx.float32), *matrix)
+    if kernels := native_kernels(x):
+        return kernels.down(x, slots.astype(mx.uint32), scores.astype(mx.float32), *matrix)
     tokens, top_k = slots.shape
     return _launch(
         _DOWN,
@@ -184,9 +213,8 @@ def matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> mx.array:
     """
     if not has_kernel(x, slots, matrix):
         return matvec_twin(x, slots, matrix)
-    if kernels := _native():
-        y = kernels.matvec(x.reshape(-1, *x.shape[-2:]), _flat(slots), *matrix)
-        return y.reshape(*slots.shape, matrix.rows)
+    if kernels := native_kernels(x):
+        return kernels.matvec(x, slots.astype(mx.uint32), *matrix)
     return _launch(
         _MATVEC,
         [x, slots, *matrix[:3]],
@@ -217,7 +245,7 @@ def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, gr
         mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself; a GPU's takes
             one vector, on NVIDIA's, where MLX's own product reads half as fast.
     """
-    if x.dtype == mx.float32 and (kernels := _native()):
+    if kernels := native_kernels(x):
         return kernels.linear(x, weight, scales, biases, group_size, bits)
     if gpu.on_nvidia() and x.size == x.shape[-1] and scales.dtype == x.dtype and scales.size >= gpu.DEVICE_MEMORY:
         return _launch(

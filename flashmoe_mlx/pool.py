@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from flashmoe_mlx import native
 from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.expert_table import ExpertPart, ExpertTable
 from flashmoe_mlx.manifest import FirstReads
 from flashmoe_mlx.reader import Landed, Reader
 from flashmoe_mlx.slab import NO_SLOT, Slab, row_nbytes
@@ -69,7 +70,7 @@ class Pool:
         self.slot_nbytes = slot_nbytes(table)
         self.moves = 0
         self._slots = slots
-        self.slabs = {part.name: Slab(slots, part.shape, part.dtype) for part in table.parts}
+        self.slabs = {part.name: Slab(slots, part.shape, part.dtype, _kept(part)) for part in table.parts}
         self._sizes = [slab.landing_nbytes for slab in self.slabs.values()]
         self._rows = _landings(self.slabs, slots) if staging is None else []
         self._reader = reader
@@ -349,7 +350,12 @@ class Pool:
 
 def slot_nbytes(table: ExpertTable) -> int:
     """Bytes of one slot for an expert of this layer."""
-    return sum(row_nbytes(part.shape, part.dtype) for part in table.parts)
+    return sum(row_nbytes(part.shape, part.dtype, _kept(part)) for part in table.parts)
+
+
+def _kept(part: ExpertPart) -> bool:
+    """Whether kernels compute with a part as it is stored: the native ones widen scales themselves."""
+    return part.name.endswith((".scales", ".biases")) and native.kernels() is not None
 
 
 def _landings(slabs: Mapping[str, Slab], slots: int) -> list[list[memoryview]]:

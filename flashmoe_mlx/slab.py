@@ -35,14 +35,15 @@ class Slab:
         slots (int): rows.
         shape (tuple[int, ...]): of one row.
         stored (mx.Dtype): of the bytes in the file; the array's is :func:`computed_dtype` of it.
+        kept (bool): compute with what is stored. Default: ``False``.
 
     Attributes:
         array (mx.array): what to compute with.
         landing_nbytes (int): bytes of a row as the file has them.
     """
 
-    def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype):
-        dtype = computed_dtype(stored)
+    def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False):
+        dtype = stored if kept else computed_dtype(stored)
         # Python's memoryview knows no bfloat16, so the memory is made of plain words of that size.
         self._words = mx.zeros((slots, *shape), _WORDS[dtype.size])
         self.array = self._words.view(dtype)
@@ -50,12 +51,13 @@ class Slab:
         use_large_pages(self._words)
         self._shape = shape
         self._stored = stored
-        self._row_nbytes = row_nbytes(shape, stored)
+        self._kept = kept
+        self._row_nbytes = row_nbytes(shape, stored, kept)
         self.landing_nbytes = prod(shape) * stored.size
 
     def moved(self, slots: Sequence[int], count: int) -> Self:
         """A slab with ``count`` rows, the first of which hold what these ``slots`` hold."""
-        slab = type(self)(0, self._shape, self._stored)
+        slab = type(self)(0, self._shape, self._stored, self._kept)
         rows = [*slots, *([0] * (count - len(slots)))]
         slab._words = self._words[mx.array(rows, mx.uint32)]
         slab.array = slab._words.view(self.array.dtype)
@@ -104,6 +106,6 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype) -> int:
+def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False) -> int:
     """Bytes of one row of a slab."""
-    return prod(shape) * computed_dtype(stored).size
+    return prod(shape) * (stored if kept else computed_dtype(stored)).size

@@ -6,7 +6,7 @@ one kernel, and a layer ends with the norm that the next one begins with. The ho
 All else, prompts above all, runs through mlx-lm's own code.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_
@@ -19,7 +19,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from flashmoe_mlx import ops, trunk_ops
 from flashmoe_mlx.early import FEW_TOKENS
-from flashmoe_mlx.ops import Dense
+from flashmoe_mlx.ops import Dense, Fused, native_kernels
+from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.trunk_ops import Layout, Rope
 
 # What a layer makes until its experts are known: the residual and the experts' input [1, tokens, hidden], expert
@@ -38,12 +39,13 @@ class Snapshot:
     """The linear layers that another way was made of, so that it is not taken once they were changed.
 
     Args:
+        dtype (mx.Dtype): of the activations that they are for.
         parents (tuple): modules, each with the names of those of its children that count.
     """
 
-    def __init__(self, *parents: tuple[nn.Module, Iterable[str]]):
+    def __init__(self, dtype: mx.Dtype, *parents: tuple[nn.Module, Iterable[str]]):
+        self.dtype = dtype
         children = [(parent, name, parent[name]) for parent, names in parents for name in names]
-        self.dtype: mx.Dtype = children[0][2].scales.dtype
         arrays = [(linear, "scales", linear.scales) for _, _, linear in children]
         self._modules, self._names, self._values = zip(*children, *arrays, strict=True)
 
@@ -72,7 +74,8 @@ class Way:
     """How a layer computes a step of few tokens.
 
     Args:
-        mix (Callable): all up to the experts, of the layer's input and its norm, ``[1, tokens, hidden]``, and a cache.
+        mix (Callable): all up to the experts, see :data:`Routed`, of the layer's input and its norm,
+            ``[1, tokens, hidden]``, and a cache.
         end (Callable): the layer's output and its norm, of the residual, the experts' outputs, their scores, and the
             shared expert's output.
         made_of (Snapshot): what it was made of.
@@ -82,7 +85,7 @@ class Way:
         beside (mx.array, optional): what to launch together with the experts of the step that runs.
     """
 
-    mix: Callable[[mx.array, mx.array, Any], Routed]
+    mix: Callable[[mx.array, mx.array, Any], Sequence[mx.array]]
     end: Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
     made_of: Snapshot
     norm: Norm
@@ -104,7 +107,7 @@ class FewLaunches(nn.Module):
             return y
         normed = way.normed.take(x)
         if normed is None:
-            normed = mx.fast.rms_norm(x, *way.norm)
+            normed = self.input_layernorm(x)
         residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
         way.beside = shared
         routed = self.mlp.switch_mlp(experts_input, experts)
@@ -160,14 +163,14 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
         return None
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
     shared = block.shared_expert
-    inputs = [mixer[name] for name in _INPUTS[type(mixer)]]
-    output = mixer[_OUTPUT[type(mixer)]]
+    names, output_name = next(names for kind, names in PROJECTIONS.items() if isinstance(mixer, kind))
+    inputs, output = [mixer[name] for name in names], mixer[output_name]
     router = [block[name] for name in _ROUTER]
     swiglu = [shared[name] for name in _SWIGLU]
     floats = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *_own_floats(mixer)]
     if not (_alike(inputs) and _alike(router) and all(_alike([linear]) for linear in (output, *swiglu))):
         return None
-    if not _same_dtype(floats, inputs, [output], router, swiglu):
+    if not _fit(floats, inputs, [output], router, *[[linear] for linear in swiglu]):
         return None
     if not layer.is_linear and (type(mixer.rope) is not nn.RoPE or mixer.rope.traditional):
         return None
@@ -184,7 +187,7 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     way = Way(
         make(mixer, inputs, output, block_weights),
         _end(following.norm if following else norm),  # of what the last layer makes nothing comes
-        Snapshot((mixer, (*_INPUTS[type(mixer)], _OUTPUT[type(mixer)])), (block, _ROUTER), (shared, _SWIGLU)),
+        Snapshot(floats[0].dtype, (mixer, (*names, output_name)), (block, _ROUTER), (shared, _SWIGLU)),
         norm,
         normed,
         following.normed if following else normed,
@@ -195,15 +198,11 @@ def _swap(layer: nn.Module, following: Way | None) -> Way | None:
     return way
 
 
-_INPUTS = {
-    qwen3_5.GatedDeltaNet: ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-    qwen3_next.Qwen3NextGatedDeltaNet: ("in_proj_qkvz", "in_proj_ba"),
-    qwen3_next.Qwen3NextAttention: ("q_proj", "k_proj", "v_proj"),
-}
-_OUTPUT = {
-    qwen3_5.GatedDeltaNet: "out_proj",
-    qwen3_next.Qwen3NextGatedDeltaNet: "out_proj",
-    qwen3_next.Qwen3NextAttention: "o_proj",
+# Of a mixer those that read its input, and the one that makes its output.
+PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
+    qwen3_5.GatedDeltaNet: (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), "out_proj"),
+    qwen3_next.Qwen3NextGatedDeltaNet: (("in_proj_qkvz", "in_proj_ba"), "out_proj"),
+    qwen3_next.Qwen3NextAttention: (("q_proj", "k_proj", "v_proj"), "o_proj"),
 }
 _ROUTER = ("gate", "shared_expert_gate")
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
@@ -223,21 +222,20 @@ class _Block(NamedTuple):
 
 def _delta_net(
     mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
-) -> Callable[[mx.array, mx.array, Any], Routed]:
+) -> Callable[[mx.array, mx.array, Any], Sequence[mx.array]]:
     merged, layout, out = _merge(inputs), _layout(mixer), _matrix(output)
     taps, a_log, dt_bias, norm = mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, _norm(mixer.norm)
 
-    @mx.compile
-    def step(x: mx.array, normed: mx.array, window: mx.array, state: mx.array) -> tuple[Routed, mx.array, mx.array]:
+    @Fused
+    def step(x: mx.array, normed: mx.array, window: mx.array, state: mx.array) -> tuple[mx.array, ...]:
         projected = ops.linear(normed, *merged)
         y, window, state = trunk_ops.gated_delta(
             projected, window, state, taps, a_log, dt_bias, norm.weight, layout=layout, eps=norm.eps
         )
-        return _route(x, ops.linear(y, *out), block), window, state
+        return *_route(x, ops.linear(y, *out), block), window, state
 
-    def mix(x: mx.array, normed: mx.array, cache: ArraysCache) -> Routed:
-        routed: Routed
-        routed, cache[0], cache[1] = step(x, normed, cache[0], cache[1])
+    def mix(x: mx.array, normed: mx.array, cache: ArraysCache) -> Sequence[mx.array]:
+        *routed, cache[0], cache[1] = step(x, normed, cache[0], cache[1])
         cache.advance(x.shape[1])
         return routed
 
@@ -250,7 +248,7 @@ def _layout(mixer: nn.Module) -> Layout:
     share = mixer.num_v_heads // heads
     sizes = (key_dim, key_dim, share * value_dim, share * value_dim, share, share)  # of a key head
     starts = [sum(sizes[:part]) for part in range(6)]
-    if type(mixer) is qwen3_5.GatedDeltaNet:  # all heads' queries, then all heads' keys, ...
+    if isinstance(mixer, qwen3_5.GatedDeltaNet):  # all heads' queries, then all heads' keys, ...
         return tuple((heads * start, size) for start, size in zip(starts, sizes, strict=True))
     stride = starts[4]  # a key head's queries, keys, values and gates, then another's; behind them betas and decays
     return tuple([(start, stride) for start in starts[:4]] + [(heads * stride + i * share, 2 * share) for i in (0, 1)])
@@ -258,13 +256,13 @@ def _layout(mixer: nn.Module) -> Layout:
 
 def _attention(
     mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
-) -> Callable[[mx.array, mx.array, Any], Routed]:
+) -> Callable[[mx.array, mx.array, Any], Sequence[mx.array]]:
     merged, out, scale = _merge(inputs), _matrix(output), mixer.scale
     heads, key_heads = mixer.num_attention_heads, mixer.num_key_value_heads
     q_norm, k_norm = mixer.q_norm.weight, mixer.k_norm.weight
     rope = Rope(mixer.rope.dims, float(mixer.rope.base), float(mixer.rope.scale), mixer.q_norm.eps)
 
-    @mx.compile
+    @Fused
     def project(normed: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Queries, keys, values ``[1, heads, tokens, head_dim]``, and all that is projected."""
         projected = ops.linear(normed, *merged)
@@ -274,11 +272,11 @@ def _attention(
         return queries, keys, values, projected
 
     @lru_cache(maxsize=8)
-    def behind(capacity: int) -> Callable[..., Routed]:
+    def behind(capacity: int) -> Fused:
         """All that follows a cache of so many positions. It grows, and one function would keep what MLX compiles for
         each size."""
 
-        @mx.compile
+        @Fused
         def attended(
             keys: mx.array, values: mx.array, queries: mx.array, projected: mx.array, position: mx.array, x: mx.array
         ) -> Routed:
@@ -287,7 +285,7 @@ def _attention(
 
         return attended
 
-    def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Routed:
+    def mix(x: mx.array, normed: mx.array, cache: KVCache) -> Sequence[mx.array]:
         position = _position(cache.offset)
         queries, keys, values, projected = project(normed, position)
         _append(cache, keys, values)
@@ -346,6 +344,7 @@ def _merge(linears: list[nn.Module]) -> Dense:
         merged[name] = mx.concatenate([linear[name] for linear in linears])
         parts = mx.split(merged[name], ends)  # they share the memory of the whole
         mx.eval(parts, merged[name])
+        use_large_pages(merged[name])
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
     return Dense(**merged, group_size=linears[0].group_size, bits=linears[0].bits)
@@ -353,18 +352,22 @@ def _merge(linears: list[nn.Module]) -> Dense:
 
 def _alike(linears: list[nn.Module]) -> bool:
     """Whether they are plain layers of one affine quantisation."""
-    if any(type(each) is not nn.QuantizedLinear or each.mode != "affine" or "bias" in each for each in linears):
+    if any(not isinstance(each, nn.QuantizedLinear) or each.mode != "affine" or "bias" in each for each in linears):
         return False
     return len({(linear.group_size, linear.bits) for linear in linears}) == 1
 
 
 def _own_floats(mixer: nn.Module) -> list[mx.array]:
     """Parameters of a mixer that are not quantised and that kernels read with the dtype of activations."""
-    if type(mixer) is qwen3_next.Qwen3NextAttention:
+    if isinstance(mixer, qwen3_next.Qwen3NextAttention):
         return [mixer.q_norm.weight, mixer.k_norm.weight]
     return [mixer.conv1d.weight]
 
 
-def _same_dtype(floats: Iterable[mx.array], *groups: list[nn.Module]) -> bool:
-    scales = [part for linears in groups for linear in linears for part in (linear.scales, linear.biases)]
-    return len({array.dtype for array in (*floats, *scales)}) == 1
+def _fit(floats: list[mx.array], *groups: list[nn.Module]) -> bool:
+    """Whether kernels can read them. Native ones take any scales, if those of a matrix are of one dtype."""
+    dtypes = {array.dtype for array in floats}
+    of_groups = [{part.dtype for linear in linears for part in (linear.scales, linear.biases)} for linears in groups]
+    if native_kernels(floats[0]) is None:
+        return len(dtypes.union(*of_groups)) == 1
+    return all(len(each) == 1 for each in (dtypes, *of_groups))

@@ -5,6 +5,7 @@ a view of an array is no launch, but work for the host.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from flashmoe_mlx import gpu
-from flashmoe_mlx.ops import MAX_TOP_K, Dense, has_kernel, linear
+from flashmoe_mlx.ops import MAX_TOP_K, Dense, has_kernel, linear, native_kernels
 
 _DELTA_SIMDGROUPS = 16  # that share a head's state
 _QUERIES = 4  # that a simdgroup has
@@ -70,6 +71,8 @@ def gated_delta(
         tuple: ``[1, tokens, value_heads * value_dim]``, and the next window and state.
     """
     _, heads, value_dim, key_dim = state.shape
+    if key_dim % 16 == 0 and (kernels := native_kernels(x)):
+        return kernels.delta_net(x, window, state, taps, a_log, dt_bias, norm, layout, eps)
     if not gpu.on_gpu() or key_dim % 32 or value_dim % _DELTA_SIMDGROUPS:
         return gated_delta_twin(x, window, state, taps, a_log, dt_bias, norm, layout=layout, eps=eps)
     template = {
@@ -142,6 +145,9 @@ def norm_rope(
     Returns:
         tuple: queries ``[1, heads, tokens, head_dim]``, keys and values ``[1, key_heads, tokens, head_dim]``.
     """
+    if kernels := native_kernels(x):
+        frequencies = _frequencies(rope.dims, rope.base, rope.scale)
+        return kernels.norm_rope(x, q_norm, k_norm, position, frequencies, heads, key_heads, rope.eps)
     if not gpu.on_gpu():
         return norm_rope_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
     head_dim = q_norm.size
@@ -154,6 +160,14 @@ def norm_rope(
         template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads, "KEY_HEADS": key_heads},
     )
     return queries, keys, values
+
+
+@cache
+def _frequencies(dims: int, base: float, scale: float) -> mx.array:
+    """The angles of a step, ``[dims / 2]``, as MLX computes them, but for the scale."""
+    frequencies = mx.exp(mx.arange(0, -(dims // 2), -1, mx.float32) * (math.log(base) / (dims // 2))) * scale
+    mx.eval(frequencies)
+    return frequencies
 
 
 def norm_rope_twin(
@@ -193,6 +207,8 @@ def attend(
     """
     _, heads, tokens, head_dim = queries.shape
     _, key_heads, capacity, _ = keys.shape
+    if head_dim % 16 == 0 and (kernels := native_kernels(x)):
+        return kernels.attend(queries, keys, values, position, x, scale)
     if not gpu.on_gpu() or head_dim % 32 or not queries.dtype == keys.dtype == values.dtype:
         return attend_twin(queries, keys, values, position, x, scale)
     share = heads // key_heads
@@ -242,6 +258,9 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
         tuple: ``[1, tokens, experts + 1]`` and ``[1, tokens, gate's rows]``.
     """
     tokens = x.shape[1]
+    if gate[3:] == up[3:] and (kernels := native_kernels(x)):
+        formats = (router.group_size, router.bits), (gate.group_size, gate.bits)
+        return kernels.ask(x, *router[:3], *formats[0], *gate[:3], *up[:3], *formats[1])
     if not gpu.on_gpu() or gate[3:] != up[3:] or not has_kernel(x, x[..., :1], router, gate, up):
         return ask_twin(x, router, gate, up)
     rows = 2 if gate.bits == 2 else 1  # of a simdgroup
@@ -280,6 +299,8 @@ def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.a
         tuple: expert numbers ``[1, tokens, top_k]``, uint32, in no order that counts; and their scores, followed by the
         shared expert's, ``[1, tokens, top_k + 1]``, of the dtype of ``logits``.
     """
+    if kernels := native_kernels(logits):
+        return kernels.route(logits, top_k, normalize)
     if not gpu.on_gpu() or top_k > MAX_TOP_K or logits.size < gpu.DEVICE_MEMORY:
         return route_twin(logits, top_k, normalize)
     _, tokens, logits_size = logits.shape
@@ -317,6 +338,8 @@ def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx
     Returns:
         tuple: ``x + y``, and its norm.
     """
+    if kernels := native_kernels(x):
+        return kernels.add_norm(x, y, weight, eps)
     _, tokens, hidden = x.shape
     if not gpu.on_gpu() or hidden % 32:
         return add_norm_twin(x, y, weight, eps)
@@ -353,6 +376,8 @@ def combine(
     Returns:
         tuple: ``[1, tokens, hidden]``, and its norm.
     """
+    if kernels := native_kernels(x):
+        return kernels.combine(x, y, scores, shared, weight, eps)
     _, tokens, hidden = x.shape
     if not gpu.on_gpu() or hidden % 32:
         return combine_twin(x, y, scores, shared, weight, eps)

@@ -1,14 +1,20 @@
 // What Python sees: functions of mlx.core.array, in MLX's own nanobind domain.
 #include <nanobind/nanobind.h>
 
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
 #include "delta.h"
+#include "embedding.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "norm.h"
+#include "operation.h"
 #include "products.h"
+#include "route.h"
 #include "workers.h"
 
 #define TEXT_(x) #x
@@ -29,6 +35,11 @@ NB_MODULE(_native, m) {
       "linear",
       [](const array& x, const array& weight, const array& scales, const array& biases, int group, int bits) {
         return flashmoe::linear(x, {weight, scales, biases}, group, bits);
+      });
+  m.def(
+      "embed",
+      [](const array& numbers, const array& weight, const array& scales, const array& biases, int group, int bits) {
+        return flashmoe::embed(numbers, {weight, scales, biases}, {group, bits});
       });
   m.def(
       "matvec",
@@ -55,8 +66,40 @@ NB_MODULE(_native, m) {
             x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
       });
   m.def("attention", &flashmoe::attention);
+  nb::class_<flashmoe::Chain>(m, "Chain")
+      .def(nb::init<const std::vector<array>&, const std::vector<array>&>())
+      .def("__call__", &flashmoe::Chain::operator());
+  m.def("norm_rope", &flashmoe::norm_rope);
+  m.def("attend", &flashmoe::attend);
   m.def("delta_net", &flashmoe::delta_net);
   m.def("rms_norm", &flashmoe::rms_norm);
+  m.def("add_norm", &flashmoe::add_norm);
+  m.def("combine", &flashmoe::combine);
+  m.def("route", &flashmoe::route);
+  m.def(
+      "ask",
+      [](const array& x,
+         const array& weight,
+         const array& scales,
+         const array& biases,
+         int group,
+         int bits,
+         const array& gate_weight,
+         const array& gate_scales,
+         const array& gate_biases,
+         const array& up_weight,
+         const array& up_scales,
+         const array& up_biases,
+         int shared_group,
+         int shared_bits) {
+        return flashmoe::ask(
+            x,
+            {weight, scales, biases},
+            {group, bits},
+            {gate_weight, gate_scales, gate_biases},
+            {up_weight, up_scales, up_biases},
+            {shared_group, shared_bits});
+      });
   m.def(
       "down",
       [](const array& x,

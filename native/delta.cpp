@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -18,162 +16,128 @@ namespace flashmoe {
 namespace {
 
 constexpr float QK_EPS = 1e-6f;  // added to the sum of squares
+constexpr int64_t MOST_TAPS = 16;
 
 // What one call computes, with the addresses of its arrays.
 struct DeltaNet {
-  const float *qkv, *z, *a, *b, *recent, *state, *convolution, *a_log, *dt_bias, *norm;
-  float *out, *new_recent, *new_state;
-  float* convolved;  // [batch, tokens, channels]
-  int64_t batch, tokens, channels, kernel, key_heads, value_heads, keys, values;
-  float norm_eps;
+  const float *x, *window, *state, *taps, *a_log, *dt_bias, *norm;
+  float *out, *new_window, *new_state;
+  int64_t batch, tokens, width, channels, kernel, key_heads, value_heads, keys, values;
+  DeltaLayout layout;
+  float eps;
 };
-
-float silu(float x) {
-  return x / (1.0f + std::exp(-x));
-}
 
 float softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
-double mean_square(const float* x, int64_t size) {
-  double sum = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    sum += static_cast<double>(x[i]) * x[i];
-  }
-  return sum / size;
-}
+// A head of queries, keys or values: its first column of what is projected, and its first channel.
+struct Part {
+  int64_t column, channel, size;
+};
 
-// The input of the convolution at a time, which is negative for those before this call.
-const float* input(const DeltaNet& net, int64_t sequence, int64_t time) {
-  return time < 0 ? net.recent + (sequence * (net.kernel - 1) + net.kernel - 1 + time) * net.channels
-                  : net.qkv + (sequence * net.tokens + time) * net.channels;
-}
-
-// One head of queries, keys or values of one token: heads are numbered in the order of the channels.
-void convolve(const DeltaNet& net, int64_t sequence, int64_t token, int64_t head) {
-  const bool value = head >= 2 * net.key_heads;
-  const int64_t size = value ? net.values : net.keys;
-  const int64_t first = value ? 2 * net.key_heads * net.keys + (head - 2 * net.key_heads) * net.values : head * net.keys;
-  float* const out = net.convolved + (sequence * net.tokens + token) * net.channels + first;
-  std::fill(out, out + size, 0.0f);
+// Convolve a part of a token, and take it down where the next call begins.
+void convolve(const DeltaNet& net, int64_t sequence, int64_t token, const Part& part, float* out) {
+  const float* inputs[MOST_TAPS];
+  auto input = [&](int64_t time) {  // negative for those before this call
+    return time < 0 ? net.window + (sequence * (net.kernel - 1) + net.kernel - 1 + time) * net.channels + part.channel
+                    : net.x + (sequence * net.tokens + time) * net.width + part.column;
+  };
   for (int64_t tap = 0; tap < net.kernel; ++tap) {
-    const float* const x = input(net, sequence, token + tap - (net.kernel - 1)) + first;
-    const float* const weight = net.convolution + first * net.kernel + tap;
-    for (int64_t i = 0; i < size; ++i) {
-      out[i] += x[i] * weight[i * net.kernel];
-    }
+    inputs[tap] = input(token + tap - (net.kernel - 1));
   }
-  for (int64_t i = 0; i < size; ++i) {
-    out[i] = silu(out[i]);
-  }
-  if (!value) {
-    const float scale = head < net.key_heads ? 1.0f / std::sqrt(static_cast<float>(net.keys)) : 1.0f;
-    const float norm = scale / std::sqrt(static_cast<float>(mean_square(out, size) * size + QK_EPS));
-    for (int64_t i = 0; i < size; ++i) {
-      out[i] *= norm;
+  kernels().convolve(inputs, net.taps + part.channel * net.kernel, net.kernel, part.size, out);
+  if (token + 1 == net.tokens) {
+    for (int64_t i = 0; i < net.kernel - 1; ++i) {
+      float* const to = net.new_window + (sequence * (net.kernel - 1) + i) * net.channels + part.channel;
+      std::memcpy(to, inputs[i + 1], part.size * sizeof(float));
     }
   }
 }
 
 // All tokens of one head of values.
-void recur(const DeltaNet& net, int64_t sequence, int64_t head) {
-  const int64_t key_head = head / (net.value_heads / net.key_heads);
+void recur(const DeltaNet& net, int64_t sequence, int64_t head, float* memory) {
+  const Kernels& kernel = kernels();
+  const int64_t share = net.value_heads / net.key_heads;
+  const int64_t key_head = head / share;
+  auto column = [&](int part) { return net.layout[part].first + key_head * net.layout[part].second; };
+  const int64_t of_share = head % share;
+  const Part queries = {column(0), key_head * net.keys, net.keys};
+  const Part keys = {column(1), (net.key_heads + key_head) * net.keys, net.keys};
+  const Part values = {
+      column(2) + of_share * net.values, 2 * net.key_heads * net.keys + head * net.values, net.values};
+  float *const q = memory, *const k = q + net.keys, *const v = k + net.keys;
+
   const int64_t size = net.values * net.keys;
   const float* before = net.state + (sequence * net.value_heads + head) * size;
   float* const state = net.new_state + (sequence * net.value_heads + head) * size;
   for (int64_t token = 0; token < net.tokens; ++token, before = state) {
     const int64_t place = sequence * net.tokens + token;
-    const float* const convolved = net.convolved + place * net.channels;
-    const float g = std::exp(
-        -std::exp(net.a_log[head]) * softplus(net.a[place * net.value_heads + head] + net.dt_bias[head]));
-    const float beta = 1.0f / (1.0f + std::exp(-net.b[place * net.value_heads + head]));
+    const float* const x = net.x + place * net.width;
+    convolve(net, sequence, token, queries, q);
+    convolve(net, sequence, token, keys, k);
+    convolve(net, sequence, token, values, v);
+    kernel.normalize(q, net.keys, QK_EPS, 1.0f / std::sqrt(static_cast<float>(net.keys)));
+    kernel.normalize(k, net.keys, QK_EPS, 1.0f);
+    const float beta = 1.0f / (1.0f + std::exp(-x[column(4) + of_share]));
+    const float g = std::exp(-std::exp(net.a_log[head]) * softplus(x[column(5) + of_share] + net.dt_bias[head]));
     float* const out = net.out + (place * net.value_heads + head) * net.values;
-    kernels().delta_step(
-        before,
-        state,
-        net.values,
-        net.keys,
-        convolved + key_head * net.keys,
-        convolved + (net.key_heads + key_head) * net.keys,
-        convolved + 2 * net.key_heads * net.keys + head * net.values,
-        g,
-        beta,
-        out);
-    const float* const z = net.z + (place * net.value_heads + head) * net.values;
-    const float norm = 1.0f / std::sqrt(static_cast<float>(mean_square(out, net.values)) + net.norm_eps);
-    for (int64_t i = 0; i < net.values; ++i) {
-      out[i] *= norm * net.norm[i] * silu(z[i]);
-    }
+    kernel.delta_step(before, state, net.values, net.keys, q, k, v, g, beta, out);
+    kernel.gated_norm(out, net.norm, net.eps, x + column(3) + of_share * net.values, net.values);
   }
 }
 
 void compute(const DeltaNet& net) {
   Workers& workers = Workers::shared();
-  const int64_t heads = 2 * net.key_heads + net.value_heads;
-  workers.run(net.batch * net.tokens * heads, [&](int64_t item, int) {
-    convolve(net, item / heads / net.tokens, item / heads % net.tokens, item % heads);
+  const int64_t own = 2 * net.keys + net.values;
+  float* const memory = scratch(workers.cores() * own);
+  workers.run(net.batch * net.value_heads, [&](int64_t item, int thread) {
+    recur(net, item / net.value_heads, item % net.value_heads, memory + thread * own);
   });
-  workers.run(net.batch * net.value_heads, [&](int64_t item, int) {
-    recur(net, item / net.value_heads, item % net.value_heads);
-  });
-  for (int64_t sequence = 0; sequence < net.batch; ++sequence) {
-    for (int64_t i = 0; i < net.kernel - 1; ++i) {
-      const float* const from = input(net, sequence, net.tokens - (net.kernel - 1) + i);
-      std::copy(from, from + net.channels, net.new_recent + (sequence * (net.kernel - 1) + i) * net.channels);
-    }
-  }
 }
 
-class GatedDeltaNet : public mx::Primitive {
+class GatedDeltaNet : public Operation {
  public:
-  GatedDeltaNet(mx::Stream stream, int key_heads, float norm_eps)
-      : Primitive(stream), key_heads_(key_heads), norm_eps_(norm_eps) {}
+  GatedDeltaNet(mx::Stream stream, const DeltaLayout& layout, float eps)
+      : Operation(stream), layout_(layout), eps_(eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& out) override {
-    for (mx::array& each : out) {
-      each.set_data(mx::allocator::malloc(each.nbytes()));
-    }
-    const std::vector<mx::array> in = contiguous_inputs(given, stream());
-    const mx::array& qkv = in[0];
-    const mx::array& state = in[5];
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
+    const mx::array& x = in[0];
+    const mx::array& state = in[2];
     DeltaNet net{};
-    const float** addresses[] = {
-        &net.qkv, &net.z, &net.a, &net.b, &net.recent, &net.state, &net.convolution, &net.a_log, &net.dt_bias, &net.norm};
+    const float** addresses[] = {&net.x, &net.window, &net.state, &net.taps, &net.a_log, &net.dt_bias, &net.norm};
     for (size_t i = 0; i < in.size(); ++i) {
       *addresses[i] = in[i].data<float>();
     }
     net.out = out[0].data<float>();
-    net.new_recent = out[1].data<float>();
+    net.new_window = out[1].data<float>();
     net.new_state = out[2].data<float>();
-    net.batch = qkv.shape(0);
-    net.tokens = qkv.shape(1);
-    net.channels = qkv.shape(2);
-    net.kernel = in[6].shape(1);
-    net.key_heads = key_heads_;
+    net.batch = x.shape(0);
+    net.tokens = x.shape(1);
+    net.width = x.shape(2);
+    net.channels = in[1].shape(2);
+    net.kernel = in[3].shape(1);
     net.value_heads = state.shape(1);
     net.values = state.shape(2);
     net.keys = state.shape(3);
-    net.norm_eps = norm_eps_;
-    mx::array convolved(qkv.shape(), mx::float32, nullptr, {});
-    convolved.set_data(mx::allocator::malloc(convolved.nbytes()));
-    net.convolved = convolved.data<float>();
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(convolved);
-    encoder.dispatch([net] { compute(net); });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] a GatedDeltaNet of the CPU was asked of a GPU.");
+    net.key_heads = (net.channels - net.value_heads * net.values) / (2 * net.keys);
+    net.layout = layout_;
+    net.eps = eps_;
+    return [net] { compute(net); };
   }
 
   const char* name() const override {
     return "FlashMoEGatedDeltaNet";
   }
 
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& net = static_cast<const GatedDeltaNet&>(other);
+    return layout_ == net.layout_ && eps_ == net.eps_;
+  }
+
  private:
-  int key_heads_;
-  float norm_eps_;
+  DeltaLayout layout_;
+  float eps_;
 };
 
 void require(const mx::array& a, const mx::Shape& shape, const char* what) {
@@ -185,40 +149,46 @@ void require(const mx::array& a, const mx::Shape& shape, const char* what) {
 }  // namespace
 
 std::vector<mx::array> delta_net(
-    const mx::array& qkv,
-    const mx::array& z,
-    const mx::array& a,
-    const mx::array& b,
-    const mx::array& recent,
+    const mx::array& x,
+    const mx::array& window,
     const mx::array& state,
-    const mx::array& convolution,
+    const mx::array& taps,
     const mx::array& a_log,
     const mx::array& dt_bias,
     const mx::array& norm,
-    int key_heads,
-    float norm_eps) {
-  if (qkv.ndim() != 3 || state.ndim() != 4 || convolution.ndim() != 3 || key_heads < 1 ||
-      state.shape(1) % key_heads || state.shape(3) % 16 || qkv.shape(1) == 0 || convolution.shape(1) < 1) {
+    const DeltaLayout& layout,
+    float eps) {
+  if (x.ndim() != 3 || window.ndim() != 3 || state.ndim() != 4 || taps.ndim() != 3 || x.size() == 0 ||
+      state.size() == 0 || state.shape(3) % 16 || taps.shape(1) < 1 || taps.shape(1) > MOST_TAPS) {
     throw std::invalid_argument("these are no operands of a GatedDeltaNet whose keys are a multiple of 16");
   }
-  const int batch = qkv.shape(0), tokens = qkv.shape(1);
-  const int value_heads = state.shape(1), values = state.shape(2), keys = state.shape(3), kernel = convolution.shape(1);
-  const int channels = 2 * key_heads * keys + value_heads * values;
-  require(qkv, {batch, tokens, channels}, "qkv must be float32 [batch, tokens, channels]");
-  require(z, {batch, tokens, value_heads * values}, "z must be float32 [batch, tokens, value_heads * values]");
-  require(a, {batch, tokens, value_heads}, "a must be float32 [batch, tokens, value_heads]");
-  require(b, {batch, tokens, value_heads}, "b must be float32 [batch, tokens, value_heads]");
-  require(recent, {batch, kernel - 1, channels}, "recent must be float32 [batch, kernel - 1, channels]");
+  const int batch = x.shape(0), tokens = x.shape(1), width = x.shape(2);
+  const int value_heads = state.shape(1), values = state.shape(2), keys = state.shape(3), kernel = taps.shape(1);
+  const int channels = window.shape(2);
+  const int key_heads = (channels - value_heads * values) / (2 * keys);
+  if (key_heads < 1 || value_heads % key_heads || channels != 2 * key_heads * keys + value_heads * values) {
+    throw std::invalid_argument("window must be float32 [batch, taps - 1, 2 * key_heads * keys + value_heads * values]");
+  }
+  const int share = value_heads / key_heads;
+  const int sizes[] = {keys, keys, share * values, share * values, share, share};
+  for (size_t i = 0; i < 6; ++i) {
+    const auto [first, stride] = layout[i];
+    if (first < 0 || stride < 0 || first + int64_t(key_heads - 1) * stride + sizes[i] > width) {
+      throw std::invalid_argument("the layout does not fit x");
+    }
+  }
+  require(x, {batch, tokens, width}, "x must be float32");
+  require(window, {batch, kernel - 1, channels}, "window must be float32 [batch, taps - 1, channels]");
   require(state, {batch, value_heads, values, keys}, "state must be float32 [batch, value_heads, values, keys]");
-  require(convolution, {channels, kernel, 1}, "convolution must be float32 [channels, kernel, 1]");
+  require(taps, {channels, kernel, 1}, "taps must be float32 [channels, taps, 1]");
   require(a_log, {value_heads}, "a_log must be float32 [value_heads]");
   require(dt_bias, {value_heads}, "dt_bias must be float32 [value_heads]");
   require(norm, {values}, "norm must be float32 [values]");
   return mx::array::make_arrays(
-      {{batch, tokens, value_heads * values}, recent.shape(), state.shape()},
+      {{batch, tokens, value_heads * values}, window.shape(), state.shape()},
       {mx::float32, mx::float32, mx::float32},
-      std::make_shared<GatedDeltaNet>(mx::to_stream({}), key_heads, norm_eps),
-      {qkv, z, a, b, recent, state, convolution, a_log, dt_bias, norm});
+      std::make_shared<GatedDeltaNet>(mx::to_stream({}), layout, eps),
+      {x, window, state, taps, a_log, dt_bias, norm});
 }
 
 }  // namespace flashmoe

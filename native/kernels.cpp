@@ -392,6 +392,163 @@ void multiply_any(
   });
 }
 
+// exp(x) for x <= 0, within two units in the last place; 0 where a float32 would be subnormal.
+INLINE Floats exp_of_negative(Floats x) {
+  const Ints tiny = x < -87.0f;
+  x = tiny ? Floats{} : x;
+  Floats n = x * 1.44269504f - 0.5f;
+  const Ints power = __builtin_convertvector(n, Ints);  // rounded towards 0, so to the nearest
+  n = __builtin_convertvector(power, Floats);
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return tiny ? Floats{} : y * (Floats)((power + 127) << 23);
+}
+
+INLINE Floats sigmoid(Floats x) {
+  const Floats y = exp_of_negative(x > 0.0f ? -x : x);
+  return (x > 0.0f ? Floats{} + 1.0f : y) / (y + 1.0f);
+}
+
+// Call each(place, load, store) for all places of rows of `size` floats; behind their end there are zeros, and what is
+// stored there is dropped.
+template <typename F>
+INLINE void for_each(int64_t size, F&& each) {
+  const auto load_all = [](const float* from) __attribute__((always_inline)) { return load<Floats>(from); };
+  const auto store_all = [](float* to, Floats value) __attribute__((always_inline)) { store(to, value); };
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    each(i, load_all, store_all);
+  }
+  if (const int64_t rest = size - i) {
+    each(
+        i,
+        [rest](const float* from) __attribute__((always_inline)) {
+          Floats value = {};
+          __builtin_memcpy(&value, from, rest * sizeof(float));
+          return value;
+        },
+        [rest](float* to, Floats value) __attribute__((always_inline)) {
+          __builtin_memcpy(to, &value, rest * sizeof(float));
+        });
+  }
+}
+
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+
+INLINE double sum_of_squares(const float* x, int64_t size) {
+  Doubles squares = {};
+  for_each(size, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+    const Doubles value = __builtin_convertvector(load(x + i), Doubles);
+    squares += value * value;
+  });
+  double sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) {
+    sum += squares[lane];
+  }
+  return sum;
+}
+
+INLINE float rms_factor(const float* x, int64_t size, float eps) {
+  return 1.0f / __builtin_sqrtf(static_cast<float>(sum_of_squares(x, size) / size) + eps);
+}
+
+void norm(const float* x, const float* y, const float* weight, float eps, int64_t size, float* sum, float* normed) {
+  if (y) {
+    for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+      store(sum + i, load(x + i) + load(y + i));
+    });
+    x = sum;
+  }
+  const float factor = rms_factor(x, size, eps);
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    store(normed + i, load(x + i) * factor * load(weight + i));
+  });
+}
+
+void combine(
+    const float* x,
+    const float* y,
+    const float* scores,
+    int64_t count,
+    const float* shared,
+    int64_t size,
+    float* out) {
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    Floats total = {};
+    for (int64_t k = 0; k < count; ++k) {
+      total += load(y + k * size + i) * scores[k];
+    }
+    store(out + i, load(x + i) + (total + load(shared + i) * scores[count]));
+  });
+}
+
+template <size_t... LANE>
+INLINE Floats every_other(Floats a, Floats b, std::index_sequence<LANE...>) {
+  return __builtin_shufflevector(a, b, (static_cast<int>(LANE) * 2)...);
+}
+
+template <size_t... LANE>
+INLINE Floats the_others(Floats a, Floats b, std::index_sequence<LANE...>) {
+  return __builtin_shufflevector(a, b, (static_cast<int>(LANE) * 2 + 1)...);
+}
+
+void convolve(const float* const* inputs, const float* weights, int64_t taps, int64_t size, float* out) {
+  constexpr auto lanes = std::make_index_sequence<LANES>();
+  int64_t i = 0;
+  for (; taps == 4 && i + LANES <= size; i += LANES) {  // as models have it
+    const float* const w = weights + i * 4;
+    const Floats a = load<Floats>(w), b = load<Floats>(w + LANES);
+    const Floats c = load<Floats>(w + 2 * LANES), d = load<Floats>(w + 3 * LANES);
+    const Floats ab = every_other(a, b, lanes), cd = every_other(c, d, lanes);
+    const Floats ba = the_others(a, b, lanes), dc = the_others(c, d, lanes);
+    Floats total = load<Floats>(inputs[0] + i) * every_other(ab, cd, lanes);
+    total += load<Floats>(inputs[1] + i) * every_other(ba, dc, lanes);
+    total += load<Floats>(inputs[2] + i) * the_others(ab, cd, lanes);
+    total += load<Floats>(inputs[3] + i) * the_others(ba, dc, lanes);
+    store(out + i, total * sigmoid(total));
+  }
+  for (; i < size; ++i) {
+    Floats total = {};
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      total[0] += inputs[tap][i] * weights[i * taps + tap];
+    }
+    out[i] = (total * sigmoid(total))[0];
+  }
+}
+
+void normalize(float* x, int64_t size, float eps, float scale) {
+  const float factor = scale / __builtin_sqrtf(static_cast<float>(sum_of_squares(x, size)) + eps);
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    store(x + i, load(x + i) * factor);
+  });
+}
+
+void gated_norm(float* x, const float* weight, float eps, const float* gate, int64_t size) {
+  const float factor = rms_factor(x, size, eps);
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    const Floats z = load(gate + i);
+    store(x + i, load(x + i) * (factor * load(weight + i) * (z * sigmoid(z))));
+  });
+}
+
+void gate(float* x, const float* gate, int64_t size) {
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    store(x + i, load(x + i) * sigmoid(load(gate + i)));
+  });
+}
+
+void swiglu(float* out, const float* up, int64_t size) {
+  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    const Floats x = load(out + i);
+    store(out + i, x * sigmoid(x) * load(up + i));
+  });
+}
+
 void delta_step(
     const float* before,
     float* state,
@@ -421,25 +578,8 @@ void delta_step(
   }
 }
 
-// exp(x) for x <= 0, within two units in the last place; 0 where a float32 would be subnormal.
-INLINE Floats exp_of_negative(Floats x) {
-  const Ints tiny = x < -87.0f;
-  x = tiny ? Floats{} : x;
-  Floats n = x * 1.44269504f - 0.5f;
-  const Ints power = __builtin_convertvector(n, Ints);  // rounded towards 0, so to the nearest
-  n = __builtin_convertvector(power, Floats);
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  return tiny ? Floats{} : y * (Floats)((power + 127) << 23);
-}
-
 // Weights of a row from its products, in place, with zeros behind them until `end`; the result is their sum.
-INLINE float soften(float* weights, int64_t seen, int64_t end, float scale) {
+float soften(float* weights, int64_t seen, int64_t end, float scale) {
   for (int64_t key = seen; key < end; ++key) {
     weights[key] = -__builtin_inff();
   }
@@ -508,7 +648,9 @@ void attend(
   }
 }
 
-constexpr Kernels KERNELS_OF_THIS_SET = {SET_NAME, layout, arrange_any, multiply_any, delta_step, attend};
+constexpr Kernels KERNELS_OF_THIS_SET = {
+    SET_NAME, layout,   arrange_any, multiply_any, norm, combine,    soften,
+    convolve, normalize, gated_norm,  gate,         swiglu, delta_step, attend};
 
 }  // namespace
 

@@ -48,6 +48,38 @@ struct Kernels {
       int64_t vectors,
       float* scratch);
 
+  // sum = x + y and its root mean square norm: sum / sqrt(mean(sum^2) + eps) * weight. Without y it is x that is normed.
+  void (*norm)(
+      const float* x, const float* y, const float* weight, float eps, int64_t size, float* sum, float* normed);
+
+  // The end of a layer of experts: out = x + sum over k of scores[k] * y[k] + scores[count] * shared.
+  void (*combine)(
+      const float* x,
+      const float* y,  // [count][size]
+      const float* scores,
+      int64_t count,
+      const float* shared,
+      int64_t size,
+      float* out);
+
+  // In place exp(scale * (x - max(x))), and zeros behind it until `end`, a multiple of 16. Returns the sum.
+  float (*soften)(float* x, int64_t size, int64_t end, float scale);
+
+  // silu of a convolution over time: of as many inputs as there are taps, each [size], and weights [size][taps].
+  void (*convolve)(const float* const* inputs, const float* weights, int64_t taps, int64_t size, float* out);
+
+  // In place x / sqrt(sum(x^2) + eps) * scale.
+  void (*normalize)(float* x, int64_t size, float eps, float scale);
+
+  // In place the root mean square norm times silu(gate).
+  void (*gated_norm)(float* x, const float* weight, float eps, const float* gate, int64_t size);
+
+  // In place x * sigmoid(gate).
+  void (*gate)(float* x, const float* gate, int64_t size);
+
+  // out = silu(out) * up.
+  void (*swiglu)(float* out, const float* up, int64_t size);
+
   // One step of the gated delta rule for one head: the state, [values, keys], decays by g, forgets what it would recall
   // for k and learns v for it, by beta; out is what it recalls for q. `before` may be `state` itself.
   void (*delta_step)(

@@ -1,13 +1,10 @@
 #include "norm.h"
 
-#include <cmath>
 #include <stdexcept>
 
-#include "inputs.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
+#include "kernels.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -15,60 +12,99 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-class RMSNorm : public mx::UnaryPrimitive {
+// The norm of the first input, or of what it becomes by others; the weight is the last input.
+class Norm : public Operation {
  public:
-  RMSNorm(mx::Stream stream, float eps) : UnaryPrimitive(stream), eps_(eps) {}
+  Norm(mx::Stream stream, float eps) : Operation(stream), eps_(eps) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, mx::array& output) override {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
-    const int64_t size = inputs[1].size();
-    encoder.dispatch([x = inputs[0].data<float>(),
-                      weight = inputs[1].data<float>(),
-                      out = output.data<float>(),
-                      rows = static_cast<int64_t>(output.size()) / size,
-                      size,
-                      eps = eps_] {
+  Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& outputs) override {
+    const int64_t size = in.back().size();
+    auto address = [&](size_t i) { return i + 1 < in.size() ? in[i].data<float>() : nullptr; };
+    return [x = in[0].data<float>(),
+            y = address(1),
+            scores = address(2),
+            shared = address(3),
+            weight = in.back().data<float>(),
+            sum = outputs.size() > 1 ? outputs[0].data<float>() : nullptr,
+            normed = outputs.back().data<float>(),
+            rows = static_cast<int64_t>(in[0].size()) / size,
+            count = in.size() > 4 ? static_cast<int64_t>(in[2].shape(-1)) - 1 : 0,
+            size,
+            eps = eps_] {
+      const Kernels& kernel = kernels();
       Workers::shared().run(rows, [&](int64_t row, int) {
-        const float* const from = x + row * size;
-        float* const to = out + row * size;
-        double squares = 0;
-        for (int64_t i = 0; i < size; ++i) {
-          squares += static_cast<double>(from[i]) * from[i];
-        }
-        const float norm = 1.0f / std::sqrt(static_cast<float>(squares / size) + eps);
-        for (int64_t i = 0; i < size; ++i) {
-          to[i] = from[i] * norm * weight[i];
+        const int64_t at = row * size;
+        if (shared) {
+          kernel.combine(x + at, y + at * count, scores + row * (count + 1), count, shared + at, size, sum + at);
+          kernel.norm(sum + at, nullptr, weight, eps, size, nullptr, normed + at);
+        } else {
+          kernel.norm(x + at, y ? y + at : nullptr, weight, eps, size, y ? sum + at : nullptr, normed + at);
         }
       });
-    });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
-    throw std::runtime_error("[flashmoe] a norm of the CPU was asked of a GPU.");
+    };
   }
 
   const char* name() const override {
-    return "FlashMoERMSNorm";
+    return "FlashMoENorm";
   }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    return eps_ == static_cast<const RMSNorm&>(other).eps_;
+    return eps_ == static_cast<const Norm&>(other).eps_;
   }
 
  private:
   float eps_;
 };
 
+void require(bool condition, const char* what) {
+  if (!condition) {
+    throw std::invalid_argument(what);
+  }
+}
+
+void check(const mx::array& x, const mx::array& weight) {
+  require(
+      x.dtype() == mx::float32 && weight.dtype() == mx::float32 && weight.ndim() == 1 && x.ndim() >= 1 &&
+          weight.size() > 0 && x.shape(-1) == weight.shape(0),
+      "x must be float32 [..., size] and weight float32 [size]");
+}
+
+std::vector<mx::array> sum_and_norm(std::vector<mx::array> inputs, float eps) {
+  const mx::Shape shape = inputs[0].shape();
+  return mx::array::make_arrays(
+      {shape, shape}, {mx::float32, mx::float32}, std::make_shared<Norm>(mx::to_stream({}), eps), std::move(inputs));
+}
+
 }  // namespace
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
-  if (x.dtype() != mx::float32 || weight.dtype() != mx::float32 || weight.ndim() != 1 || x.ndim() < 1 ||
-      weight.size() == 0 || x.shape(-1) != weight.shape(0)) {
-    throw std::invalid_argument("x must be float32 [..., size] and weight float32 [size]");
-  }
-  return mx::array(x.shape(), mx::float32, std::make_shared<RMSNorm>(mx::to_stream({}), eps), {x, weight});
+  check(x, weight);
+  return mx::array(x.shape(), mx::float32, std::make_shared<Norm>(mx::to_stream({}), eps), {x, weight});
+}
+
+std::vector<mx::array> add_norm(const mx::array& x, const mx::array& y, const mx::array& weight, float eps) {
+  check(x, weight);
+  require(y.shape() == x.shape() && y.dtype() == mx::float32, "y must be like x");
+  return sum_and_norm({x, y, weight}, eps);
+}
+
+std::vector<mx::array> combine(
+    const mx::array& x,
+    const mx::array& y,
+    const mx::array& scores,
+    const mx::array& shared,
+    const mx::array& weight,
+    float eps) {
+  check(x, weight);
+  require(shared.shape() == x.shape() && shared.dtype() == mx::float32, "shared must be like x");
+  require(scores.ndim() == x.ndim() && y.ndim() == x.ndim() + 1, "x, y and scores do not match");
+  mx::Shape of_y = x.shape(), of_scores = x.shape();
+  of_scores.back() = scores.shape(-1);
+  of_y.insert(of_y.end() - 1, scores.shape(-1) - 1);
+  require(
+      scores.shape() == of_scores && y.shape() == of_y && y.dtype() == mx::float32 && scores.dtype() == mx::float32,
+      "y must be float32 [..., top_k, size] and scores float32 [..., top_k + 1]");
+  return sum_and_norm({x, y, scores, shared, weight}, eps);
 }
 
 }  // namespace flashmoe

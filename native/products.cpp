@@ -1,16 +1,13 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <numeric>
 #include <stdexcept>
 
-#include "inputs.h"
 #include "kernels.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "operation.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -32,7 +29,6 @@ struct Product {
   int64_t pairs;               // of a vector and a slot; as many pairs in a row share a vector as there are per vector
   float* out;                  // [pairs, rows], or [tokens, rows] for down
   int64_t tokens;              // for down
-  float* memory;               // as much as needs() says
 };
 
 constexpr uint32_t NO_SLOT = 0xffffffff;   // of an expert that is not in memory: products with it are zero
@@ -58,7 +54,7 @@ struct Needs {
   }
 
   int64_t total() const {
-    return 16 + vectors + Workers::shared().cores() * (scratch + up) + pairs;
+    return vectors + Workers::shared().cores() * (scratch + up) + pairs;
   }
 };
 
@@ -72,46 +68,57 @@ Matrix in_slot(const Matrix& first, int64_t slot) {
   return matrix;
 }
 
-float silu(float x) {
-  return x / (1.0f + std::exp(-x));
-}
-
-void compute(const Product& product) {
-  Workers& workers = Workers::shared();
-  const Kernels& kernel = kernels();
-  const Needs needs(product);
-  const int64_t arranged = kernel.layout(product.matrix).arranged;
-  const int64_t rows = product.matrix.rows;
-  const int64_t share = product.pairs / product.vectors;
-  float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(product.memory) + 63) & ~uintptr_t(63));
-  float* const vectors = memory;
-  float* const scratch = vectors + needs.vectors;
-  float* const results = needs.pairs ? scratch + workers.cores() * (needs.scratch + needs.up) : product.out;
-
-  workers.run(product.vectors, [&](int64_t vector, int) {
-    kernel.arrange(product.matrix, product.x + vector * product.matrix.columns, vectors + vector * arranged);
-  });
-
-  // Pairs in the order of their slots: those of a slot are multiplied together.
-  std::vector<int64_t> order(product.pairs);
-  std::iota(order.begin(), order.end(), 0);
+// The products of a call, as items that threads take: chunks of rows of one slot.
+struct Plan {
+  const Product& product;
+  const Needs needs;
+  const int64_t arranged;
+  float *vectors, *scratch, *results;
+  std::vector<int64_t> order;         // pairs in the order of their slots: those of a slot are multiplied together
   std::vector<int64_t> begins = {0};  // of each slot's pairs
-  if (product.slots) {
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return product.slots[a] < product.slots[b];
-    });
-    for (int64_t i = 1; i < product.pairs; ++i) {
-      if (product.slots[order[i]] != product.slots[order[i - 1]]) {
-        begins.push_back(i);
+  int64_t chunk, chunks, items;
+
+  explicit Plan(const Product& of)
+      : product(of), needs(of), arranged(kernels().layout(of.matrix).arranged), order(of.pairs) {
+    std::iota(order.begin(), order.end(), 0);
+    if (product.slots) {
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return product.slots[a] < product.slots[b];
+      });
+      for (int64_t i = 1; i < product.pairs; ++i) {
+        if (product.slots[order[i]] != product.slots[order[i - 1]]) {
+          begins.push_back(i);
+        }
       }
     }
+    const int64_t groups = begins.size();
+    begins.push_back(product.pairs);
+    chunk = chunk_rows(product, groups);
+    chunks = (product.matrix.rows + chunk - 1) / chunk;
+    items = groups * chunks;
   }
-  const int64_t groups = begins.size();
-  begins.push_back(product.pairs);
 
-  const int64_t chunk = chunk_rows(product, groups);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  workers.run(groups * chunks, [&](int64_t item, int thread) {
+  // Take as much memory as it needs, and return what is behind it.
+  float* take(float* memory) {
+    vectors = memory;
+    scratch = vectors + needs.vectors;
+    results = scratch + Workers::shared().cores() * (needs.scratch + needs.up);
+    float* const end = results + needs.pairs;
+    if (!needs.pairs) {
+      results = product.out;
+    }
+    return end;
+  }
+
+  void arrange(int64_t vector) const {
+    kernels().arrange(
+        product.matrix, product.x + vector * product.matrix.columns, vectors + vector * arranged);
+  }
+
+  void multiply(int64_t item, int thread) const {
+    const Kernels& kernel = kernels();
+    const int64_t rows = product.matrix.rows;
+    const int64_t share = product.pairs / product.vectors;
     const int64_t group = item / chunks;
     const int64_t begin = item % chunks * chunk;
     const int64_t end = std::min(rows, begin + chunk);
@@ -137,15 +144,14 @@ void compute(const Product& product) {
       if (product.kind == Product::Kind::gate_up) {
         kernel.multiply(in_slot(product.up, slot), begin, end, x, up, count, own);
         for (int64_t i = 0; i < count; ++i) {
-          for (int64_t row = 0; row < end - begin; ++row) {
-            out[i][row] = silu(out[i][row]) * up[i][row];
-          }
+          kernel.swiglu(out[i], up[i], end - begin);
         }
       }
     }
-  });
+  }
 
-  if (product.kind == Product::Kind::down) {
+  void add_up() const {
+    const int64_t rows = product.matrix.rows;
     const int64_t top_k = product.pairs / product.tokens;
     for (int64_t token = 0; token < product.tokens; ++token) {
       float* const out = product.out + token * rows;
@@ -157,17 +163,58 @@ void compute(const Product& product) {
       }
     }
   }
+};
+
+// One after another for what goes before and after, but in one loop of all their chunks.
+template <size_t COUNT>
+void compute(const std::array<Product, COUNT>& products) {
+  Workers& workers = Workers::shared();
+  auto plans = [&]<size_t... I>(std::index_sequence<I...>) {
+    return std::array<Plan, COUNT>{Plan(products[I])...};
+  }(std::make_index_sequence<COUNT>());
+  int64_t floats = 0, items = 0;
+  for (const Plan& plan : plans) {
+    floats += plan.needs.total();
+  }
+  float* memory = scratch(floats);
+  for (Plan& plan : plans) {
+    memory = plan.take(memory);
+    workers.run(plan.product.vectors, [&](int64_t vector, int) { plan.arrange(vector); });
+    items += plan.items;
+  }
+  workers.run(items, [&](int64_t item, int thread) {
+    size_t number = 0;
+    for (; item >= plans[number].items; ++number) {
+      item -= plans[number].items;
+    }
+    plans[number].multiply(item, thread);
+  });
+  for (const Plan& plan : plans) {
+    if (plan.product.kind == Product::Kind::down) {
+      plan.add_up();
+    }
+  }
 }
 
-class QuantizedProduct : public mx::Primitive {
+// The matrix whose weight, scales and biases are the next of the inputs.
+Matrix next_matrix(const std::vector<mx::array>& inputs, size_t& next, int64_t columns, int group, int bits) {
+  const mx::array& weight = inputs[next++];
+  const mx::array& scales = inputs[next++];
+  const mx::array& biases = inputs[next++];
+  const Scales stored = scales.dtype() == mx::float32 ? Scales::float32
+      : scales.dtype() == mx::float16                 ? Scales::float16
+                                                      : Scales::bfloat16;
+  return {
+      weight.data<uint32_t>(), scales.data<void>(), biases.data<void>(), stored, weight.shape(-2), columns, group, bits};
+}
+
+class QuantizedProduct : public Operation {
  public:
   QuantizedProduct(mx::Stream stream, Product::Kind kind, bool slots, int group, int bits)
-      : Primitive(stream), kind_(kind), slots_(slots), group_(group), bits_(bits) {}
+      : Operation(stream), kind_(kind), slots_(slots), group_(group), bits_(bits) {}
 
-  void eval_cpu(const std::vector<mx::array>& given, std::vector<mx::array>& outputs) override {
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     mx::array& out = outputs[0];
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    const std::vector<mx::array> inputs = contiguous_inputs(given, stream());
     size_t next = 0;
     Product product{};
     product.kind = kind_;
@@ -180,9 +227,9 @@ class QuantizedProduct : public mx::Primitive {
     if (kind_ == Product::Kind::down) {
       product.scores = inputs[next++].data<float>();
     }
-    product.matrix = matrix(inputs, next, x.shape(-1));
+    product.matrix = next_matrix(inputs, next, x.shape(-1), group_, bits_);
     if (kind_ == Product::Kind::gate_up) {
-      product.up = matrix(inputs, next, x.shape(-1));
+      product.up = next_matrix(inputs, next, x.shape(-1), group_, bits_);
     }
     product.vectors = x.size() / x.shape(-1);
     if (!slots_) {
@@ -191,19 +238,9 @@ class QuantizedProduct : public mx::Primitive {
     product.out = out.data<float>();
     product.tokens = out.size() / product.matrix.rows;
     if (product.pairs == 0 || product.matrix.rows == 0) {
-      return;
+      return [] {};
     }
-    const int64_t nbytes = Needs(product).total() * sizeof(float);
-    mx::array memory({static_cast<int>(nbytes)}, mx::uint8, nullptr, {});
-    memory.set_data(mx::allocator::malloc(nbytes));
-    product.memory = reinterpret_cast<float*>(memory.data<uint8_t>());
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.add_temporary(memory);
-    encoder.dispatch([product] { compute(product); });
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("[flashmoe] products of the CPU were asked of a GPU.");
+    return [product] { compute(std::array{product}); };
   }
 
   const char* name() const override {
@@ -216,28 +253,47 @@ class QuantizedProduct : public mx::Primitive {
   }
 
  private:
-  Matrix matrix(const std::vector<mx::array>& inputs, size_t& next, int64_t columns) const {
-    const mx::array& weight = inputs[next++];
-    const mx::array& scales = inputs[next++];
-    const mx::array& biases = inputs[next++];
-    const Scales stored = scales.dtype() == mx::float32 ? Scales::float32
-        : scales.dtype() == mx::float16                 ? Scales::float16
-                                                        : Scales::bfloat16;
-    return {
-        weight.data<uint32_t>(),
-        scales.data<void>(),
-        biases.data<void>(),
-        stored,
-        weight.shape(-2),
-        columns,
-        group_,
-        bits_};
-  }
-
   Product::Kind kind_;
   bool slots_;
   int group_;
   int bits_;
+};
+
+class AskPrimitive : public Operation {
+ public:
+  AskPrimitive(mx::Stream stream, Format router, Format shared) : Operation(stream), router_(router), shared_(shared) {}
+
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const int64_t columns = inputs[0].shape(-1);
+    Product logits{};
+    logits.x = inputs[0].data<float>();
+    logits.vectors = logits.pairs = inputs[0].size() / columns;
+    if (logits.vectors == 0) {
+      return [] {};
+    }
+    Product hidden = logits;
+    size_t next = 1;
+    logits.kind = Product::Kind::plain;
+    logits.matrix = next_matrix(inputs, next, columns, router_.group, router_.bits);
+    logits.out = outputs[0].data<float>();
+    hidden.kind = Product::Kind::gate_up;
+    hidden.matrix = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
+    hidden.up = next_matrix(inputs, next, columns, shared_.group, shared_.bits);
+    hidden.out = outputs[1].data<float>();
+    return [logits, hidden] { compute(std::array{logits, hidden}); };
+  }
+
+  const char* name() const override {
+    return "FlashMoEAsk";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& ask = static_cast<const AskPrimitive&>(other);
+    return router_ == ask.router_ && shared_ == ask.shared_;
+  }
+
+ private:
+  Format router_, shared_;
 };
 
 void require(bool condition, const char* what) {
@@ -246,11 +302,10 @@ void require(bool condition, const char* what) {
   }
 }
 
-void check(const mx::array& x, const Quantized& matrix, int group, int bits, size_t ndim) {
-  const int columns = x.shape(-1);
+void check_matrix(int columns, const Quantized& matrix, Format format, size_t ndim) {
+  const auto [group, bits] = format;
   require(bits >= 2 && bits <= 8 && bits != 7, "bits must be 2, 3, 4, 5, 6 or 8");
   require(group == 32 || group == 64 || group == 128, "group_size must be 32, 64 or 128");
-  require(x.dtype() == mx::float32, "x must be float32");
   require(matrix.weight.dtype() == mx::uint32, "weight must be uint32");
   require(matrix.weight.ndim() == ndim && matrix.scales.ndim() == ndim, "weight and scales have too many or few axes");
   require(columns % group == 0, "columns must be a multiple of group_size");
@@ -264,9 +319,25 @@ void check(const mx::array& x, const Quantized& matrix, int group, int bits, siz
       "weight and scales differ in rows or slots");
 }
 
-void check_slots(const mx::array& slots) {
+void check(const mx::array& x, const Quantized& matrix, int group, int bits, size_t ndim) {
+  require(x.dtype() == mx::float32 && x.ndim() >= 1, "x must be float32");
+  check_matrix(x.shape(-1), matrix, {group, bits}, ndim);
+}
+
+// Whether slots are [..., top_k], with the same axes before the last as x.
+void check_slots(const mx::array& slots, const mx::array& x, size_t behind) {
   require(slots.dtype() == mx::uint32, "slots must be uint32");
-  require(slots.ndim() == 2, "slots must be [tokens, top_k]");
+  require(
+      slots.ndim() >= 1 && x.ndim() == slots.ndim() + behind - 1 &&
+          std::equal(x.shape().begin(), x.shape().end() - 1, slots.shape().begin()),
+      "x and slots do not match");
+}
+
+// [..., top_k, rows]
+mx::Shape shape_of(const mx::array& slots, const mx::array& weight) {
+  mx::Shape shape = slots.shape();
+  shape.push_back(weight.shape(1));
+  return shape;
 }
 
 mx::array make(
@@ -280,6 +351,10 @@ mx::array make(
 
 }  // namespace
 
+void check(int columns, const Quantized& matrix, Format format) {
+  check_matrix(columns, matrix, format, 2);
+}
+
 mx::array linear(const mx::array& x, const Quantized& matrix, int group, int bits) {
   check(x, matrix, group, bits, 2);
   mx::Shape shape = x.shape();
@@ -289,14 +364,13 @@ mx::array linear(const mx::array& x, const Quantized& matrix, int group, int bit
 
 mx::array matvec(const mx::array& x, const mx::array& slots, const Quantized& matrix, int group, int bits) {
   check(x, matrix, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 3 && x.shape(0) == slots.shape(0) && x.shape(1) == slots.shape(1), "x and slots do not match");
+  check_slots(slots, x, 2);
   return make(
       Product::Kind::plain,
       true,
       group,
       bits,
-      {slots.shape(0), slots.shape(1), matrix.weight.shape(1)},
+      shape_of(slots, matrix.weight),
       {x, slots, matrix.weight, matrix.scales, matrix.biases});
 }
 
@@ -304,15 +378,14 @@ mx::array gate_up(
     const mx::array& x, const mx::array& slots, const Quantized& gate, const Quantized& up, int group, int bits) {
   check(x, gate, group, bits, 3);
   check(x, up, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 2 && x.shape(0) == slots.shape(0), "x and slots do not match");
+  check_slots(slots, x, 1);
   require(gate.weight.shape() == up.weight.shape(), "gate and up differ in shape");
   return make(
       Product::Kind::gate_up,
       true,
       group,
       bits,
-      {slots.shape(0), slots.shape(1), gate.weight.shape(1)},
+      shape_of(slots, gate.weight),
       {x, slots, gate.weight, gate.scales, gate.biases, up.weight, up.scales, up.biases});
 }
 
@@ -324,16 +397,33 @@ mx::array down(
     int group,
     int bits) {
   check(x, matrix, group, bits, 3);
-  check_slots(slots);
-  require(x.ndim() == 3 && x.shape(0) == slots.shape(0) && x.shape(1) == slots.shape(1), "x and slots do not match");
+  check_slots(slots, x, 2);
   require(scores.shape() == slots.shape() && scores.dtype() == mx::float32, "scores must be float32, one a slot");
+  mx::Shape shape = slots.shape();
+  shape.back() = matrix.weight.shape(1);
   return make(
       Product::Kind::down,
       true,
       group,
       bits,
-      {slots.shape(0), matrix.weight.shape(1)},
+      std::move(shape),
       {x, slots, scores, matrix.weight, matrix.scales, matrix.biases});
+}
+
+std::vector<mx::array> ask(
+    const mx::array& x, const Quantized& router, Format asked, const Quantized& gate, const Quantized& up, Format shared) {
+  check(x, router, asked.group, asked.bits, 2);
+  check(x, gate, shared.group, shared.bits, 2);
+  check(x, up, shared.group, shared.bits, 2);
+  require(gate.weight.shape() == up.weight.shape(), "gate and up differ in shape");
+  mx::Shape logits = x.shape(), hidden = x.shape();
+  logits.back() = router.weight.shape(0);
+  hidden.back() = gate.weight.shape(0);
+  return mx::array::make_arrays(
+      {std::move(logits), std::move(hidden)},
+      {mx::float32, mx::float32},
+      std::make_shared<AskPrimitive>(mx::to_stream({}), asked, shared),
+      {x, router.weight, router.scales, router.biases, gate.weight, gate.scales, gate.biases, up.weight, up.scales, up.biases});
 }
 
 }  // namespace flashmoe

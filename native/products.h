@@ -15,14 +15,24 @@ struct Quantized {
   mlx::core::array biases;
 };
 
+// How a matrix is quantised.
+struct Format {
+  int group, bits;
+
+  bool operator==(const Format&) const = default;
+};
+
+// Throws std::invalid_argument if this is no single matrix of so many columns.
+void check(int columns, const Quantized& matrix, Format format);
+
 // [..., rows]: matrix x for each vector of x [..., columns].
 mlx::core::array linear(const mlx::core::array& x, const Quantized& matrix, int group, int bits);
 
-// [tokens, top_k, rows]: matrix[slot] x for each slot [tokens, top_k] and its own vector [tokens, top_k, columns].
+// [..., top_k, rows]: matrix[slot] x for each slot [..., top_k] and its own vector [..., top_k, columns].
 mlx::core::array matvec(
     const mlx::core::array& x, const mlx::core::array& slots, const Quantized& matrix, int group, int bits);
 
-// [tokens, top_k, rows]: silu(gate[slot] x) * (up[slot] x) for each slot and the token's vector [tokens, columns].
+// [..., top_k, rows]: silu(gate[slot] x) * (up[slot] x) for each slot and the token's vector [..., columns].
 mlx::core::array gate_up(
     const mlx::core::array& x,
     const mlx::core::array& slots,
@@ -31,7 +41,7 @@ mlx::core::array gate_up(
     int group,
     int bits);
 
-// [tokens, rows]: sum over k of scores[k] * (matrix[slots[k]] x[k]), with a vector for each slot.
+// [..., rows]: sum over k of scores[k] * (matrix[slots[k]] x[k]), with a vector for each slot.
 mlx::core::array down(
     const mlx::core::array& x,
     const mlx::core::array& slots,
@@ -40,5 +50,13 @@ mlx::core::array down(
     int group,
     int bits);
 
+// [..., router's rows]: router x, and [..., gate's rows]: silu(gate x) * (up x), for each vector of x [..., columns].
+std::vector<mlx::core::array> ask(
+    const mlx::core::array& x,
+    const Quantized& router,
+    Format asked,
+    const Quantized& gate,
+    const Quantized& up,
+    Format shared);
 
 }  // namespace flashmoe

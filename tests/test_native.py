@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import qwen3_5, qwen3_next
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from benchmarks.exact import load_resident
 from flashmoe_mlx import native as native_module
@@ -24,6 +24,7 @@ from flashmoe_mlx.slab import NO_SLOT
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, distance, resident, run, streamed
 from tests.test_ops import BITS, dequantized, error, float64, quantized
+from tests.test_trunk import FAMILIES, arrays, both, check_kernels, check_route, normal, steps
 
 
 @pytest.fixture
@@ -100,6 +101,9 @@ def test_like_the_twins(
     assert mx.array_equal(together[-1:], ops.down(hidden[-1:], slots[-1:], scores[-1:], up))
 
     matrix = (up.weight[1], up.scales[1], up.biases[1], group_size, bits)
+    numbers = mx.array([[0, rows - 1], [3, rows]], mx.uint32)
+    embedded = native.embed(numbers, *matrix)
+    assert error(embedded, dequantized(up)[1][np.minimum(np.array(numbers), rows - 1)]) < 1e-6
     together = ops.linear(hidden, *matrix)
     assert error(together, float64(hidden) @ dequantized(up)[1].T) < 1e-6
     assert mx.array_equal(together[-1, -1], ops.linear(hidden[-1, -1], *matrix))
@@ -217,25 +221,40 @@ def test_delta_net(native: Kernels, batch: int) -> None:
 
 
 def test_delta_net_and_threads(threads: Any) -> None:
-    shapes = [
-        (1, 5, 256),
-        (1, 5, 128),
-        (1, 5, 4),
-        (1, 5, 4),
-        (1, 3, 256),
-        (1, 4, 32, 32),
-        (256, 4, 1),
-        (4,),
-        (4,),
-        (32,),
-    ]
+    shapes = [(1, 5, 392), (1, 3, 256), (1, 4, 32, 32), (256, 4, 1), (4,), (4,), (32,)]
+    layout = [(0, 32), (64, 32), (128, 64), (256, 64), (384, 2), (388, 2)]
     operands = [mx.random.normal(shape, key=mx.random.key(number)) for number, shape in enumerate(shapes)]
     outputs = []
     for count in (1, 1 << 10):
         threads(count)
-        outputs.append(native_module.kernels().delta_net(*operands, 2, 1e-6))
+        outputs.append(native_module.kernels().delta_net(*operands, layout, 1e-6))
         mx.eval(outputs)
     assert all(mx.array_equal(one, all_) for one, all_ in zip(*outputs, strict=True))
+
+
+def test_trunk(native: Kernels) -> None:
+    """What lies between the products of a layer, against its twins."""
+    check_kernels(mx.float32, tokens=1, dim=32, key_heads=2, share=2, hidden=160, top_k=4)
+    check_kernels(mx.float32, tokens=5, dim=64, key_heads=1, share=3, hidden=515, top_k=10)
+    for experts, top_k, normalize in ((16, 4, True), (65, 10, False), (64, 1, True)):
+        for logits in (random := 2 * normal(1, 1, 3, experts + 1), mx.round(random), mx.zeros_like(random)):
+            check_route(mx.float32, experts, top_k, normalize, logits)
+    for number in ("nan", "inf"):  # a broken model's logits still name experts that exist, each of them once
+        chosen, _ = native.route(mx.full((17,), float(number)), 4, True)
+        assert len(set(chosen.tolist())) == 4
+        assert mx.all(chosen < 16).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps(family: str, native: Kernels, checkpoint: WriteFamily) -> None:
+    """Layers in few launches: logits and states are mlx-lm's."""
+    models = both(checkpoint(family))
+    caches = [make_prompt_cache(model) for model in models]
+    theirs, ours = (steps(model, cache, [20, 1, 1, 3, 1, 8, 1]) for model, cache in zip(models, caches, strict=True))
+    for wanted, actual in zip(theirs, ours, strict=True):
+        assert distance(actual, wanted) < 1e-5
+    for wanted, actual in zip(*map(arrays, caches), strict=True):
+        assert error(actual, float64(wanted)) < 1e-5
 
 
 @pytest.mark.parametrize(
