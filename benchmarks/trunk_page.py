@@ -79,6 +79,7 @@ def _draw(panels: dict[str, list[Bar]]) -> None:
         axes.set_xlim(0, 1.25 * max(left))
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*both[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    plt.rcParams["svg.hashsalt"] = "flashmoe_mlx"  # the same drawing, the same file
     figure.savefig(RESULTS / "trunk.svg", metadata={"Date": None})
 
 
@@ -89,7 +90,8 @@ def _report(lines: list[dict[str, str]]) -> str:
 
 Layers of the 397B model's size, 4 bits, experts in memory, one token after another, on {lines[-1]["machine"]}.
 The same layers are computed by mlx-lm's code and in few launches, in turns. With read-back the host learns the chosen
-experts of every layer before it goes on, as streaming has to.
+experts of every layer before it goes on, as streaming has to: mlx-lm's layers are called once they are known, ours are
+the layers that stream, with all experts in slots.
 
 - **Bytes**: weights, experts and state of a layer at the speed of a copy, {lines[-1]["copy_tb_per_s"]} TB/s.
 - **Launches and host**: what a layer takes besides. Python alone needs the time in the column *graph*.

@@ -15,11 +15,12 @@ class Early(nn.Module):
     _output: mx.array | None
     _useful: bool
 
-    def start(self, x: mx.array) -> None:
-        """Begin to compute, if ``x`` is a few tokens, ``[..., hidden]``, and the layer has not been called with it."""
+    def start(self, x: mx.array) -> mx.array | None:
+        """What the layer makes of ``x``, for whoever launches it, if ``x`` is a few tokens, ``[..., hidden]``, and the
+        layer has not been called with it."""
         if self._useful and x.size <= FEW_TOKENS * x.shape[-1] and not self._has_seen(x):
             self._output = self(x)
-            mx.async_eval(self._output)  # type: ignore[no-untyped-call]
+        return self._output
 
     def __call__(self, x: mx.array) -> mx.array:
         """What the layer makes of ``x``, or made of it when it was started with this same array."""

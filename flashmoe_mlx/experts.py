@@ -34,6 +34,22 @@ class Experts:
             return self._kernels
         return self._switch
 
+    def ahead(self, x: mx.array, indices: mx.array, places: mx.array) -> mx.array | None:
+        """The experts that are in slots, for which the host need not know which are needed.
+
+        Args:
+            x (mx.array): ``[..., hidden]``.
+            indices (mx.array): expert numbers ``[..., experts_per_token]``.
+            places (mx.array): the slot of each expert, or ``NO_SLOT``, ``[experts]``, uint32.
+
+        Returns:
+            mx.array, optional: ``[..., experts_per_token, hidden]``, zero for experts that are in no slot. None if no
+            kernel computes this call.
+        """
+        if self.function(x, indices) is not self._kernels:
+            return None
+        return self._kernels(x, places[indices])
+
     def splits(self, function: ExpertFunction) -> bool:
         """Whether a call may be computed in parts and stay the same to the bit.
 

@@ -17,6 +17,11 @@ def on_gpu() -> bool:
     return found
 
 
+def on_nvidia() -> bool:
+    """Whether that GPU is NVIDIA's."""
+    return on_gpu() and mx.cuda.is_available()
+
+
 class Call(NamedTuple):
     """What MLX makes a kernel of: the names of its operands, and a body that calls the function of its file.
 

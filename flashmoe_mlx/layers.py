@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -12,15 +12,17 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.early import FEW_TOKENS
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.mailbox import Mailbox
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.slab import Slab, return_freed_memory
 
 
 class Fence:
-    """Tells when slots are idle. One for all layers of a model.
+    """Tells what the router chose, and when slots are idle. One for all layers of a model.
 
     A slot may be overwritten once every graph that reads it has run. Each call of a layer waits for the expert
     outputs of the call before, whichever layer's it was, so no others are ever pending. While decoding this costs
@@ -28,22 +30,40 @@ class Fence:
 
     Args:
         counters (Counters): where the time is added up.
+        mailbox (Mailbox, optional): tells the choice sooner than MLX. Default: ``None``.
     """
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, mailbox: Mailbox | None = None) -> None:
         self._counters = counters
+        self._mailbox = mailbox
+        self._posted: mx.array | None = None
         self._pending: list[mx.array] = []
 
-    def wait(self, *indices: mx.array) -> None:
-        """Evaluate ``indices`` and what is pending. Then every slot is idle."""
+    def launch(self, indices: mx.array, others: list[mx.array]) -> None:
+        """Start computing what :meth:`read` will be asked for, and ``others``."""
+        letter = self._mailbox.post(indices) if self._mailbox else None
+        self._posted = None if letter is None else indices
+        mx.async_eval([indices, *others] if letter is None else [indices, letter, *others])  # type: ignore[no-untyped-call]
+
+    def read(self, indices: mx.array, others: list[mx.array]) -> list[int]:
+        """The numbers of ``indices``, flat. ``others`` and what is pending are evaluated, too: every slot is idle."""
         pending, self._pending = self._pending, []
         begin = time.perf_counter()
-        mx.eval(*indices, *pending)
+        numbers = self._mailbox.take() if self._mailbox and self._posted is indices else None
+        mx.eval(others, pending) if numbers is not None else mx.eval(indices, others, pending)
+        if numbers is None:
+            numbers = np.asarray(indices).ravel().tolist()
         self._counters.sync_seconds += time.perf_counter() - begin
+        return numbers
 
     def hold(self, outputs: Iterable[mx.array]) -> None:
         """Note that ``outputs`` read slots and may not have run."""
         self._pending.extend(outputs)
+
+    def wait(self) -> None:
+        """Evaluate what is pending."""
+        pending, self._pending = self._pending, []
+        mx.eval(pending)
 
 
 class ResidentSwitchGLU(nn.Module):
@@ -77,7 +97,7 @@ class StreamedSwitchGLU(nn.Module):
 
     Attributes:
         hidden (int): width of the experts' input. A block may project its own to it.
-        start_early (Callable, optional): launches what needs ``x`` and no experts, before experts are read.
+        start_early (Callable, optional): gives what needs ``x`` and no experts, to be launched before experts are read.
         lookahead (Lookahead, optional): guesses what the next layer will need.
         slots_now (Callable, optional): tells how many slots the pool should have, if that may change. Only for a pool
             that no other layer uses.
@@ -86,7 +106,7 @@ class StreamedSwitchGLU(nn.Module):
     def __init__(self, switch: nn.Module, table: ExpertTable, pool: Pool, fence: Fence):
         super().__init__()
         self.hidden: int = (switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2).output_dims
-        self.start_early: Callable[[mx.array], None] | None = None
+        self.start_early: Callable[[mx.array], mx.array | None] | None = None
         self.lookahead: Lookahead | None = None
         self.slots_now: Callable[[Pool], int] | None = None
         # Not the switch itself: as a module it would make the slabs parameters of the model.
@@ -109,25 +129,32 @@ class StreamedSwitchGLU(nn.Module):
         Raises:
             ReadError: an expert could not be read; the next call works.
         """
-        guess = self.lookahead.guess(x) if self.lookahead else None
-        asked = [indices] if guess is None else [indices, guess]
-        if self.start_early:
-            mx.async_eval(asked)  # type: ignore[no-untyped-call]  # first: what is launched together ends together
-            self.start_early(x)
-        self._fence.wait(*asked)  # the only host sync of the layer
-        pairs = np.asarray(indices).ravel().tolist()  # [tokens * top_k]: pair p is an expert of token p // top_k
+        guess = [] if self.lookahead is None or (guessed := self.lookahead.guess(x)) is None else [guessed]
+        ahead = None
+        if x.size <= FEW_TOKENS * x.shape[-1]:
+            self._fence.launch(indices, guess)  # first: what is launched together ends together
+            early = self.start_early(x) if self.start_early else None
+            if not guess:  # what is read ahead for this layer is here only after the wait
+                ahead = self._experts.ahead(x, indices, self._pool.places(self._table))
+            mx.async_eval([y for y in (early, ahead) if y is not None])  # type: ignore[no-untyped-call]
+        pairs = self._fence.read(indices, guess)  # [tokens * top_k]: pair p is an expert of token p // top_k
+        if ahead is not None:
+            self._fence.hold([ahead])
         needed = sorted(set(pairs))
         self._fit(needed)
+        if ahead is not None and self._pool.use(self._table, needed):
+            return ahead
         experts = self._experts.function(x, indices)
-        waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
-        y = self._compute(experts, x, indices.shape, pairs, waves)
-        if self.lookahead and guess is not None and len(needed) <= self._pool.slots:
-            self.lookahead.begin(sorted(set(np.asarray(guess).ravel().tolist())), self._pool, busy=len(needed))
+        hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
+        y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead)
+        if self.lookahead and guess and len(needed) <= self._pool.slots:
+            self.lookahead.begin(sorted(set(np.asarray(guess[0]).ravel().tolist())), self._pool, busy=len(needed))
         return y
 
     def _fit(self, needed: list[int]) -> None:
-        """Follow the machine's memory, while every slot is idle."""
+        """Follow the machine's memory."""
         if self.slots_now is not None and (slots := self.slots_now(self._pool)) != self._pool.slots:
+            self._fence.wait()
             self._pool.resize(slots, self._table, needed)
         if self._moves != self._pool.moves:  # not only after what was just done: that may have been interrupted
             self._bind()
@@ -139,10 +166,19 @@ class StreamedSwitchGLU(nn.Module):
         self._moves = self._pool.moves
 
     def _compute(
-        self, experts: ExpertFunction, x: mx.array, shape: tuple[int, ...], pairs: list[int], waves: list[list[int]]
+        self,
+        experts: ExpertFunction,
+        x: mx.array,
+        shape: tuple[int, ...],
+        pairs: list[int],
+        hits: list[int],
+        waves: list[list[int]],
+        ahead: mx.array | None,
     ) -> mx.array:
         """Fetch wave after wave and launch its share of the call."""
-        if len(waves) == 1:  # the call that mlx-lm would make: in other shapes a GPU may round differently
+        if hits and ahead is None:
+            waves = [hits, *waves]
+        if len(waves) == 1 and ahead is None:  # the call that mlx-lm would make: a GPU may round others differently
             slot_of = self._pool.fetch(self._table, waves[0])
             y = _launch(experts, x, [slot_of[expert] for expert in pairs], shape)
             self._fence.hold([y])
@@ -153,21 +189,27 @@ class StreamedSwitchGLU(nn.Module):
         wave_of = {expert: number for number, wave in enumerate(waves) for expert in wave}
         parts: list[list[int]] = [[] for _ in waves]  # the pairs of each wave
         for pair, expert in enumerate(pairs):
-            parts[wave_of[expert]].append(pair)
+            if expert in wave_of:
+                parts[wave_of[expert]].append(pair)
 
-        outputs: list[mx.array] = []  # [pairs of the wave, 1, hidden]
+        computed: list[tuple[mx.array, Sequence[int]]] = []  # outputs [some pairs, 1, hidden], and of which pairs
         running: deque[tuple[mx.array, int]] = deque()  # the latest of them, and how many slots each reads
+        if ahead is not None:
+            self._pool.fetch(self._table, hits)
+            computed.append((ahead.reshape(len(pairs), 1, -1), range(len(pairs))))
+            running.append((ahead, len(hits)))
         for wave, part in zip(waves, parts, strict=True):
             while sum(count for _, count in running) + len(wave) > self._pool.slots:
                 mx.eval(running.popleft()[0])
             slot_of = self._pool.fetch(self._table, wave)  # while the wave before is computed
             rows = mx.array([pair // top_k for pair in part])
-            slots = [slot_of[pairs[pair]] for pair in part]
-            outputs.append(_launch(experts, tokens[rows], slots, (len(part), 1)))
-            running.append((outputs[-1], len(wave)))
+            output = _launch(experts, tokens[rows], [slot_of[pairs[pair]] for pair in part], (len(part), 1))
+            computed.append((output, part))
+            running.append((output, len(wave)))
         self._fence.hold(output for output, _ in running)
-        places = np.argsort([pair for part in parts for pair in part])
-        return mx.concatenate(outputs)[mx.array(places)].reshape(*shape, -1)
+        place_of = {pair: place for place, pair in enumerate(pair for _, part in computed for pair in part)}  # the last
+        places = mx.array([place_of[pair] for pair in range(len(pairs))])
+        return mx.concatenate([output for output, _ in computed])[places].reshape(*shape, -1)
 
 
 def _experts_on(switch: nn.Module, slabs: Mapping[str, Slab]) -> Experts:

@@ -36,6 +36,7 @@ from flashmoe_mlx.early import make_early
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.lookahead import Lookahead
+from flashmoe_mlx.mailbox import Mailbox
 from flashmoe_mlx.manifest import FirstReads, Manifest
 from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.pool import Pool, slot_nbytes
@@ -298,8 +299,8 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     first_reads = None
     if config.manifest is not None:
         first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
-    fence = Fence(counters)
     staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
+    fence = Fence(counters, Mailbox() if place_nbytes else None)
     replaced: list[tuple[str, nn.Module]] = []
     places: dict[str, tuple[ExpertTable, Pool]] = {}
     for share in shares:
@@ -360,14 +361,15 @@ def _hidden(config: Mapping[str, Any]) -> int | None:
 
 
 def _start_early(model: nn.Module, hidden: int | None) -> None:
-    """Let each streamed layer start its block's shared expert, unless that is computed together with the router."""
+    """Let each streamed layer start its block's shared expert."""
     modules = dict(model.named_modules())
     for path, block in modules.items():
-        if isinstance(modules.get(path.rpartition(".")[0]), FewLaunches):
-            continue
         streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
         name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
-        if streamed is not None and streamed.hidden == hidden and name is not None:
+        layer = modules.get(path.rpartition(".")[0])
+        if streamed is not None and isinstance(layer, FewLaunches):  # which begins it together with the router
+            streamed.start_early = layer.start
+        elif streamed is not None and streamed.hidden == hidden and name is not None:
             streamed.start_early = make_early(block[name]).start
 
 

@@ -91,7 +91,7 @@ class Kernels(Protocol):
         key_heads: int,
         eps: float,
         /,
-    ) -> tuple[mx.array, mx.array]: ...
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float, /

@@ -118,7 +118,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.
 
     Args:
         x (mx.array): ``[..., columns]``.
-        slots (mx.array): where the experts of each token are, ``[..., top_k]``, uint32.
+        slots (mx.array): where the experts of each token are, ``[..., top_k]``, uint32. A product with ``NO_SLOT`` is
+            zero, here and below; the twins do not know it.
         gate (Quantized): ``[slots, rows, columns]``.
         up (Quantized): like ``gate``; the kernel wants the same bits and groups, too.
 
@@ -241,10 +242,21 @@ def linear(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, gr
         weight (mx.array): ``[rows, columns * bits / 32]``, uint32; see :class:`Quantized` for the rest.
 
     Returns:
-        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself.
+        mx.array: ``[..., rows]``, of the dtype of ``x``. A native kernel computes each vector by itself; a GPU's takes
+            one vector, on NVIDIA's, where MLX's own product reads half as fast.
     """
     if kernels := native_kernels(x):
         return kernels.linear(x, weight, scales, biases, group_size, bits)
+    if gpu.on_nvidia() and x.size == x.shape[-1] and scales.dtype == x.dtype and scales.size >= gpu.DEVICE_MEMORY:
+        return _launch(
+            _LINEAR,
+            [x, weight, scales, biases],
+            (*x.shape[:-1], len(weight)),
+            vectors=1,
+            simdgroups=2,
+            tile=4,
+            template={"BITS": bits, "GROUP": group_size, "ROWS": 2, "LANES": 32},
+        )
     return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
 
 
@@ -278,6 +290,17 @@ _MATVEC = gpu.Call(
         scales_shape[2] * GROUP, scales_shape[1], threadgroup_position_in_grid.y,
         threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """,
+)
+_LINEAR = gpu.Call(
+    "linear",
+    ("x", "weight", "scales", "biases"),
+    """
+    linear<T, BITS, GROUP, ROWS, LANES>(
+        x, weight, scales, biases, out,
+        scales_shape[1] * GROUP, scales_shape[0], threadgroup_position_in_grid.y,
+        threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """,
+    uses=("quantized", "matvec"),
 )
 
 

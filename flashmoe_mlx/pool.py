@@ -4,12 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from flashmoe_mlx import native
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertPart, ExpertTable
 from flashmoe_mlx.manifest import FirstReads
 from flashmoe_mlx.reader import Landed, Reader
-from flashmoe_mlx.slab import Slab, row_nbytes
+from flashmoe_mlx.slab import NO_SLOT, Slab, row_nbytes
 from flashmoe_mlx.staging import Staging
 
 _STAGED_AT_ONCE = 5  # experts; half of what a token of the 397B model needs
@@ -76,6 +78,7 @@ class Pool:
         self._staging = staging
         self._first_reads = first_reads
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # oldest first
+        self._places: dict[str, mx.array] = {}  # of layers none of whose experts has come or gone since
         self._free = list(range(slots))
         self._withheld: list[tuple[int, Sequence[memoryview]]] = []  # slots or places, while a stuck read may end
         self._arrival: Arrival | None = None
@@ -95,27 +98,48 @@ class Pool:
         """The experts that are here, the least recently used first."""
         return list(self._slot_of)
 
-    def waves(self, table: ExpertTable, experts: Sequence[int], together: bool) -> list[list[int]]:
+    def places(self, table: ExpertTable) -> mx.array:
+        """The slot of each expert of a layer, ``[experts]``, uint32; ``NO_SLOT`` for those that are not here."""
+        if table.layer not in self._places:
+            slots = [self._slot_of.get((table.layer, expert), NO_SLOT) for expert in range(table.experts)]
+            self._places[table.layer] = mx.array(slots, mx.uint32)
+        return self._places[table.layer]
+
+    def use(self, table: ExpertTable, experts: Sequence[int]) -> bool:
+        """Note that a layer uses these experts now, if all of them are here and nothing is on its way."""
+        keys = [(table.layer, expert) for expert in experts]
+        if self._arrival is not None or not all(map(self._slot_of.__contains__, keys)):
+            return False
+        for key in keys:
+            self._slot_of.move_to_end(key)
+        self._counters.hits += len(keys)
+        return True
+
+    def waves(self, table: ExpertTable, experts: Sequence[int], together: bool) -> tuple[list[int], list[list[int]]]:
         """Divide the experts that a call of a layer needs into what is fetched and computed at once.
 
-        Those that are here come first, so that they are computed while others are read, unless all that fit must be
-        computed together. What does not fit comes in waves of half the pool: one is read while another is computed.
+        Those that are here are computed while others are read, unless all that fit must be computed together. What
+        does not fit comes in waves of half the pool: one is read while another is computed.
 
         Args:
             table (ExpertTable): the layer's.
             experts (Sequence[int]): different ones.
             together (bool): make it one wave, if all of them fit.
+
+        Returns:
+            tuple: the experts that are here, and the waves of the others; or none, and one wave of all.
         """
         self._arrive(table, experts)
         self._reclaim()
         misses = [expert for expert in experts if (table.layer, expert) not in self._slot_of]
         fit = len(experts) <= self.slots
-        if not misses or (together and fit):
-            return [list(experts)]
+        if not misses:
+            return list(experts), []
+        if together and fit:
+            return [], [list(experts)]
         hits = [expert for expert in experts if (table.layer, expert) in self._slot_of]
         size = len(misses) if fit else max(1, self.slots // 2)
-        waves = [misses[first : first + size] for first in range(0, len(misses), max(1, size))]
-        return [hits, *waves] if hits else waves
+        return hits, [misses[first : first + size] for first in range(0, len(misses), max(1, size))]
 
     def fetch(self, table: ExpertTable, experts: Sequence[int]) -> dict[int, int]:
         """Make sure that experts of a layer are in slots; what is missing replaces what was used least recently.
@@ -189,8 +213,8 @@ class Pool:
         free = list(range(len(kept), slots))
         moves = self.moves + 1
         # At once, because an interrupt that came between would leave experts in slots that are not theirs.
-        self.slabs, self._rows, self._slot_of, self._free, self._slots, self.moves = (
-            slabs, rows, slot_of, free, slots, moves
+        self.slabs, self._rows, self._slot_of, self._places, self._free, self._slots, self.moves = (
+            slabs, rows, slot_of, {}, free, slots, moves
         )  # fmt: skip
 
     def load(self, table: ExpertTable, experts: Sequence[int]) -> None:
@@ -227,6 +251,7 @@ class Pool:
         except BaseException:
             self._release(slots, landings)
             raise
+        self._places.pop(table.layer, None)
         self._slot_of.update(((table.layer, expert), slot) for expert, slot in zip(experts, slots, strict=True))
 
     def _read(self, table: ExpertTable, experts: Sequence[int], landing: Landing) -> None:
@@ -253,6 +278,8 @@ class Pool:
             if isinstance(error, OSError):  # whoever needs it reads it again, and is told
                 return
             raise
+        for layer, _ in keys:
+            self._places.pop(layer, None)
         self._slot_of.update(zip(keys, landing.slots, strict=True))
         wanted = {(table.layer, expert) for expert in needed}
         wasted = [key for key in keys if key not in wanted]
@@ -266,7 +293,8 @@ class Pool:
         while len(self._free) < count:
             if not self._slot_of:
                 raise OSError(f"{count} experts need slots, and {len(self._withheld)} wait for reads that are stuck")
-            _, slot = self._slot_of.popitem(last=False)
+            (layer, _), slot = self._slot_of.popitem(last=False)
+            self._places.pop(layer, None)
             self._free.append(slot)
             self._counters.evictions += 1
         cut = len(self._free) - count

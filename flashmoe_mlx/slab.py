@@ -12,6 +12,7 @@ import numpy as np
 from flashmoe_mlx.pages import use_large_pages
 from flashmoe_mlx.staging import device_address, needs_staging
 
+NO_SLOT = 2**32 - 1  # a slot's number where there is none: kernels take its expert for zero
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 

@@ -82,6 +82,7 @@ class Way:
         norm (Norm): of its input.
         normed (Prepared): the norms of inputs, from the layer before.
         next_normed (Prepared): likewise, for the layer behind it.
+        beside (mx.array, optional): what to launch together with the experts of the step that runs.
     """
 
     mix: Callable[[mx.array, mx.array, Any], Sequence[mx.array]]
@@ -90,6 +91,7 @@ class Way:
     norm: Norm
     normed: Prepared
     next_normed: Prepared
+    beside: mx.array | None = None
 
 
 class FewLaunches(nn.Module):
@@ -107,10 +109,16 @@ class FewLaunches(nn.Module):
         if normed is None:
             normed = self.input_layernorm(x)
         residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
+        way.beside = shared
         routed = self.mlp.switch_mlp(experts_input, experts)
+        way.beside = None
         y, normed = way.end(residual, routed, scores, shared)
         way.next_normed.put(y, normed)
         return y
+
+    def start(self, _: mx.array) -> mx.array | None:
+        """What is to be launched beside the experts of this step, if it is one of few tokens: the shared expert."""
+        return self._way.beside
 
     def _decodes(self, made_of: Snapshot, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
         """Whether this is a step of few tokens of one sequence, after at least one other step."""
@@ -254,14 +262,13 @@ def _attention(
     q_norm, k_norm = mixer.q_norm.weight, mixer.k_norm.weight
     rope = Rope(mixer.rope.dims, float(mixer.rope.base), float(mixer.rope.scale), mixer.q_norm.eps)
 
-    @mx.compile
+    @Fused
     def project(normed: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Queries, keys, values ``[1, heads, tokens, head_dim]``, and all that is projected."""
         projected = ops.linear(normed, *merged)
-        queries, keys = trunk_ops.norm_rope(
+        queries, keys, values = trunk_ops.norm_rope(
             projected, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope
         )
-        values = projected[..., -key_heads * q_norm.size :].reshape(1, -1, key_heads, q_norm.size).swapaxes(1, 2)
         return queries, keys, values, projected
 
     @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from flashmoe_mlx.ops import MAX_TOP_K, Dense, has_kernel, linear, native_kernel
 _DELTA_SIMDGROUPS = 16  # that share a head's state
 _QUERIES = 4  # that a simdgroup has
 _PART = 32  # positions that a part of attention has at least, if there are as many
-_MOST_PARTS = 256  # what merges them takes them one after another
+_MOST_PARTS = 128  # what merges them takes them one after another
 
 
 Layout = tuple[tuple[int, int], ...]
@@ -129,12 +129,12 @@ def gated_delta_twin(
 
 def norm_rope(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array]:
-    """The queries and keys of attention: the norm of each head, then RoPE.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The queries and keys of attention, the norm of each head, then RoPE; and its values, as they are.
 
     Args:
         x (mx.array): what is projected, ``[1, tokens, width]``: for each head its query and its output's gate, then the
-            keys, then what else.
+            keys, then the values.
         q_norm (mx.array): weight of the norm, ``[head_dim]``.
         k_norm (mx.array): likewise.
         position (mx.array): of the first token, ``[1]``, an integer.
@@ -143,7 +143,7 @@ def norm_rope(
         rope (Rope): how to turn them.
 
     Returns:
-        tuple: queries ``[1, heads, tokens, head_dim]`` and keys ``[1, key_heads, tokens, head_dim]``.
+        tuple: queries ``[1, heads, tokens, head_dim]``, keys and values ``[1, key_heads, tokens, head_dim]``.
     """
     if kernels := native_kernels(x):
         frequencies = _frequencies(rope.dims, rope.base, rope.scale)
@@ -151,15 +151,15 @@ def norm_rope(
     if not gpu.on_gpu():
         return norm_rope_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
     head_dim = q_norm.size
-    queries, keys = gpu.run(
+    queries, keys, values = gpu.run(
         _NORM_ROPE,
         [x, q_norm, k_norm, position, mx.array([math.log2(rope.base), rope.scale, rope.eps])],
-        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads)],
-        threadgroups=(heads + key_heads, x.shape[1]),
+        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads, key_heads)],
+        threadgroups=(heads + 2 * key_heads, x.shape[1]),
         simdgroups=1,
-        template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads},
+        template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads, "KEY_HEADS": key_heads},
     )
-    return queries, keys
+    return queries, keys, values
 
 
 @cache
@@ -172,12 +172,12 @@ def _frequencies(dims: int, base: float, scale: float) -> mx.array:
 
 def norm_rope_twin(
     x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, mx.array, mx.array]:
     """:func:`norm_rope` in MLX operations, as mlx-lm's layers compute it."""
     head_dim = q_norm.size
-    q, k = mx.split(x[..., : (2 * heads + key_heads) * head_dim], [2 * heads * head_dim], axis=-1)
+    q, k, v = mx.split(x, [2 * heads * head_dim, (2 * heads + key_heads) * head_dim], axis=-1)
     q = q.reshape(1, -1, heads, 2 * head_dim)[..., :head_dim]
-    k = k.reshape(1, -1, key_heads, head_dim)
+    k, v = (each.reshape(1, -1, key_heads, head_dim) for each in (k, v))
 
     def turned(each: mx.array, norm: mx.array) -> mx.array:
         normed = mx.fast.rms_norm(each, norm, rope.eps).swapaxes(1, 2)
@@ -185,7 +185,7 @@ def norm_rope_twin(
             normed, rope.dims, traditional=False, base=rope.base, scale=rope.scale, offset=position.squeeze(0)
         )
 
-    return turned(q, q_norm), turned(k, k_norm)
+    return turned(q, q_norm), turned(k, k_norm), v.swapaxes(1, 2)
 
 
 def attend(
@@ -228,7 +228,7 @@ def attend(
         [x, sums, weights],
         [(1, tokens, heads * head_dim)],
         threadgroups=(heads, tokens),
-        simdgroups=(groups := 2) * head_dim // 32,
+        simdgroups=(groups := 8) * head_dim // 128,
         template={"DIM": head_dim, "GROUPS": groups},
     )
     return out
@@ -269,7 +269,7 @@ def ask(x: mx.array, router: Dense, gate: Dense, up: Dense) -> tuple[mx.array, m
         _ASK,
         [x, *gate[:3], *up[:3], *router[:3]],
         [(1, tokens, hidden_size), (1, tokens, logits_size)],
-        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // 8), tokens),
+        threadgroups=(-(-hidden_size // (2 * rows)) + -(-logits_size // 4), tokens),
         simdgroups=2,
         template={
             "BITS": gate.bits,
@@ -340,9 +340,9 @@ def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx
     """
     if kernels := native_kernels(x):
         return kernels.add_norm(x, y, weight, eps)
-    if not gpu.on_gpu():
-        return add_norm_twin(x, y, weight, eps)
     _, tokens, hidden = x.shape
+    if not gpu.on_gpu() or hidden % 32:
+        return add_norm_twin(x, y, weight, eps)
     total, normed = gpu.run(
         _ADD_NORM,
         [x, y, weight, mx.array([eps])],
@@ -378,9 +378,9 @@ def combine(
     """
     if kernels := native_kernels(x):
         return kernels.combine(x, y, scores, shared, weight, eps)
-    if not gpu.on_gpu():
-        return combine_twin(x, y, scores, shared, weight, eps)
     _, tokens, hidden = x.shape
+    if not gpu.on_gpu() or hidden % 32:
+        return combine_twin(x, y, scores, shared, weight, eps)
     out, normed = gpu.run(
         _COMBINE,
         [x, y, scores, shared, weight, mx.array([eps])],
@@ -417,12 +417,12 @@ _NORM_ROPE = gpu.Call(
     "norm_rope",
     ("x", "q_norm", "k_norm", "position", "rope"),
     """
-    norm_rope<T, DIM, DIMS, HEADS>(
-        x, q_norm, k_norm, position, rope, queries, keys,
+    norm_rope<T, DIM, DIMS, HEADS, KEY_HEADS>(
+        x, q_norm, k_norm, position, rope, queries, keys, values,
         x_shape[1], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
         thread_index_in_simdgroup);
     """,
-    ("queries", "keys"),
+    ("queries", "keys", "values"),
 )
 _ROUTE = gpu.Call(
     "route",
@@ -450,7 +450,7 @@ _MERGE_ATTENDED = gpu.Call(
     "merge_attended",
     ("x", "sums", "weights"),
     """
-        threadgroup float shared_[2 * GROUPS * DIM];
+        threadgroup float shared_[GROUPS * (DIM + 1)];
         merge_attended<T, DIM, GROUPS>(
             x, sums, weights, out, shared_,
             sums_shape[1], sums_shape[2], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
@@ -471,7 +471,7 @@ _ASK = gpu.Call(
             threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
         """,
     ("hidden", "logits"),
-    uses=("quantized", "gate_up", "matvec"),
+    uses=("quantized", "gate_up", "matvec", "linear"),
 )
 _ADD_NORM = gpu.Call(
     "add_norm",

@@ -11,18 +11,23 @@ inline void add_norm(
     int token,
     int simdgroup,
     int lane) {
-  constexpr int THREADS = 32 * SIMDGROUPS;
-  constexpr int PER_THREAD = (HIDDEN + THREADS - 1) / THREADS;
+  using Own = Held<T, HIDDEN, SIMDGROUPS>;
   const size_t start = (size_t)token * HIDDEN;
-  float values[PER_THREAD];
+  float values[Own::RUNS * Own::RUN] = {};
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const int at = i * THREADS + simdgroup * 32 + lane;
-    values[i] = 0.0f;
+  for (int run = 0; run < Own::RUNS; ++run) {
+    const int at = (run * Own::THREADS + simdgroup * 32 + lane) * Own::RUN;
     if (at < HIDDEN) {
-      const T rounded = T(float(x[start + at]) + float(y[start + at]));
-      sum[start + at] = rounded;
-      values[i] = float(rounded);
+      thread float* own = values + run * Own::RUN;
+      float other[Own::RUN];
+      load_chunk(x + start + at, own);
+      load_chunk(y + start + at, other);
+#pragma unroll
+      for (int i = 0; i < Own::RUN; ++i) {
+        const T rounded = T(own[i] + other[i]);
+        sum[start + at + i] = rounded;
+        own[i] = float(rounded);
+      }
     }
   }
   write_norm<T, HIDDEN, SIMDGROUPS>(values, weight, eps, normed + start, partial, simdgroup, lane);

@@ -1,11 +1,5 @@
 // What a block of experts begins with: the router's logits, and the hidden activations of the shared expert. They read the
 // same input, and share a launch: the first threadgroups make activations, the others logits.
-struct FirstSlot {
-  inline uint operator[](int) const {
-    return 0;
-  }
-};
-
 template <typename T, int BITS, int GROUP, int ROWS, int ROUTER_BITS, int ROUTER_GROUP, int SIMDGROUPS>
 inline void ask(
     const device T* x,                // [tokens, columns]
@@ -33,8 +27,8 @@ inline void ask(
         x, FirstSlot(), gate_weight, gate_scales, gate_biases, up_weight, up_scales, up_biases, hidden,
         columns, rows, token, number * SIMDGROUPS + simdgroup, lane);
   } else {
-    matvec<T, ROUTER_BITS, ROUTER_GROUP, 2, 16>(
-        x, FirstSlot(), router_weight, router_scales, router_biases, logits,
+    linear<T, ROUTER_BITS, ROUTER_GROUP, 2, 32>(
+        x, router_weight, router_scales, router_biases, logits,
         columns, router_rows, token, (number - first) * SIMDGROUPS + simdgroup, lane);
   }
 }

@@ -14,23 +14,40 @@ inline void combine(
     int token,
     int simdgroup,
     int lane) {
-  constexpr int THREADS = 32 * SIMDGROUPS;
-  constexpr int PER_THREAD = (HIDDEN + THREADS - 1) / THREADS;
+  using Own = Held<T, HIDDEN, SIMDGROUPS>;
   const size_t start = (size_t)token * HIDDEN;
-  float values[PER_THREAD];
+  float values[Own::RUNS * Own::RUN] = {};
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const int at = i * THREADS + simdgroup * 32 + lane;
-    values[i] = 0.0f;
+  for (int run = 0; run < Own::RUNS; ++run) {
+    const int at = (run * Own::THREADS + simdgroup * 32 + lane) * Own::RUN;
     if (at < HIDDEN) {
-      float sum = float(scores[token * (TOP_K + 1) + TOP_K]) * float(shared[start + at]);
+      thread float* own = values + run * Own::RUN;
+      float residual[Own::RUN], by_all[Own::RUN], routed[TOP_K][Own::RUN];
+      load_chunk(x + start + at, residual);
+      load_chunk(shared + start + at, by_all);
 #pragma unroll
       for (int k = 0; k < TOP_K; ++k) {
-        sum = fma(float(scores[token * (TOP_K + 1) + k]), float(y[start * TOP_K + k * HIDDEN + at]), sum);
+        load_chunk(y + start * TOP_K + k * HIDDEN + at, routed[k]);
       }
-      const T rounded = T(float(x[start + at]) + sum);
-      out[start + at] = rounded;
-      values[i] = float(rounded);
+      const float shared_score = float(scores[token * (TOP_K + 1) + TOP_K]);
+#pragma unroll
+      for (int i = 0; i < Own::RUN; ++i) {
+        own[i] = shared_score * by_all[i];
+      }
+#pragma unroll
+      for (int k = 0; k < TOP_K; ++k) {
+        const float score = float(scores[token * (TOP_K + 1) + k]);
+#pragma unroll
+        for (int i = 0; i < Own::RUN; ++i) {
+          own[i] = fma(score, routed[k][i], own[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Own::RUN; ++i) {
+        const T rounded = T(residual[i] + own[i]);
+        out[start + at + i] = rounded;
+        own[i] = float(rounded);
+      }
     }
   }
   write_norm<T, HIDDEN, SIMDGROUPS>(values, weight, eps, normed + start, partial, simdgroup, lane);

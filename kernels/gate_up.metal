@@ -19,9 +19,9 @@ inline void gate_up(
     int lane) {
   constexpr int ROWS_ACROSS = 32 / LANES;
   constexpr int UNROLL = 2 / ROWS;  // enough reads on their way, and not too many registers
-  const int blocks = columns / BLOCK;
-  const int first_row = simdgroup * ROWS * ROWS_ACROSS + lane % ROWS_ACROSS;
   const size_t slot = slots[pair];
+  const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
+  const int first_row = simdgroup * ROWS * ROWS_ACROSS + lane % ROWS_ACROSS;
   const device T* token = x + (size_t)(pair / TOP_K) * columns;
   float gate[ROWS] = {};
   float up[ROWS] = {};

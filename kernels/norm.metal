@@ -1,4 +1,12 @@
-// The RMS norm of a token whose elements the threads of a threadgroup hold: thread i those at i, i + THREADS, ...
+// The RMS norm of a token whose elements the threads of a threadgroup hold, each of them runs of 16 bytes: thread i the
+// runs i, i + THREADS, ...
+template <typename T, int HIDDEN, int SIMDGROUPS>
+struct Held {
+  static constant constexpr int RUN = 16 / sizeof(T);
+  static constant constexpr int THREADS = 32 * SIMDGROUPS;
+  static constant constexpr int RUNS = (HIDDEN + THREADS * RUN - 1) / (THREADS * RUN);
+};
+
 template <typename T, int HIDDEN, int SIMDGROUPS, typename Eps, typename Shared>
 inline void write_norm(
     const thread float* values,  // zero where there is no element
@@ -8,11 +16,10 @@ inline void write_norm(
     Shared partial,              // [SIMDGROUPS], threadgroup memory
     int simdgroup,
     int lane) {
-  constexpr int THREADS = 32 * SIMDGROUPS;
-  constexpr int PER_THREAD = (HIDDEN + THREADS - 1) / THREADS;
+  using Own = Held<T, HIDDEN, SIMDGROUPS>;
   float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
+  for (int i = 0; i < Own::RUNS * Own::RUN; ++i) {
     squares = fma(values[i], values[i], squares);
   }
   squares = sum_lanes<32>(squares);
@@ -22,10 +29,13 @@ inline void write_norm(
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const float scale = rsqrt(sum_lanes<32>(lane < SIMDGROUPS ? partial[lane] : 0.0f) / HIDDEN + eps[0]);
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const int at = i * THREADS + simdgroup * 32 + lane;
-    if (at < HIDDEN) {
-      normed[at] = T(values[i] * scale * float(weight[at]));
+  for (int run = 0; run < Own::RUNS; ++run) {
+    const int at = (run * Own::THREADS + simdgroup * 32 + lane) * Own::RUN;
+#pragma unroll
+    for (int i = 0; i < Own::RUN; ++i) {
+      if (at < HIDDEN) {
+        normed[at + i] = T(values[run * Own::RUN + i] * scale * float(weight[at + i]));
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 // The queries and keys of a few tokens: each head's RMS norm, then RoPE of its first DIMS elements, where element i turns
-// together with element i + DIMS / 2. A simdgroup takes one head of one token.
-template <typename T, int DIM, int DIMS, int HEADS, typename Position, typename Rope>
+// together with element i + DIMS / 2. The values are only put in their own place. A simdgroup takes one head of one token.
+template <typename T, int DIM, int DIMS, int HEADS, int KEY_HEADS, typename Position, typename Rope>
 inline void norm_rope(
     const device T* x,       // [tokens, width]: for each of HEADS a query and its gate, then the keys, then values
     const device T* q_norm,  // [DIM]
@@ -8,32 +8,59 @@ inline void norm_rope(
     Position position,       // [1]: of the first token
     Rope rope,               // [3]: log2 of the base, scale of positions, eps of the norms
     device T* queries,       // [HEADS, tokens, DIM]
-    device T* keys,          // [key heads, tokens, DIM]
+    device T* keys,          // [KEY_HEADS, tokens, DIM]
+    device T* values,        // [KEY_HEADS, tokens, DIM]
     int tokens,
     int width,
     int head,
     int token,
     int lane) {
   constexpr int HALF = DIMS / 2;
-  const int column = head < HEADS ? 2 * head * DIM : (HEADS + head) * DIM;
-  const device T* from = x + (size_t)token * width + column;
+  const device T* from = x + (size_t)token * width + (head < HEADS ? 2 * head : HEADS + head) * DIM;
+  if (head >= HEADS + KEY_HEADS) {
+    device T* to = values + ((size_t)(head - HEADS - KEY_HEADS) * tokens + token) * DIM;
+    for (int i = lane; i < DIM; i += 32) {
+      to[i] = from[i];
+    }
+    return;
+  }
   const device T* norm = head < HEADS ? q_norm : k_norm;
   const size_t place = (size_t)(head < HEADS ? head : head - HEADS) * tokens + token;
   device T* to = (head < HEADS ? queries : keys) + place * DIM;
+  constexpr int OWN = (DIM + 31) / 32;  // elements of a lane, of which the first may turn
+  constexpr int TURNING = (DIMS + 31) / 32;
+  float value[OWN], weight[OWN], sine[TURNING], cosine[TURNING], other[TURNING];
+#pragma unroll
+  for (int n = 0; n < OWN; ++n) {
+    const int i = min(n * 32 + lane, DIM - 1);
+    value[n] = float(from[i]);
+    weight[n] = float(norm[i]);
+  }
+#pragma unroll
+  for (int n = 0; n < TURNING; ++n) {
+    const int i = min(n * 32 + lane, DIMS - 1);
+    const int pair = i < HALF ? i + HALF : i - HALF;
+    const float frequency = exp2(-(float(i % HALF) / HALF) * rope[0]);
+    const float angle = float(position[0] + token) * rope[1] * frequency;
+    other[n] = (i < HALF ? -1.0f : 1.0f) * float(from[pair]) * float(norm[pair]);
+    sine[n] = sin(angle);
+    cosine[n] = cos(angle);
+  }
   float squares = 0.0f;
-  for (int i = lane; i < DIM; i += 32) {
-    squares = fma(float(from[i]), float(from[i]), squares);
+#pragma unroll
+  for (int n = 0; n < OWN; ++n) {
+    squares = n * 32 + lane < DIM ? fma(value[n], value[n], squares) : squares;
   }
   const float scale = rsqrt(sum_lanes<32>(squares) / DIM + rope[2]);
-  for (int i = lane; i < DIM; i += 32) {
-    float value = float(from[i]) * scale * float(norm[i]);
+#pragma unroll
+  for (int n = 0; n < OWN; ++n) {
+    const int i = n * 32 + lane;
+    float turned = value[n] * scale * weight[n];
     if (i < DIMS) {
-      const int pair = i < HALF ? i + HALF : i - HALF;
-      const float other = float(from[pair]) * scale * float(norm[pair]);
-      const float frequency = exp2(-(float(i % HALF) / HALF) * rope[0]);
-      const float angle = float(position[0] + token) * rope[1] * frequency;
-      value = value * cos(angle) + (i < HALF ? -other : other) * sin(angle);
+      turned = turned * cosine[min(n, TURNING - 1)] + scale * other[min(n, TURNING - 1)] * sine[min(n, TURNING - 1)];
     }
-    to[i] = T(value);
+    if (i < DIM) {
+      to[i] = T(turned);
+    }
   }
 }

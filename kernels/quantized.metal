@@ -15,6 +15,8 @@
 
 constant constexpr int BLOCK = 32;  // weights
 
+constant constexpr uint NO_SLOT = 0xffffffff;  // of an expert that is not in memory: products with it are zero
+
 // Where weight `i` of a block is used in its byte.
 template <int BITS>
 inline constexpr int shift_in_byte(int i) {
@@ -62,6 +64,18 @@ inline void unpack(uint word, thread float* x, float16_t) {
 inline void unpack(uint word, thread float* x, bfloat16_t) {
   x[0] = as_type<float>(word << 16);
   x[1] = as_type<float>(word & 0xffff0000u);
+}
+
+// Reads 16 bytes.
+template <typename T>
+inline void load_chunk(const device T* from, thread float* values) {
+  constexpr int PER_WORD = 4 / sizeof(T);
+  uint words[4];
+  load_words<4>((const device uint*)from, words);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    unpack(words[i], values + i * PER_WORD, T(0.0f));
+  }
 }
 
 // Reads the activations of a block into `x`, each times 2^-shift. Returns the sum of what was read.
@@ -150,11 +164,13 @@ inline void dot_rows(
     int lane,
     thread float* dots) {
   constexpr int ROWS_ACROSS = 32 / LANES;
-  const int blocks = columns / BLOCK;
+  constexpr int UNROLL = 2;  // reads on their way
+  const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     dots[r] = 0.0f;
   }
+#pragma unroll UNROLL
   for (int block = lane / ROWS_ACROSS; block < blocks; block += LANES) {
     float activations[BLOCK];
     const float sum = load_activations<T, BITS>(x + block * BLOCK, activations);

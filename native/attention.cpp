@@ -152,8 +152,8 @@ class NormRope : public Operation {
      position = in[3].data<int32_t>(),
      frequencies = in[4].data<float>(),
      count = static_cast<int64_t>(in[4].size()),
-     to = std::array{outputs[0].data<float>(), outputs[1].data<float>()},
-     heads = std::array<int64_t, 2>{outputs[0].shape(1), outputs[1].shape(1)},
+     to = std::array{outputs[0].data<float>(), outputs[1].data<float>(), outputs[2].data<float>()},
+     heads = std::array<int64_t, 3>{outputs[0].shape(1), outputs[1].shape(1), outputs[2].shape(1)},
      batch = in[0].shape(0),
      tokens = static_cast<int64_t>(in[0].shape(1)),
      width = static_cast<int64_t>(in[0].shape(2)),
@@ -179,6 +179,10 @@ class NormRope : public Operation {
               out[i + count] = a * sines[i] + b * cosines[i];
             }
           }
+        }
+        for (int64_t head = 0; head < heads[2]; ++head) {
+          const float* const from = x + item * width + (2 * heads[0] + heads[1] + head) * size;
+          std::copy_n(from, size, to[2] + ((sequence * heads[2] + head) * tokens + token) * size);
         }
       });
     };
@@ -236,13 +240,15 @@ std::vector<mx::array> norm_rope(
     }
   }
   if (x.ndim() != 3 || x.size() == 0 || heads < 1 || key_heads < 1 || size == 0 || k_norm.shape() != q_norm.shape() ||
-      int64_t(size) * (2 * heads + key_heads) > x.shape(2) || 2 * frequencies.size() > size_t(size) ||
+      int64_t(size) * (2 * heads + 2 * key_heads) > x.shape(2) || 2 * frequencies.size() > size_t(size) ||
       position.size() != 1 || position.dtype() != mx::int32) {
     throw std::invalid_argument("these are no operands of norm_rope");
   }
   return mx::array::make_arrays(
-      {{x.shape(0), heads, x.shape(1), size}, {x.shape(0), key_heads, x.shape(1), size}},
-      {mx::float32, mx::float32},
+      {{x.shape(0), heads, x.shape(1), size},
+       {x.shape(0), key_heads, x.shape(1), size},
+       {x.shape(0), key_heads, x.shape(1), size}},
+      {mx::float32, mx::float32, mx::float32},
       std::make_shared<NormRope>(mx::to_stream({}), eps),
       {x, q_norm, k_norm, position, frequencies});
 }

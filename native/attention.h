@@ -17,10 +17,10 @@ mlx::core::array attention(
     float scale,
     bool causal);
 
-// Of what is projected, float32 [batch, tokens, width], the queries [batch, heads, tokens, size] and keys
-// [batch, key_heads, tokens, size] of attention: the norm of each head, then RoPE. A row has for each head its query and
-// its output's gate, then the keys, then what else. Element i of a head turns with element i + count by
-// position * frequencies[i], for count frequencies; position is that of the first token, int32 [1].
+// Of what is projected, float32 [batch, tokens, width], the queries [batch, heads, tokens, size], keys and values
+// [batch, key_heads, tokens, size] of attention: the norm of each head, then RoPE, but values as they are. A row has for
+// each head its query and its output's gate, then the keys, then the values. Element i of a head turns with element
+// i + count by position * frequencies[i], for count frequencies; position is that of the first token, int32 [1].
 std::vector<mlx::core::array> norm_rope(
     const mlx::core::array& x,
     const mlx::core::array& q_norm,

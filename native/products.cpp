@@ -31,6 +31,7 @@ struct Product {
   int64_t tokens;              // for down
 };
 
+constexpr uint32_t NO_SLOT = 0xffffffff;   // of an expert that is not in memory: products with it are zero
 constexpr int64_t BATCH = 16;              // vectors that are multiplied at a time with the rows of a chunk
 constexpr int64_t CHUNK_NBYTES = 1 << 18;  // of weights: memory is fast on long ways, and the second cache holds it
 
@@ -122,6 +123,12 @@ struct Plan {
     const int64_t begin = item % chunks * chunk;
     const int64_t end = std::min(rows, begin + chunk);
     const int64_t slot = product.slots ? product.slots[order[begins[group]]] : 0;
+    if (slot == NO_SLOT) {
+      for (int64_t pair = begins[group]; pair < begins[group + 1]; ++pair) {
+        std::fill_n(results + order[pair] * rows + begin, end - begin, 0.0f);
+      }
+      return;
+    }
     float* const own = scratch + thread * (needs.scratch + needs.up);
     for (int64_t first = begins[group]; first < begins[group + 1]; first += BATCH) {
       const int64_t count = std::min(BATCH, begins[group + 1] - first);

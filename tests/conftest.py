@@ -95,7 +95,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernel = gpu.kernel.__wrapped__
     monkeypatch.setattr(gpu, "kernel", cache(lambda call: Emulated(kernel(call))))
     monkeypatch.setattr(gpu, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)  # the emulator takes Metal's text
+    monkeypatch.setattr(gpu, "on_nvidia", lambda: True)  # whose kernels are Metal's text, too
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     mx.disable_compile()  # a compiled function has no values that a program could be given
     yield
     mx.enable_compile()

@@ -1,9 +1,12 @@
 """A layer that is started early runs once, whoever calls it first."""
 
+from itertools import chain
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.early import FEW_TOKENS, Early, make_early
@@ -85,21 +88,33 @@ def test_shared_experts_are_started(family: str, checkpoint: WriteFamily, monkey
     kind = type(shared[0]).__bases__[1]
     call, launch = kind.__call__, mx.async_eval
     monkeypatch.setattr(kind, "__call__", lambda self, x: computed.append(call(self, x)) or computed[-1])
-    monkeypatch.setattr(mx, "async_eval", lambda *arrays: launched.extend(arrays) or launch(*arrays))
+    monkeypatch.setattr(
+        mx,
+        "async_eval",
+        lambda *arrays: (
+            launched.extend(chain(*(each if isinstance(each, list) else [each] for each in arrays))) or launch(*arrays)
+        ),
+    )
     mx.eval(model(mx.array([[3]])))
     started = [y for y in launched if any(y is each for each in computed)]
     assert len(started) == len(shared)
 
 
-def test_not_where_the_router_brings_it(checkpoint: WriteFamily) -> None:
-    """A layer of few launches computes its shared expert together with the router's logits."""
+def test_where_the_router_begins_it(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of few launches begins its shared expert together with the router, and gives what is left of it."""
     model = streamed(checkpoint("qwen3_5_moe"))
     layers = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitchGLU)]
-    for layer in layers:
-        layer.start_early = None
     swap_trunk(model)
     _start_early(model, layers[0].hidden)
-    assert all(layer.start_early is None for layer in layers)
+    assert {id(layer.start_early.__self__) for layer in layers} == set(map(id, model.layers))
+    launched: list[mx.array] = []
+    launch = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda arrays: launched.extend(arrays) or launch(arrays))
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[3]]), cache=cache))  # a first token is mlx-lm's
+    launched.clear()
+    mx.eval(model(mx.array([[5]]), cache=cache))
+    assert sum(y.shape == (1, 1, layers[0].hidden) for y in launched) == len(layers)
 
 
 def test_parameters_keep_their_names(checkpoint: WriteFamily) -> None:

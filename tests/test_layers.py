@@ -11,9 +11,11 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from flashmoe_mlx import budget, reader
+from flashmoe_mlx import budget, layers, reader
 from flashmoe_mlx.config import Config
+from flashmoe_mlx.experts import Experts
 from flashmoe_mlx.layers import StreamedSwitchGLU
+from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.reader import Reader
 from tests.conftest import WriteFamily
 from tests.families import FAMILIES
@@ -115,3 +117,35 @@ def test_fewer_slots_than_a_token_needs(slots: int, checkpoint: WriteFamily, mon
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_moe")
     assert_same(run(streamed(folder), tokens=8), run(resident(folder), tokens=8))
+
+
+@pytest.mark.parametrize("fraction", [0, 0.25, 0.6])
+@pytest.mark.parametrize("slots", [3, 5, 12])
+def test_launched_ahead(
+    fraction: float, slots: int, native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels run, whatever is in slots is computed before the host knows what is needed, with the same bits."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
+    launched: list[mx.array | None] = []
+    ahead = Experts.ahead
+    monkeypatch.setattr(Experts, "ahead", lambda *args: launched.append(ahead(*args)) or launched[-1])
+    folder = checkpoint("qwen3_5_moe")
+    assert_same(run(streamed(folder, fraction)), run(streamed(folder, 1)))
+    assert launched
+    assert all(y is not None for y in launched)
+
+
+def test_hits_wait_for_nothing(native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If all experts are in slots, nothing is launched once their numbers are known."""
+    folder = checkpoint("qwen3_5_moe")
+    wanted = run(streamed(folder, 1))
+    monkeypatch.setattr(budget.Share, "all_resident", False)
+    model = streamed(folder, 1)
+    run(model)
+    misses = model.streaming.counters.misses
+    launched: list[str] = []
+    launch = layers._launch
+    monkeypatch.setattr(layers, "_launch", lambda *args: launched.append("late") or launch(*args))
+    assert_same(run(model), wanted)
+    assert model.streaming.counters.misses == misses
+    assert len(launched) == sum(isinstance(m, StreamedSwitchGLU) for m in model.modules()) * 2  # the prompt's

@@ -20,6 +20,7 @@ from flashmoe_mlx.cpu import Attention, GatedDeltaNet, use_native
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.slab import NO_SLOT
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, assert_same, distance, resident, run, streamed
 from tests.test_ops import BITS, dequantized, error, float64, quantized
@@ -89,6 +90,11 @@ def test_like_the_twins(
     assert error(together, wanted) < 1e-6
     assert error(together, float64(ops.matvec_twin(hidden, slots, wide_up))) < 1e-6
     assert mx.array_equal(together[-1:, -1:], ops.matvec(hidden[-1:, -1:], slots[-1:, -1:], up))
+
+    some = mx.where(mx.arange(top_k) % 2 == 0, slots, NO_SLOT)
+    here = (some != NO_SLOT)[..., None]
+    assert mx.array_equal(ops.matvec(hidden, some, up), here * together)
+    assert mx.array_equal(ops.gate_up(x, some, gate, up), here * ops.gate_up(x, slots, gate, up))
 
     together = ops.down(hidden, slots, scores, up)
     assert error(together, (wanted * float64(scores)[..., None]).sum(1)) < 1e-6

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flashmoe_mlx import budget, gpu, ops
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from flashmoe_mlx.ops import Quantized
+from flashmoe_mlx.slab import NO_SLOT
 from tests.conftest import WriteFamily
 from tests.oracle import PROMPT, resident, streamed
 
@@ -60,6 +61,14 @@ def check_kernels(
 
     wanted = np.einsum("tkrc,tkc->tkr", dense_up, float64(hidden))
     assert error(ops.matvec(hidden, slots, up), wanted) < TOLERANCE[dtype]
+    if ops.has_kernel(x, slots, gate, up):
+        some = mx.where(mx.arange(top_k) % 2 == 0, slots, NO_SLOT)
+        here = (some != NO_SLOT)[..., None]
+        assert mx.array_equal(ops.matvec(hidden, some, up), here * ops.matvec(hidden, slots, up))
+        assert mx.array_equal(ops.gate_up(x, some, gate, up), here * ops.gate_up(x, slots, gate, up))
+    dense = (up.weight[1], up.scales[1], up.biases[1], group_size, bits)
+    if dense[1].size >= gpu.DEVICE_MEMORY:
+        assert error(ops.linear(x[:1], *dense), float64(x[:1]) @ dequantized(up)[1].T) < TOLERANCE[dtype]
     weighted = (wanted * float64(scores)[..., None]).sum(1)
     assert error(ops.down(hidden, slots, scores, up), weighted) < TOLERANCE[dtype]
 

@@ -21,6 +21,7 @@ from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.reader import Reader, ReadError
+from flashmoe_mlx.slab import NO_SLOT
 from flashmoe_mlx.staging import Staging
 from tests.disk import content, write_experts
 
@@ -55,6 +56,12 @@ def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], staging: St
     return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, staging)
 
 
+def every_wave(pool: Pool, table: ExpertTable, experts: Sequence[int], together: bool) -> list[list[int]]:
+    """What is here, and the waves of what is not."""
+    hits, waves = pool.waves(table, experts, together)
+    return [hits, *waves] if hits else waves
+
+
 def holds(pool: Pool, slot: int, layer: int, expert: int) -> bool:
     """Whether a slot has an expert's bytes, as the arrays show them."""
     rows = [np.asarray(slab.array[slot].view(mx.uint32)).ravel() for slab in pool.slabs.values()]
@@ -70,7 +77,7 @@ def test_least_recently_used_leaves_first(
     model: OrderedDict[tuple[int, int], int] = OrderedDict()  # (layer, expert) -> slot, least recently used first
     for layer, wanted in calls:
         present = {expert for expert in wanted if (layer, expert) in model}
-        waves = pool.waves(tables[layer], sorted(wanted), together=True)
+        waves = every_wave(pool, tables[layer], sorted(wanted), together=True)
         assert sorted(expert for wave in waves for expert in wave) == sorted(wanted)
         if len(wanted) <= slots:
             assert waves == [sorted(wanted)]
@@ -88,22 +95,25 @@ def test_least_recently_used_leaves_first(
                 model.popitem(last=False)
             assert len(set(model.values())) == len(model) <= slots
             assert all(holds(pool, slot, *key) for key, slot in model.items())
+            for each in range(LAYERS):
+                places = pool.places(tables[each]).tolist()
+                assert places == [model.get((each, expert), NO_SLOT) for expert in range(EXPERTS)]
 
 
 def test_more_experts_than_slots_come_in_halves(file: Path, tables: list[ExpertTable]) -> None:
     pool = make_pool(4, file, tables)
     pool.fetch(tables[0], [2])
-    assert pool.waves(tables[0], [0, 1, 2, 3, 4, 5], together=True) == [[2], [0, 1], [3, 4], [5]]
-    assert pool.waves(tables[0], [0, 1, 2, 3], together=True) == [[0, 1, 2, 3]]
+    assert pool.waves(tables[0], [0, 1, 2, 3, 4, 5], together=True) == ([2], [[0, 1], [3, 4], [5]])
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=True) == ([], [[0, 1, 2, 3]])
 
 
 def test_hits_come_first_if_they_may(file: Path, tables: list[ExpertTable]) -> None:
     pool = make_pool(4, file, tables)
     pool.fetch(tables[0], [1, 2])
-    assert pool.waves(tables[0], [0, 1, 2, 3], together=False) == [[1, 2], [0, 3]]
-    assert pool.waves(tables[0], [0, 3], together=False) == [[0, 3]]
-    assert pool.waves(tables[0], [1, 2], together=False) == [[1, 2]]
-    assert pool.waves(tables[1], [1, 2], together=False) == [[1, 2]]
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=False) == ([1, 2], [[0, 3]])
+    assert pool.waves(tables[0], [0, 3], together=False) == ([], [[0, 3]])
+    assert pool.waves(tables[0], [1, 2], together=False) == ([1, 2], [])
+    assert pool.waves(tables[1], [1, 2], together=False) == ([], [[1, 2]])
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -123,7 +133,7 @@ def test_expected_experts_take_no_busy_slot(
     pool = make_pool(slots, file, tables, HostStaging(44, 5) if staged else None)
     for (layer, wanted), (next_layer, guess) in calls:
         busy: dict[int, int] = {}
-        for wave in pool.waves(tables[layer], sorted(wanted), together=False):
+        for wave in every_wave(pool, tables[layer], sorted(wanted), together=False):
             if len(busy) + len(wave) > slots:
                 busy = {}  # a layer waits for what was computed before
             fetched = pool.fetch(tables[layer], wave)
