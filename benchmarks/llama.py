@@ -34,6 +34,8 @@ from benchmarks.record import record
 from flashmoe_mlx.checkpoint import find_folder
 from flashmoe_mlx.config import parse_size
 
+_STREAM = "import sys; from benchmarks.llama import stream; stream(*sys.argv[1:])"
+
 
 class Side:
     """A process that decodes as many tokens as a line of its input says, and answers with the seconds that took."""
@@ -74,7 +76,7 @@ def stream(folder: str, budget: str) -> None:
     """Be the side of ours."""
     mx.set_default_device(mx.cpu)
     model, tokenizer = flashmoe_mlx.load(folder, ram_budget=budget)
-    print(f"{model.streaming.memory()}", file=sys.stderr)
+    print(model.streaming.memory(), file=sys.stderr)
     cache, vocab, numbers = make_prompt_cache(model), len(tokenizer.vocab), random.Random(0)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -87,8 +89,8 @@ def stream(folder: str, budget: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--python")
+    parser.add_argument("--gguf", required=True, type=Path)
+    parser.add_argument("--python", required=True)
     parser.add_argument("--budget", default="auto", help="as --ram-budget (default: auto)")
     parser.add_argument("--leave", type=parse_size, help="leave so much memory to a side")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="llama.cpp's")
@@ -98,13 +100,10 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=16, help="tokens of a turn (default: 16)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/llama.csv")
     args = parser.parse_args()
-    if args.gguf is None:  # how the script calls itself
-        return stream(args.model, args.budget)
-
     mapped = args.leave is not None
     decode = [args.python, str(Path(__file__).with_name("gguf_model.py")), "decode", str(args.gguf)]
     commands = {
-        "ours": [sys.executable, "-m", "benchmarks.llama", "--model", args.model, "--budget", args.budget],
+        "ours": [sys.executable, "-c", _STREAM, args.model, args.budget],
         "llama": [*decode, "--threads", str(args.threads), *["--mapped"] * mapped],
     }
     files = [args.gguf, *find_folder(args.model).glob("*.safetensors")]

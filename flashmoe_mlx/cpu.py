@@ -117,7 +117,7 @@ class Attention(qwen3_next.Qwen3NextAttention):
         offset = 0 if cache is None else cache.offset
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
+            keys, values = (each.astype(mx.float32) for each in cache.update_and_fetch(keys, values))
         attended = kernels.attention(queries, keys, values, self.scale, mask is not None)
         y: mx.array = self.o_proj((attended * mx.sigmoid(gates)).flatten(-2))
         return y

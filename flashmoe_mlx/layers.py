@@ -46,11 +46,14 @@ class Fence:
         mx.async_eval([indices, *others] if letter is None else [indices, letter, *others])  # type: ignore[no-untyped-call]
 
     def read(self, indices: mx.array, others: list[mx.array]) -> list[int]:
-        """The numbers of ``indices``, flat. ``others`` and what is pending are evaluated, too: every slot is idle."""
+        """The numbers of ``indices``, flat; ``others`` and what is pending are evaluated, too.
+
+        Then no graph reads a slot, but what was launched for this call: it reads experts that the call needs.
+        """
         pending, self._pending = self._pending, []
         begin = time.perf_counter()
         numbers = self._mailbox.take() if self._mailbox and self._posted is indices else None
-        mx.eval(others, pending) if numbers is not None else mx.eval(indices, others, pending)
+        mx.eval([] if numbers is not None else indices, others, pending)
         if numbers is None:
             numbers = np.asarray(indices).ravel().tolist()
         self._counters.sync_seconds += time.perf_counter() - begin
@@ -129,13 +132,15 @@ class StreamedSwitchGLU(nn.Module):
         Raises:
             ReadError: an expert could not be read; the next call works.
         """
+        if indices.size == 0:
+            return mx.zeros((*indices.shape, self.hidden), x.dtype)
         guess = [] if self.lookahead is None or (guessed := self.lookahead.guess(x)) is None else [guessed]
         ahead = None
         if x.size <= FEW_TOKENS * x.shape[-1]:
             self._fence.launch(indices, guess)  # first: what is launched together ends together
             early = self.start_early(x) if self.start_early else None
-            if not guess:  # what is read ahead for this layer is here only after the wait
-                ahead = self._experts.ahead(x, indices, self._pool.places(self._table))
+            if not guess and (places := self._pool.places(self._table)) is not None:
+                ahead = self._experts.ahead(x, indices, places)
             mx.async_eval([y for y in (early, ahead) if y is not None])  # type: ignore[no-untyped-call]
         pairs = self._fence.read(indices, guess)  # [tokens * top_k]: pair p is an expert of token p // top_k
         if ahead is not None:
@@ -146,7 +151,7 @@ class StreamedSwitchGLU(nn.Module):
             return ahead
         experts = self._experts.function(x, indices)
         hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))
-        y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead)
+        y = self._compute(experts, x, indices.shape, pairs, hits, waves, ahead if hits else None)
         if self.lookahead and guess and len(needed) <= self._pool.slots:
             self.lookahead.begin(sorted(set(np.asarray(guess[0]).ravel().tolist())), self._pool, busy=len(needed))
         return y
@@ -154,7 +159,7 @@ class StreamedSwitchGLU(nn.Module):
     def _fit(self, needed: list[int]) -> None:
         """Follow the machine's memory."""
         if self.slots_now is not None and (slots := self.slots_now(self._pool)) != self._pool.slots:
-            self._fence.wait()
+            self._fence.wait()  # for what was launched for this call
             self._pool.resize(slots, self._table, needed)
         if self._moves != self._pool.moves:  # not only after what was just done: that may have been interrupted
             self._bind()

@@ -23,7 +23,7 @@ class Quantized(NamedTuple):
 
     Args:
         weight (mx.array): ``[slots, rows, columns * bits / 32]``, uint32.
-        scales (mx.array): ``[slots, rows, columns / group_size]``, of the activations' dtype.
+        scales (mx.array): ``[slots, rows, columns / group_size]``, of the activations' dtype; native ones take any.
         biases (mx.array): like ``scales``.
         group_size (int): 32, 64 or 128.
         bits (int): 2, 3, 4, 5, 6 or 8.
@@ -92,7 +92,7 @@ class Fused:
     def __init__(self, function: Callable[..., Sequence[mx.array]]):
         self._function = function
         self._compiled: Callable[..., Sequence[mx.array]] = mx.compile(function)
-        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for
+        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for, the newest first
         self._foreign = False
 
     def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
@@ -103,11 +103,9 @@ class Fused:
         for chain in self._chains:
             if (made := chain(inputs)) is not None:
                 return made
-        if len(self._chains) == _MOST_CHAINS:
-            return self._compiled(*inputs)
         outputs = self._function(*inputs)
         try:
-            self._chains.append(kernels.Chain(inputs, outputs))
+            self._chains = [kernels.Chain(inputs, outputs), *self._chains[: _MOST_CHAINS - 1]]
         except ValueError:  # MLX computes a part of it
             self._foreign = True
         return outputs

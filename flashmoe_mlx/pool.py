@@ -98,8 +98,13 @@ class Pool:
         """The experts that are here, the least recently used first."""
         return list(self._slot_of)
 
-    def places(self, table: ExpertTable) -> mx.array:
-        """The slot of each expert of a layer, ``[experts]``, uint32; ``NO_SLOT`` for those that are not here."""
+    def places(self, table: ExpertTable) -> mx.array | None:
+        """The slot of each expert of a layer, ``[experts]``, uint32; ``NO_SLOT`` for those that are not here.
+
+        None while experts are on their way, which would be here before they are asked for.
+        """
+        if self._arrival is not None:
+            return None
         if table.layer not in self._places:
             slots = [self._slot_of.get((table.layer, expert), NO_SLOT) for expert in range(table.experts)]
             self._places[table.layer] = mx.array(slots, mx.uint32)

@@ -110,8 +110,10 @@ class FewLaunches(nn.Module):
             normed = self.input_layernorm(x)
         residual, experts_input, experts, scores, shared = way.mix(x, normed, cache)
         way.beside = shared
-        routed = self.mlp.switch_mlp(experts_input, experts)
-        way.beside = None
+        try:
+            routed = self.mlp.switch_mlp(experts_input, experts)
+        finally:
+            way.beside = None
         y, normed = way.end(residual, routed, scores, shared)
         way.next_normed.put(y, normed)
         return y
@@ -121,15 +123,17 @@ class FewLaunches(nn.Module):
         return self._way.beside
 
     def _decodes(self, made_of: Snapshot, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
-        """Whether this is a step of few tokens of one sequence, after at least one other step."""
+        """Whether this is a step of few tokens of one sequence, after at least one other step in the same dtype."""
         batch, tokens, _ = x.shape
         if batch > 1 or tokens > FEW_TOKENS or self.training:
             return False
         if x.dtype != made_of.dtype or not made_of.holds():
             return False
         if self.is_linear:
-            return type(cache) is ArraysCache and mask is None and cache.lengths is None and cache[1] is not None
-        return type(cache) is KVCache and (mask is None or isinstance(mask, str))
+            known = type(cache) is ArraysCache and mask is None and cache.lengths is None and cache[1] is not None
+            return known and cache[0].dtype == x.dtype
+        known = type(cache) is KVCache and (mask is None or isinstance(mask, str))
+        return known and (cache.keys is None or cache.keys.dtype == x.dtype)
 
 
 def swap_trunk(model: nn.Module) -> int:
@@ -243,7 +247,7 @@ def _delta_net(
 
 
 def _layout(mixer: nn.Module) -> Layout:
-    """See :data:`flashmoe_mlx.ops.Layout`."""
+    """See :data:`flashmoe_mlx.trunk_ops.Layout`."""
     heads, key_dim, value_dim = mixer.num_k_heads, mixer.head_k_dim, mixer.head_v_dim
     share = mixer.num_v_heads // heads
     sizes = (key_dim, key_dim, share * value_dim, share * value_dim, share, share)  # of a key head

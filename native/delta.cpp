@@ -37,7 +37,8 @@ struct Part {
 };
 
 // Convolve a part of a token, and take it down where the next call begins.
-void convolve(const DeltaNet& net, int64_t sequence, int64_t token, const Part& part, float* out) {
+void convolve(
+    const DeltaNet& net, int64_t sequence, int64_t token, const Part& part, bool remember, float* out) {
   const float* inputs[MOST_TAPS];
   auto input = [&](int64_t time) {  // negative for those before this call
     return time < 0 ? net.window + (sequence * (net.kernel - 1) + net.kernel - 1 + time) * net.channels + part.channel
@@ -47,7 +48,7 @@ void convolve(const DeltaNet& net, int64_t sequence, int64_t token, const Part& 
     inputs[tap] = input(token + tap - (net.kernel - 1));
   }
   kernels().convolve(inputs, net.taps + part.channel * net.kernel, net.kernel, part.size, out);
-  if (token + 1 == net.tokens) {
+  if (remember && token + 1 == net.tokens) {
     for (int64_t i = 0; i < net.kernel - 1; ++i) {
       float* const to = net.new_window + (sequence * (net.kernel - 1) + i) * net.channels + part.channel;
       std::memcpy(to, inputs[i + 1], part.size * sizeof(float));
@@ -74,9 +75,10 @@ void recur(const DeltaNet& net, int64_t sequence, int64_t head, float* memory) {
   for (int64_t token = 0; token < net.tokens; ++token, before = state) {
     const int64_t place = sequence * net.tokens + token;
     const float* const x = net.x + place * net.width;
-    convolve(net, sequence, token, queries, q);
-    convolve(net, sequence, token, keys, k);
-    convolve(net, sequence, token, values, v);
+    const bool first = of_share == 0;  // of the heads that share queries and keys
+    convolve(net, sequence, token, queries, first, q);
+    convolve(net, sequence, token, keys, first, k);
+    convolve(net, sequence, token, values, true, v);
     kernel.normalize(q, net.keys, QK_EPS, 1.0f / std::sqrt(static_cast<float>(net.keys)));
     kernel.normalize(k, net.keys, QK_EPS, 1.0f);
     const float beta = 1.0f / (1.0f + std::exp(-x[column(4) + of_share]));

@@ -54,7 +54,9 @@ float* scratch(size_t floats) {
   const size_t wanted = floats * sizeof(float) + ALIGNED;
   if (nbytes < wanted || (nbytes > KEPT && wanted <= KEPT)) {
     memory.reset();
-    memory.reset(new char[nbytes = wanted]);
+    nbytes = 0;
+    memory.reset(new char[wanted]);
+    nbytes = wanted;
   }
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + ALIGNED - 1) & ~(ALIGNED - 1));
 }
@@ -130,7 +132,9 @@ Chain::Chain(const std::vector<mx::array>& inputs, const std::vector<mx::array>&
   std::unordered_map<std::uintptr_t, size_t> places;  // of inputs and constants, then those of `made` from `first` on
   std::unordered_map<std::uintptr_t, size_t> made;
   for (const mx::array& input : inputs) {
-    places[input.id()] = places.size();
+    if (!places.emplace(input.id(), places.size()).second) {
+      throw std::invalid_argument("an input is there twice");
+    }
     takes_.emplace_back(input.shape(), input.dtype());
   }
   steps_->inputs = inputs.size();

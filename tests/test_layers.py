@@ -149,3 +149,23 @@ def test_hits_wait_for_nothing(native: Kernels, checkpoint: WriteFamily, monkeyp
     assert_same(run(model), wanted)
     assert model.streaming.counters.misses == misses
     assert len(launched) == sum(isinstance(m, StreamedSwitchGLU) for m in model.modules()) * 2  # the prompt's
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3", "gpt_oss"])
+def test_lookahead_with_kernels(
+    family: str, fraction: float, native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on its way when a layer is called is computed as well, also in a layer that guesses nothing itself."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 12)
+    folder = checkpoint(family)
+    model = streamed(folder, fraction, config=Config(lookahead=True))
+    assert_same(run(model), run(streamed(folder, 1)))
+    assert model.streaming.counters.lookahead_used > 0
+
+
+def test_no_tokens(checkpoint: WriteFamily) -> None:
+    model = streamed(checkpoint("qwen3_5_moe"))
+    layer = next(m for m in model.modules() if isinstance(m, StreamedSwitchGLU))
+    y = layer(mx.zeros((1, 0, layer.hidden)), mx.zeros((1, 0, 4), mx.uint32))
+    assert y.shape == (1, 0, 4, layer.hidden)

@@ -245,6 +245,38 @@ def test_trunk(native: Kernels) -> None:
         assert mx.all(chosen < 16).item()
 
 
+def test_fused_knows_the_newest_shapes(native: Kernels) -> None:
+    """A prompt's waves ask for many shapes; decoding's is one operation all the same."""
+    mx.eval(weight := mx.ones((32,)))
+    fused = ops.Fused(lambda x, y: native.add_norm(x, y, weight, 1e-6))
+    for tokens in (*range(1, 20), 1, 1):
+        x, y = mx.random.normal((1, tokens, 32)), mx.ones((1, tokens, 32))
+        for actual, wanted in zip(fused(x, y), native.add_norm(x, y, weight, 1e-6), strict=True):
+            assert mx.array_equal(actual, wanted)
+    assert len(fused._chains) == ops._MOST_CHAINS
+    assert fused._chains[0]((x, y[:, :1])) is not None
+    with pytest.raises(ValueError, match="twice"):
+        native.Chain((x, x), native.add_norm(x, x, weight, 1e-6))
+    assert mx.array_equal(fused(x, x)[0], 2 * x)
+
+
+def test_cache_in_half_precision(native: Kernels, checkpoint: WriteFamily) -> None:
+    """A prompt that a GPU has read, in bfloat16, may be gone on with."""
+    folder = checkpoint("qwen3_5_moe")
+    logits = []
+    for dtype in (mx.float32, mx.bfloat16):
+        model = streamed(folder, 1)
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([PROMPT]), cache=cache))
+        for each in cache:
+            if isinstance(each, ArraysCache):
+                each.cache = [array.astype(dtype) for array in each.cache]
+            else:
+                each.keys, each.values = each.keys.astype(dtype), each.values.astype(dtype)
+        logits.append([model(mx.array([[token]]), cache=cache) for token in (5, 6, 7)][-1])
+    assert distance(logits[1], logits[0]) < 2e-2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps(family: str, native: Kernels, checkpoint: WriteFamily) -> None:
     """Layers in few launches: logits and states are mlx-lm's."""

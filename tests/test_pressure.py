@@ -13,6 +13,7 @@ from flashmoe_mlx.budget import kv_token_nbytes, quantized_share
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.counters import Counters
 from flashmoe_mlx.expert_table import ExpertTable
+from flashmoe_mlx.native import Kernels
 from flashmoe_mlx.pool import Pool
 from flashmoe_mlx.pressure import Pressure, limit_cache
 from flashmoe_mlx.reader import Reader
@@ -142,6 +143,17 @@ def test_output_is_the_same(
 ) -> None:
     """While memory comes and goes with every token."""
     folder = checkpoint(family)
+    check_under_pressure(folder, lookahead, expected(folder))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_output_of_kernels_is_the_same(lookahead: bool, native: Kernels, checkpoint: WriteFamily) -> None:
+    """Which are launched before memory is looked at."""
+    folder = checkpoint("qwen3_5_moe")
+    check_under_pressure(folder, lookahead, run(streamed(folder, 1)))
+
+
+def check_under_pressure(folder: Path, lookahead: bool, wanted: Run) -> None:
     model = streamed(folder, 0.8, config=Config(lookahead=lookahead))
     streaming = model.streaming
     total = 32 * streaming.slots_nbytes  # the reserve is as much as the slots
@@ -156,7 +168,7 @@ def test_output_is_the_same(
         if getattr(layer, "slots_now", None):
             pressure = layer.slots_now.__self__
             pressure._seconds, pressure._probe, pressure._next = 0, probe, 0
-    assert_same(run(model), expected(folder))
+    assert_same(run(model), wanted)
     assert len(sizes) > 1
     assert min(sizes) >= 4
 
