@@ -38,10 +38,6 @@ struct Attention {
   int64_t width;
 };
 
-int64_t padded(int64_t seen) {
-  return (seen + 15) / 16 * 16;
-}
-
 void compute(const Attention& attention) {
   const Kernels& kernel = kernels();
   // Queries that share keys: of a token all heads, then those of the next token. Some are taken at a time.

@@ -1,6 +1,5 @@
 #include "norm.h"
 
-#include <stdexcept>
 
 #include "kernels.h"
 #include "mlx/utils.h"
@@ -55,12 +54,6 @@ class Norm : public Operation {
  private:
   float eps_;
 };
-
-void require(bool condition, const char* what) {
-  if (!condition) {
-    throw std::invalid_argument(what);
-  }
-}
 
 void check(const mx::array& x, const mx::array& weight) {
   require(

@@ -1,8 +1,10 @@
 // What all lazy MLX operations of this library have in common, and several of them as one.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "mlx/array.h"
@@ -27,6 +29,18 @@ class Operation : public mlx::core::Primitive {
   // The inputs as they are, if they lie so, or copies that live until the stream has used them.
   virtual std::vector<mlx::core::array> arranged(const std::vector<mlx::core::array>& inputs) const;
 };
+
+// Throws std::invalid_argument if something is not as an operation needs it.
+inline void require(bool condition, const char* what) {
+  if (!condition) {
+    throw std::invalid_argument(what);
+  }
+}
+
+// So many floats that whole registers of any size hold them.
+inline int64_t padded(int64_t floats) {
+  return (floats + 15) / 16 * 16;
+}
 
 // Memory for floats that the running task needs for itself, at a multiple of 64 bytes. The next call takes it back.
 float* scratch(size_t floats);

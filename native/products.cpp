@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
-#include <stdexcept>
 
 #include "kernels.h"
 #include "mlx/utils.h"
@@ -48,7 +47,7 @@ struct Needs {
   explicit Needs(const Product& product) {
     const Layout layout = kernels().layout(product.matrix);
     vectors = product.vectors * layout.arranged;
-    scratch = (layout.scratch + 15) / 16 * 16;
+    scratch = padded(layout.scratch);
     up = product.kind == Product::Kind::gate_up ? BATCH * MOST_CHUNK : 0;
     pairs = product.kind == Product::Kind::down ? product.pairs * product.matrix.rows : 0;
   }
@@ -295,12 +294,6 @@ class AskPrimitive : public Operation {
  private:
   Format router_, shared_;
 };
-
-void require(bool condition, const char* what) {
-  if (!condition) {
-    throw std::invalid_argument(what);
-  }
-}
 
 void check_matrix(int columns, const Quantized& matrix, Format format, size_t ndim) {
   const auto [group, bits] = format;

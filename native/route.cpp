@@ -15,10 +15,6 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-int64_t padded(int64_t size) {
-  return (size + 15) / 16 * 16;
-}
-
 // One token's; `gates` is room for padded(count) floats.
 void choose(
     const float* logits, int64_t count, int top_k, bool normalize, float* gates, uint32_t* experts, float* scores) {
