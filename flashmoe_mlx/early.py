@@ -8,6 +8,11 @@ import mlx.nn as nn
 FEW_TOKENS = 8  # of a call that decodes; in a longer one the device has enough to do
 
 
+def few_tokens(x: mx.array) -> bool:
+    """Whether ``x``, ``[..., width]``, is of a call that decodes."""
+    return x.size <= FEW_TOKENS * x.shape[-1]
+
+
 class Early(nn.Module):
     """What :func:`make_early` adds to a layer: it may be started before whoever needs its output calls it."""
 
@@ -18,7 +23,7 @@ class Early(nn.Module):
     def start(self, x: mx.array) -> mx.array | None:
         """What the layer makes of ``x``, for whoever launches it, if ``x`` is a few tokens, ``[..., hidden]``, and the
         layer has not been called with it."""
-        if self._useful and x.size <= FEW_TOKENS * x.shape[-1] and not self._has_seen(x):
+        if self._useful and few_tokens(x) and not self._has_seen(x):
             self._output = self(x)
         return self._output
 

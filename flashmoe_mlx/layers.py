@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.early import FEW_TOKENS
+from flashmoe_mlx.early import few_tokens
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.experts import ExpertFunction, Experts
 from flashmoe_mlx.lookahead import Lookahead
@@ -50,10 +50,9 @@ class Fence:
 
         Then no graph reads a slot, but what was launched for this call: it reads experts that the call needs.
         """
-        pending, self._pending = self._pending, []
         begin = time.perf_counter()
         numbers = self._mailbox.take() if self._mailbox and self._posted is indices else None
-        mx.eval([] if numbers is not None else indices, others, pending)
+        self.wait(*others, *([] if numbers is not None else [indices]))
         if numbers is None:
             numbers = np.asarray(indices).ravel().tolist()
         self._counters.sync_seconds += time.perf_counter() - begin
@@ -63,10 +62,10 @@ class Fence:
         """Note that ``outputs`` read slots and may not have run."""
         self._pending.extend(outputs)
 
-    def wait(self) -> None:
-        """Evaluate what is pending."""
+    def wait(self, *arrays: mx.array) -> None:
+        """Evaluate ``arrays`` and what is pending."""
         pending, self._pending = self._pending, []
-        mx.eval(pending)
+        mx.eval(*arrays, *pending)
 
 
 class ResidentSwitchGLU(nn.Module):
@@ -136,7 +135,7 @@ class StreamedSwitchGLU(nn.Module):
             return mx.zeros((*indices.shape, self.hidden), x.dtype)
         guess = [] if self.lookahead is None or (guessed := self.lookahead.guess(x)) is None else [guessed]
         ahead = None
-        if x.size <= FEW_TOKENS * x.shape[-1]:
+        if few_tokens(x):
             self._fence.launch(indices, guess)  # first: what is launched together ends together
             early = self.start_early(x) if self.start_early else None
             if not guess and (places := self._pool.places(self._table)) is not None:

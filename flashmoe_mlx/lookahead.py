@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from flashmoe_mlx.early import FEW_TOKENS
+from flashmoe_mlx.early import few_tokens
 from flashmoe_mlx.expert_table import ExpertTable
 from flashmoe_mlx.pool import Pool
 
@@ -28,7 +28,7 @@ class Lookahead:
 
     def guess(self, x: mx.array) -> mx.array | None:
         """Expert numbers ``[..., top_k]``, lazily; ``None`` for a prompt, which needs most experts anyway."""
-        if x.size > FEW_TOKENS * x.shape[-1]:
+        if not few_tokens(x):
             return None
         routed = self._router(x)
         if isinstance(routed, tuple):
