@@ -29,7 +29,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe_mlx
 from benchmarks.ballast import ballast
-from benchmarks.io import evict
+from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
 from flashmoe_mlx.checkpoint import find_folder
 from flashmoe_mlx.config import parse_size
@@ -52,8 +52,7 @@ class Side:
 
     def device_bytes(self) -> int:
         """What devices have delivered to it so far, by reads or page faults."""
-        lines = Path(f"/proc/{self._process.pid}/io").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+        return device_bytes(self._process.pid)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

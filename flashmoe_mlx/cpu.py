@@ -8,6 +8,7 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from flashmoe_mlx import native, ops
+from flashmoe_mlx.trunk_ops import layout_of
 
 
 class Linear(nn.QuantizedLinear):
@@ -78,7 +79,6 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
         if state is None:
             state = mx.zeros((batch, self.num_v_heads, self.head_v_dim, self.head_k_dim))
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        widths = (self.key_dim, self.key_dim, self.value_dim, self.value_dim, self.num_v_heads, self.num_v_heads)
         y: mx.array
         y, window, state = kernels.delta_net(
             mx.concatenate([project(inputs) for project in projections], axis=-1),
@@ -88,7 +88,7 @@ class GatedDeltaNet(qwen3_5.GatedDeltaNet):
             self.A_log,
             self.dt_bias,
             self.norm.weight,
-            [(sum(widths[:part]), width // self.num_k_heads) for part, width in enumerate(widths)],
+            layout_of(self),
             self.norm.eps,
         )
         if cache is not None:

@@ -18,10 +18,10 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from flashmoe_mlx import ops, trunk_ops
-from flashmoe_mlx.early import FEW_TOKENS
+from flashmoe_mlx.early import few_tokens
 from flashmoe_mlx.ops import Dense, Fused, native_kernels
 from flashmoe_mlx.pages import use_large_pages
-from flashmoe_mlx.trunk_ops import Layout, Rope
+from flashmoe_mlx.trunk_ops import Rope
 
 # What a layer makes until its experts are known: the residual and the experts' input [1, tokens, hidden], expert
 # numbers [1, tokens, top_k], scores [1, tokens, top_k + 1], and the shared expert's output [1, tokens, hidden].
@@ -124,8 +124,7 @@ class FewLaunches(nn.Module):
 
     def _decodes(self, made_of: Snapshot, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
         """Whether this is a step of few tokens of one sequence, after at least one other step in the same dtype."""
-        batch, tokens, _ = x.shape
-        if batch > 1 or tokens > FEW_TOKENS or self.training:
+        if x.shape[0] > 1 or not few_tokens(x) or self.training:
             return False
         if x.dtype != made_of.dtype or not made_of.holds():
             return False
@@ -227,7 +226,7 @@ class _Block(NamedTuple):
 def _delta_net(
     mixer: nn.Module, inputs: list[nn.Module], output: nn.Module, block: _Block
 ) -> Callable[[mx.array, mx.array, Any], Sequence[mx.array]]:
-    merged, layout, out = _merge(inputs), _layout(mixer), _matrix(output)
+    merged, layout, out = _merge(inputs), trunk_ops.layout_of(mixer), _matrix(output)
     taps, a_log, dt_bias, norm = mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, _norm(mixer.norm)
 
     @Fused
@@ -244,18 +243,6 @@ def _delta_net(
         return routed
 
     return mix
-
-
-def _layout(mixer: nn.Module) -> Layout:
-    """See :data:`flashmoe_mlx.trunk_ops.Layout`."""
-    heads, key_dim, value_dim = mixer.num_k_heads, mixer.head_k_dim, mixer.head_v_dim
-    share = mixer.num_v_heads // heads
-    sizes = (key_dim, key_dim, share * value_dim, share * value_dim, share, share)  # of a key head
-    starts = [sum(sizes[:part]) for part in range(6)]
-    if isinstance(mixer, qwen3_5.GatedDeltaNet):  # all heads' queries, then all heads' keys, ...
-        return tuple((heads * start, size) for start, size in zip(starts, sizes, strict=True))
-    stride = starts[4]  # a key head's queries, keys, values and gates, then another's; behind them betas and decays
-    return tuple([(start, stride) for start in starts[:4]] + [(heads * stride + i * share, 2 * share) for i in (0, 1)])
 
 
 def _attention(

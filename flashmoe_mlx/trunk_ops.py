@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import qwen3_5
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from flashmoe_mlx import gpu
@@ -24,6 +25,18 @@ _MOST_PARTS = 128  # what merges them takes them one after another
 Layout = tuple[tuple[int, int], ...]
 """Where a row of projections has queries, keys, values, gates of the output, betas and decays: for each of these six
 the first column of key head 0, and how many columns further the next key head has its own."""
+
+
+def layout_of(mixer: nn.Module) -> Layout:
+    """How mlx-lm's GatedDeltaNet of Qwen3.5 or Qwen3-Next projects, its projections one behind the other."""
+    heads, key_dim, value_dim = mixer.num_k_heads, mixer.head_k_dim, mixer.head_v_dim
+    share = mixer.num_v_heads // heads
+    sizes = (key_dim, key_dim, share * value_dim, share * value_dim, share, share)  # of a key head
+    starts = [sum(sizes[:part]) for part in range(6)]
+    if isinstance(mixer, qwen3_5.GatedDeltaNet):  # all heads' queries, then all heads' keys, ...
+        return tuple((heads * start, size) for start, size in zip(starts, sizes, strict=True))
+    stride = starts[4]  # a key head's queries, keys, values and gates, then another's; behind them betas and decays
+    return tuple([(start, stride) for start in starts[:4]] + [(heads * stride + i * share, 2 * share) for i in (0, 1)])
 
 
 class Rope(NamedTuple):
