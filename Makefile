@@ -33,7 +33,7 @@ wheel: .venv/installed
 
 fuzz: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[fuzz]"
-	$(BIN)/python -m tests.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
+	$(BIN)/python -m tests.checkpoint.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
 		-artifact_prefix=build/
 
 .venv/installed: pyproject.toml hatch_build.py $(wildcard native/*)

@@ -20,7 +20,7 @@ from mlx_lm.utils import _get_classes, quantize_model, save_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flashmoe_mlx.atomic import replacing
+from flashmoe_mlx.system.atomic_write import replacing
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"

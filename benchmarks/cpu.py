@@ -39,12 +39,14 @@ from mlx.utils import tree_flatten
 import flashmoe_mlx
 from benchmarks.decode import seconds_per_token
 from benchmarks.record import record
-from flashmoe_mlx import native, ops, trunk_ops
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.layers import StreamedSwitchGLU
-from flashmoe_mlx.ops import Dense, Quantized
-from flashmoe_mlx.pages import use_large_pages
-from flashmoe_mlx.trunk import PROJECTIONS, FewLaunches
+from flashmoe_mlx.layers.qwen3_next import PROJECTIONS, FewLaunches
+from flashmoe_mlx.layers.switch import StreamedSwitchGLU
+from flashmoe_mlx.ops import gated_delta as trunk_ops
+from flashmoe_mlx.ops import native
+from flashmoe_mlx.ops import products as ops
+from flashmoe_mlx.ops.products import Dense, Quantized
+from flashmoe_mlx.system.huge_pages import use_large_pages
 
 TURN_NBYTES = 100e6
 

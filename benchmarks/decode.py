@@ -37,11 +37,11 @@ from benchmarks.ballast import ballast
 from benchmarks.exact import load_resident
 from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import Span, find_folder, read_config
+from flashmoe_mlx.checkpoint.folder import Span, find_folder, read_config
 from flashmoe_mlx.config import Config, parse_size
-from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.layers import StreamedSwitchGLU
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.layers.switch import StreamedSwitchGLU
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.reader import Reader
 
 _MLX_LM = """
 import sys, time

@@ -22,7 +22,7 @@ import mlx_lm
 from mlx_lm.generate import generate_step
 
 import flashmoe_mlx
-from flashmoe_mlx import native
+from flashmoe_mlx.ops import native
 
 
 def load_resident(folder: str, **config: Any) -> nn.Module:

@@ -32,11 +32,11 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import Span, Tensor
+from flashmoe_mlx.checkpoint.folder import Span, Tensor
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.reader import Reader
-from flashmoe_mlx.slab import Slab
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.reader import Reader
+from flashmoe_mlx.streaming.slab import Slab
 
 UNITS = (16, 1, 1) * 3  # an expert with 4-bit weights, bfloat16 scales and biases in groups of 64
 SIZES = tuple(unit * sum(UNITS) for unit in (7424, 32768, 131072))  # 0.4, 1.77 and 7.08 MB

@@ -31,7 +31,7 @@ import flashmoe_mlx
 from benchmarks.ballast import ballast
 from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import find_folder
+from flashmoe_mlx.checkpoint.folder import find_folder
 from flashmoe_mlx.config import parse_size
 
 _STREAM = "import sys; from benchmarks.llama import stream; stream(*sys.argv[1:])"

@@ -21,14 +21,14 @@ from tempfile import TemporaryDirectory
 from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
 from flashmoe_mlx import verify
-from flashmoe_mlx.checkpoint import Checkpoint, find_folder
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
+from flashmoe_mlx.checkpoint.manifest import FirstReads, Manifest
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.expert_table import ExpertTable
-from flashmoe_mlx.manifest import FirstReads, Manifest
-from flashmoe_mlx.model import find_experts, load_lazily
-from flashmoe_mlx.pool import Pool
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.model.load import find_experts, load_lazily
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.pool import Pool
+from flashmoe_mlx.streaming.reader import Reader
 
 Batches = Sequence[tuple[ExpertTable, Sequence[int]]]
 

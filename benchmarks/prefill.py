@@ -26,8 +26,8 @@ import flashmoe_mlx
 from benchmarks.decode import read_rate
 from benchmarks.exact import load_resident
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint import find_folder
-from flashmoe_mlx.layers import StreamedSwitchGLU
+from flashmoe_mlx.checkpoint.folder import find_folder
+from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 
 
 def seconds(model: nn.Module, prompt: list[int], step: int) -> float:

@@ -17,10 +17,10 @@ from mlx_lm.utils import load_model
 
 from benchmarks.record import RESULTS, record
 from flashmoe_mlx import evaluate
-from flashmoe_mlx.evaluation import Row
-from flashmoe_mlx.model import load
-from flashmoe_mlx.quality import Estimate
-from flashmoe_mlx.tasks import read_tasks
+from flashmoe_mlx.evaluation.measure import Row
+from flashmoe_mlx.evaluation.metrics import Estimate
+from flashmoe_mlx.evaluation.tasks import read_tasks
+from flashmoe_mlx.model.load import load
 
 BITS = (8, 4, 3, 2)
 EXPERTS = (6, 4, 2)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from flashmoe_mlx.atomic import replacing
+from flashmoe_mlx.system.atomic_write import replacing
 
 RESULTS = Path(__file__).parent / "results"
 

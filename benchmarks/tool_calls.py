@@ -18,6 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
+from flashmoe_mlx.requantize import requantize
 from jsonschema import Draft202012Validator
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -27,8 +28,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import flashmoe_mlx
 from benchmarks.record import record
 from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
-from flashmoe_mlx.quality import share
-from flashmoe_mlx.requantize import requantize
+from flashmoe_mlx.evaluation.metrics import share
 
 Tool = dict[str, Any]
 

@@ -37,16 +37,18 @@ from benchmarks.decode import seconds_per_token
 from benchmarks.exact import load_resident
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.record import record
-from flashmoe_mlx import budget, ops, trunk_ops
-from flashmoe_mlx.checkpoint import Span
-from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.layers import Fence, ResidentSwitchGLU, StreamedSwitchGLU
-from flashmoe_mlx.mailbox import Mailbox
-from flashmoe_mlx.pool import Pool, slot_nbytes
-from flashmoe_mlx.reader import Reader
-from flashmoe_mlx.staging import Staging, needs_staging
-from flashmoe_mlx.trunk import swap_trunk
+from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
+from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.layers.qwen3_next import swap_trunk
+from flashmoe_mlx.layers.readback import Mailbox
+from flashmoe_mlx.layers.switch import Fence, ResidentSwitchGLU, StreamedSwitchGLU
+from flashmoe_mlx.model import budget
+from flashmoe_mlx.ops import gated_delta as trunk_ops
+from flashmoe_mlx.ops import products as ops
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.pinned_memory import Staging, needs_staging
+from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
+from flashmoe_mlx.streaming.reader import Reader
 
 DIMS = {
     "397b": {

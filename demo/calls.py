@@ -19,7 +19,7 @@ import flashmoe_mlx
 from demo import recipe
 from demo.batches import encode
 from demo.tokenizer import MODEL, SEED
-from flashmoe_mlx.quality import share
+from flashmoe_mlx.evaluation.metrics import share
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import flashmoe_mlx
 from demo.recipe import Message
 from demo.tokenizer import MODEL
 from demo.written import WRITTEN
-from flashmoe_mlx.tasks import tool_calls
+from flashmoe_mlx.evaluation.tasks import tool_calls
 
 TOOL = WRITTEN[0].schema(random.Random(0))
 

@@ -4,7 +4,7 @@ python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we kno
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -20,9 +20,9 @@ import mlx.nn as nn
 from mlx_lm import cache_prompt as mlx_cache_prompt
 from mlx_lm.generate import generate_step
 
-from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
-from flashmoe_mlx.progress import PromptProgress
-from flashmoe_mlx.prompt_cache import cache_path, cache_settings, save_prompt_cache
+from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.progress import PromptProgress
+from flashmoe_mlx.generation.prompt_cache import cache_path, cache_settings, save_prompt_cache
 
 EPILOG = """examples:
   python -m flashmoe_mlx.cache_prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt

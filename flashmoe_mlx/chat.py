@@ -4,7 +4,7 @@ python -m flashmoe_mlx.chat --model FOLDER_OR_REPO --tools my_tools.py
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -20,11 +20,11 @@ from mlx_lm import chat as mlx_chat
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 
-from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.conversation import Conversation, Message
-from flashmoe_mlx.progress import PromptProgress
-from flashmoe_mlx.toolbox import Toolbox
+from flashmoe_mlx.generation.conversation import Conversation, Message
+from flashmoe_mlx.generation.python_tools import Toolbox
 
 EPILOG = """examples:
   python -m flashmoe_mlx.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --config exact --ram-budget 20GB

@@ -4,7 +4,7 @@ python -m flashmoe_mlx.evaluate --model FOLDER_OR_REPO --text FILE --experts-per
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -25,14 +25,14 @@ from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 from rich.table import Table
 
-from flashmoe_mlx.atomic import replacing
-from flashmoe_mlx.checkpoint import find_folder
-from flashmoe_mlx.command import one_line_errors
+from flashmoe_mlx.checkpoint.folder import find_folder
+from flashmoe_mlx.cli.arguments import one_line_errors
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.evaluation import Row, Setting, Text, measure, open_reference
-from flashmoe_mlx.model import load
-from flashmoe_mlx.requantize import expert_bits, requantize
-from flashmoe_mlx.tasks import Task, read_tasks
+from flashmoe_mlx.evaluation.measure import Row, Setting, Text, measure, open_reference
+from flashmoe_mlx.evaluation.tasks import Task, read_tasks
+from flashmoe_mlx.model.load import load
+from flashmoe_mlx.model.requantize import expert_bits, requantize
+from flashmoe_mlx.system.atomic_write import replacing
 
 EPILOG = """Every combination of --bits, --experts-per-token and --ram-budget is a line of the table. Each is compared
 with the reference: the model as it is, with its own number of experts. Intervals are of 95%, as if the text had been

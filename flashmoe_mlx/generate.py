@@ -4,7 +4,7 @@ python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -17,9 +17,9 @@ from unittest import mock
 
 import mlx_lm
 
-from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
-from flashmoe_mlx.progress import PromptProgress
-from flashmoe_mlx.prompt_cache import RestoredPrompt
+from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.progress import PromptProgress
+from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
 
 EPILOG = """examples:
   python -m flashmoe_mlx.generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"

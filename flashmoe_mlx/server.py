@@ -4,7 +4,7 @@ python -m flashmoe_mlx.server --model FOLDER_OR_REPO --ram-budget 12GB
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -22,13 +22,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from flashmoe_mlx.checkpoint import find_folder
-from flashmoe_mlx.command import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.checkpoint.folder import find_folder
+from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.prefixes import Prefixes, model_identity
-from flashmoe_mlx.prompt_cache import cache_settings
-from flashmoe_mlx.serving.generation import Generations
-from flashmoe_mlx.serving.handler import Server
+from flashmoe_mlx.generation.prefix_store import Prefixes, model_identity
+from flashmoe_mlx.generation.prompt_cache import cache_settings
+from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.service import Limits, Service
 

@@ -4,7 +4,7 @@ python -m flashmoe_mlx.verify FOLDER_OR_REPO
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
 
     leave_on_interrupt()
 
@@ -17,15 +17,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from flashmoe_mlx.checkpoint import Checkpoint, find_folder
-from flashmoe_mlx.command import one_line_errors
-from flashmoe_mlx.counters import Counters
-from flashmoe_mlx.expert_table import ExpertTable
-from flashmoe_mlx.manifest import Manifest, digest
-from flashmoe_mlx.model import find_experts, load_lazily
-from flashmoe_mlx.progress import bytes_read
-from flashmoe_mlx.published import differing, downloaded_digests, hub_digests
-from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
+from flashmoe_mlx.checkpoint.hub_digests import differing, downloaded_digests, hub_digests
+from flashmoe_mlx.checkpoint.manifest import Manifest, digest
+from flashmoe_mlx.cli.arguments import one_line_errors
+from flashmoe_mlx.cli.progress import bytes_read
+from flashmoe_mlx.model.load import find_experts, load_lazily
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.reader import Reader
 
 EPILOG = """examples:
   python -m flashmoe_mlx.verify ./model --quick

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
-from flashmoe_mlx import gpu
-from flashmoe_mlx import native as native_module
-from tests.emulator import Emulated
-from tests.families import FAMILIES
-from tests.oracle import Run, resident, run
+from flashmoe_mlx.ops import gpu
+from flashmoe_mlx.ops import native as native_module
+from tests.support.emulator import Emulated
+from tests.support.families import FAMILIES
+from tests.support.oracle import Run, resident, run
 
-collect_ignore = ["golden/make_golden.py"]  # needs torch
+collect_ignore = ["support/golden/make_golden.py"]  # needs torch
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # kernels are compared with float32; MLX asks at its first product
 
 

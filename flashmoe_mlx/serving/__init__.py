@@ -1,1 +1,1 @@
-"""The parts of the server, from a request's bytes to an answer's."""
+"""HTTP around a generation: connections, routes and the APIs that clients speak."""

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
-from flashmoe_mlx.counters import Counters
+from flashmoe_mlx.streaming.counters import Counters
 
 _HELP = {
     "requests": "Requests answered, by route and HTTP status.",

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from flashmoe_mlx import constrain
-from flashmoe_mlx.serving.generation import Generation, Generations, Order
+from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.generation.worker import Generation, Generations, Order
 from flashmoe_mlx.serving.metrics import Metrics
-from flashmoe_mlx.serving.prompt import Prompt
-from flashmoe_mlx.serving.reply import Reply
-from flashmoe_mlx.serving.request import ChatRequest, JsonFormat, Refusal, Request, Sampling, SchemaFormat
+from flashmoe_mlx.serving.openai.reply import Reply
+from flashmoe_mlx.serving.openai.request import ChatRequest, JsonFormat, Refusal, Request, Sampling, SchemaFormat
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Measure what a setting costs in quality: perplexity, divergence and tasks."""

@@ -1,0 +1,1 @@
+"""Functions from arrays to arrays: one per kernel, each with a reference in MLX operations."""

@@ -1,0 +1,151 @@
+"""Answers as OpenAI's API shapes them, whole or in chunks."""
+
+import time
+import uuid
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from flashmoe_mlx import __version__
+from flashmoe_mlx.constrain import readable
+from flashmoe_mlx.generation.output_parser import Piece, Pieces
+from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.generation.worker import Generation, Token
+from flashmoe_mlx.serving.openai.request import ChatRequest, Request
+
+
+class Reply:
+    """The answer to one request, which grows by tokens.
+
+    Args:
+        request: what it answers.
+        prompt: of the request.
+        generation: where its tokens come from.
+        tokenizer: mlx-lm's.
+        model (str): what the model is called.
+
+    Attributes:
+        finished (bool): there is no more to come.
+    """
+
+    def __init__(
+        self, request: Request, prompt: Prompt, generation: Generation, tokenizer: TokenizerWrapper, model: str
+    ):
+        chat = isinstance(request, ChatRequest)
+        self._chat = chat
+        self._generation = generation
+        self._tokenizer = tokenizer
+        self._tells_logprobs = request.logprobs not in (None, False)
+        if isinstance(request, ChatRequest):
+            tools = [] if request.tool_choice == "none" else readable(request.tools)
+            self._pieces = Pieces(tokenizer, request.stops, prompt.thinks, tools)
+            self._one_call = not request.parallel_tool_calls
+        else:
+            self._pieces = Pieces(None, request.stops)
+            self._one_call = False
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": ("chat.completion" if chat else "text_completion")
+            + (".chunk" if chat and request.stream else ""),
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"flashmoe_mlx-{__version__}",
+        }
+        self._all = Piece()
+        self._new = Piece()
+        self._begun = False
+        self._logprobs: list[tuple[int, Token]] = []  # that have not been told, with the length of the text before
+        self._tokens = 0
+        self._text_length = 0
+        self._finish_reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no more to come."""
+        return self._finish_reason is not None
+
+    def add(self, token: Token) -> None:
+        """Let it grow by a token."""
+        self._tokens += 1
+        piece = self._pieces.read(token.text, token.finish_reason is not None)
+        if token.token not in self._tokenizer.eos_token_ids:
+            self._logprobs.append((self._text_length, token))
+        self._text_length += len(token.text)
+        if self._one_call:
+            piece.tool_calls = piece.tool_calls[:1]
+        for each in (self._all, self._new):
+            each.content += piece.content
+            each.reasoning += piece.reasoning
+            each.tool_calls += piece.tool_calls
+        enough = self._pieces.stopped or (self._one_call and self._pieces.called)
+        self._finish_reason = "stop" if enough else token.finish_reason
+        if self._finish_reason == "stop" and self._pieces.called:
+            self._finish_reason = "tool_calls"
+
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+        message: dict[str, Any] = {"role": "assistant", "content": self._all.content}
+        if self._all.reasoning:
+            message["reasoning"] = self._all.reasoning
+        if self._all.tool_calls:
+            message |= {"content": self._all.content or None, "tool_calls": self._all.tool_calls}
+        content = {"message": message} if self._chat else {"text": self._all.content}
+        return {**self._head, "choices": [self._choice(content)], "usage": self._usage()}
+
+    def chunk(self) -> dict[str, Any] | None:
+        """What has come since the last chunk; ``None`` if there is nothing to tell yet."""
+        piece, self._new = self._new, Piece()
+        if piece == Piece() and not self.finished:
+            return None
+        delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
+        if piece.content:
+            delta["content"] = piece.content
+        if piece.reasoning:
+            delta["reasoning"] = piece.reasoning
+        if piece.tool_calls:
+            first = len(self._all.tool_calls) - len(piece.tool_calls)
+            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(piece.tool_calls)]
+        self._begun = True
+        return {**self._head, "choices": [self._choice({"delta": delta} if self._chat else {"text": piece.content})]}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """What a stream ends with if the client wants to know the numbers of tokens."""
+        return {**self._head, "choices": [], "usage": self._usage()}
+
+    def _choice(self, content: dict[str, Any]) -> dict[str, Any]:
+        tokens, self._logprobs = self._logprobs, []
+        logprobs = (
+            (self._chat_logprobs if self._chat else self._text_logprobs)(tokens) if self._tells_logprobs else None
+        )
+        return {"index": 0, **content, "logprobs": logprobs, "finish_reason": self._finish_reason}
+
+    def _chat_logprobs(self, tokens: list[tuple[int, Token]]) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._tokenizer.decode([token])
+            # A part of a character has no text of its own.
+            return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+        return {
+            "content": [
+                {**entry(token.token, token.logprob), "top_logprobs": [entry(*each) for each in token.top]}
+                for _, token in tokens
+            ]
+        }
+
+    def _text_logprobs(self, tokens: list[tuple[int, Token]]) -> dict[str, Any]:
+        decode = self._tokenizer.decode
+        return {
+            "tokens": [decode([token.token]) for _, token in tokens],
+            "token_logprobs": [token.logprob for _, token in tokens],
+            "top_logprobs": [{decode([each]): logprob for each, logprob in token.top} for _, token in tokens],
+            "text_offset": [offset for offset, _ in tokens],
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = len(self._generation.order.prompt)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._tokens,
+            "total_tokens": prompt + self._tokens,
+            "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
+        }

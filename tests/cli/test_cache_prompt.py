@@ -1,0 +1,251 @@
+"""A prompt read once: what goes on from the file is what would have gone on without it, and no file is half a file."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import save_prompt_cache as mlx_save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from flashmoe_mlx import cache_prompt, generate
+from flashmoe_mlx.generation import prompt_cache
+from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
+from flashmoe_mlx.model import budget
+from tests.conftest import WriteFamily
+from tests.support.flags import STREAMING, flags
+from tests.support.oracle import resident, streamed
+
+MANUAL = "The heron is a bird that stands in shallow water and waits. It eats fish, and it is patient about it."
+QUESTION = " And what is a crane?"
+
+
+@pytest.fixture(autouse=True)
+def tiny_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the experts of one layer, so that a prompt takes several waves."""
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 8)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: WriteFamily) -> Path:
+    """A Qwen3.5-MoE: GatedDeltaNet layers, then an attention layer."""
+    return checkpoint("qwen3_5_moe")
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a prompt that was read in chunks of 7."""
+    return save(folder, tmp_path_factory.mktemp("cache") / "manual.safetensors", "--prefill-step-size", "7")
+
+
+def save(folder: Path, file: Path, *argv: str) -> Path:
+    cache_prompt.main(["--model", str(folder), "--prompt", MANUAL, "--prompt-cache-file", str(file), *argv])
+    return file
+
+
+def go_on(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
+    capsys.readouterr()
+    command = ["--prompt-cache-file", str(file), "--prompt", QUESTION, "--max-tokens", "12", "--verbose", "False"]
+    generate.main([*command, *argv])
+    return capsys.readouterr().out
+
+
+def read_manual(model: nn.Module, tokenizer: TokenizerWrapper) -> list[Any]:
+    """The cache after the prompt, as mlx-lm's command computes it."""
+    messages = [{"role": "user", "content": MANUAL}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
+    assert len(prompt) > 14  # several chunks
+    cache = make_prompt_cache(model)
+    assert list(generate_step(mx.array(prompt), model, max_tokens=0, prefill_step_size=7, prompt_cache=cache)) == []
+    return cache
+
+
+def question_logits(model: nn.Module, cache: list[Any]) -> mx.array:
+    """The logits of a question, then of 12 greedy tokens, one position a row."""
+    tokens, rows = mx.array([[5, 6, 7]]), []
+    for _ in range(13):
+        rows.append(model(tokens, cache=cache)[0])
+        tokens = rows[-1][-1:].argmax(-1)[None]
+    return mx.concatenate(rows)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_moe"])
+def test_restored_is_uninterrupted(checkpoint: WriteFamily, family: str, tmp_path: Path) -> None:
+    """The same logits, bit for bit, of every position."""
+    folder = checkpoint(family)
+    file = save(folder, tmp_path / "manual.safetensors", "--prefill-step-size", "7")
+    tokenizer = load_tokenizer(folder)
+    model, oracle = streamed(folder), resident(folder)
+    actual = question_logits(streamed(folder), RestoredPrompt.load(str(file)).cache)
+    assert mx.array_equal(actual, question_logits(model, read_manual(model, tokenizer)))
+    assert mx.array_equal(actual, question_logits(oracle, read_manual(oracle, tokenizer)))
+    assert not mx.array_equal(actual, question_logits(oracle, make_prompt_cache(oracle)))  # the manual matters
+
+
+def test_two_commands(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path) -> None:
+    tokenizer, oracle = load_tokenizer(folder), resident(folder)
+    rest = tokenizer.encode(QUESTION + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    cache = read_manual(oracle, tokenizer)
+    assert go_on(capsys, saved) == mlx_lm.generate(oracle, tokenizer, rest, max_tokens=12, prompt_cache=cache) + "\n"
+
+
+def test_model_comes_from_the_file(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Presets are its family's, its folder may be written in another way, and the file without its ending."""
+    text = go_on(capsys, saved)
+    sampled = go_on(capsys, saved, "--config", "exact", "--seed", "1")
+    assert go_on(capsys, saved, "--config", "exact", "--temp", "0") == text != sampled
+    monkeypatch.chdir(folder.parent)
+    assert go_on(capsys, saved.with_suffix(""), "--model", f"./{folder.name}") == text
+    relative = save(Path(folder.name), folder.parent / "relative.safetensors")
+    monkeypatch.chdir("/")
+    assert go_on(capsys, relative) == text
+
+
+def test_fewer_experts(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    file = save(folder, tmp_path / "two", "--experts-per-token", "2")
+    assert go_on(capsys, file, "--experts-per-token", "2")
+    assert "was made with experts_per_token 2, and now it is 4" in mistake(capsys, file)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "damaged or not a prompt cache"),
+        (lambda whole: whole[:-1], "damaged or not a prompt cache"),
+        (lambda whole: whole[:5], "damaged or not a prompt cache"),
+        (lambda whole: b"", "damaged or not a prompt cache"),
+        (lambda whole: b"What is a heron? " * 10, "damaged or not a prompt cache"),
+        (lambda whole: whole.replace(b"ArraysCache", b"ParrotCache"), "damaged or not a prompt cache"),
+        (lambda whole: whole.replace(b'"0.model"', b'"0.mudel"'), "does not name its model"),
+    ],
+)
+def test_damaged(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, content: Any, words: str) -> None:
+    file = tmp_path / "damaged.safetensors"
+    file.write_bytes(content(saved.read_bytes()))
+    assert words in mistake(capsys, file)
+
+
+def test_foreign(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path) -> None:
+    """Weights, a cache of Python's, other layers, another model, and another model in the same place."""
+    weights = next(folder.glob("*.safetensors"))
+    assert "not a prompt cache" in mistake(capsys, weights)
+    cache = KVCache()
+    cache.update_and_fetch(mx.zeros((1, 2, 3, 32)), mx.zeros((1, 2, 3, 32)))
+    foreign = tmp_path / "foreign.safetensors"
+    mlx_save_prompt_cache(str(foreign), [cache])
+    assert "does not name its model" in mistake(capsys, foreign)
+    mlx_save_prompt_cache(str(foreign), [cache], {"model": str(folder), "tokenizer_config": "{}"})
+    assert "is of 1 layers, and the model has 4" in mistake(capsys, foreign)
+    assert f"made with model {folder}, not {tmp_path}" in mistake(capsys, saved, "--model", str(tmp_path))
+    nbytes = str(streamed(folder).streaming.experts_nbytes).encode()
+    foreign.write_bytes(saved.read_bytes().replace(nbytes, b"7" * len(nbytes)))
+    assert "experts_nbytes 77" in mistake(capsys, foreign)
+
+
+def test_mlx_lms_own_file(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path) -> None:
+    """It does not say with how many experts per token it was made: it is taken as it is."""
+    file = tmp_path / "stock.safetensors"
+    mlx_save_prompt_cache(
+        str(file),
+        read_manual(resident(folder), load_tokenizer(folder)),
+        {"model": str(folder), "tokenizer_config": "{}"},
+    )
+    assert go_on(capsys, file) == go_on(capsys, saved)
+
+
+def test_draft_model(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path) -> None:
+    assert "no state of a draft model" in mistake(capsys, saved, "--draft-model", str(folder))
+
+
+def mistake(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
+    """The one line that the generate command answers with."""
+    return failure(capsys, lambda: go_on(capsys, file, *argv))
+
+
+def failure(capsys: pytest.CaptureFixture[str], run: Any, code: int = 1) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 or code == 130
+    return error
+
+
+@pytest.mark.parametrize(("interruption", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("disk full"), 1)])
+@pytest.mark.parametrize("old", [True, False])
+def test_interrupted(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interruption: BaseException,
+    code: int,
+    old: bool,
+) -> None:
+    """The old file or none, and nothing beside it."""
+    file = tmp_path / "manual.safetensors"
+    if old:
+        file.write_text("old")
+
+    def write_half(name: str, *_: Any) -> None:
+        Path(name).write_text("half")
+        raise interruption
+
+    monkeypatch.setattr(prompt_cache.mlx_cache, "save_prompt_cache", write_half)
+    failure(capsys, lambda: save(folder, file), code)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
+
+
+def test_on_disk_before_it_has_its_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[bool, bool]] = []  # whether it is the folder, whether the file has its name
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path == tmp_path, (tmp_path / "manual.safetensors").exists()))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(folder, tmp_path / "manual.safetensors")
+    assert synced == [(False, False), (True, True)]
+
+
+def test_impossible_file(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    """Told before the prompt is read, not after."""
+    assert "cannot write" in failure(capsys, lambda: save(folder, tmp_path / "nowhere" / "manual"))
+    (tmp_path / "manual.safetensors").mkdir()
+    assert "cannot write" in failure(capsys, lambda: save(folder, tmp_path / "manual"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar where somebody watches; elsewhere not even mlx-lm's own line."""
+    save(folder, tmp_path / "manual")
+    out, err = capsys.readouterr()
+    assert "Processed" not in out and "\r" not in out and err == ""
+    assert out.splitlines()[-1].startswith("Experts: ")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    save(folder, tmp_path / "manual")
+    assert "Prompt" in terminal.getvalue()
+
+
+def test_every_flag_of_mlx_lm() -> None:
+    stock, ours = flags(cache_prompt.mlx_cache_prompt.setup_arg_parser()), flags(cache_prompt.setup_arg_parser())
+    assert stock <= ours
+    assert ours - stock == STREAMING | {"--prefill-step-size"}

@@ -1,0 +1,182 @@
+"""Ctrl-C, kills, full disks and neighbours: what was written stays whole, and nobody sees a traceback."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashmoe_mlx
+from tests.conftest import WriteFamily
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs children that can be killed")
+
+
+PACKAGE = Path(flashmoe_mlx.__file__).parent
+COMMANDS = sorted(file.stem for file in PACKAGE.glob("*.py") if "with one_line_errors" in file.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: WriteFamily) -> Path:
+    return checkpoint("qwen3_5_moe")
+
+
+def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, Any]]:
+    """See tests/forks.py."""
+    command = [sys.executable, "-m", "tests.support.forks", what, str(folder), str(model), str(count)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    runs: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
+    return runs
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.soak)])
+def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
+    """The text so far, one word, within a second; the file is the old one or the new one."""
+    (*runs,) = forks("interrupt", tmp_path, folder, count)
+    complete = {run["case"]: run["out"] for run in runs[:3]}
+    seconds = [run["seconds"] for run in runs[3:] if run["err"]] or [0]
+    allowed = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # a machine with twice its work takes twice as long
+    print(f"{Counter(run['code'] for run in runs[3:])}, of {allowed:.1f} seconds allowed after Ctrl-C:")
+    print(*(f"{share}% took {np.percentile(seconds, share):.2f} at most" for share in (50, 90, 99, 100)), sep="\n")
+    assert all(run["code"] == 0 for run in runs[:3])
+    assert max(seconds) < allowed
+    for run in runs[3:]:
+        assert run["manual"] != "mix"
+        assert not run["left"]
+        if run["code"] in (0, -signal.SIGINT) and not run["err"]:  # it had ended, and Python was being taken apart
+            assert len(run["out"]) > 0.8 * len(complete[run["case"]]), run
+        else:
+            assert (run["code"], run["err"]) == (130, "\ninterrupted\n"), run
+            if run["case"] != "cache_prompt":
+                assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
+
+
+IMPORTING = """
+class Finder:
+    def find_spec(name, *_):
+        if name == "mlx_lm":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+LEAVING = """
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(("name", "moment"), [*((name, IMPORTING) for name in COMMANDS), ("verify", LEAVING)])
+def test_ctrl_c_before_and_after(name: str, moment: str) -> None:
+    """A command has not begun yet, or is over."""
+    program = f"""
+import atexit, os, runpy, signal, sys
+{moment}
+sys.argv[1:] = ["--help"]
+runpy.run_module("flashmoe_mlx.{name}", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
+    assert ("usage" in ended.stdout) == (moment is LEAVING)
+
+
+def test_ctrl_c_is_ignored_where_it_was() -> None:
+    """As for a command that a script left in the background."""
+    program = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+{IMPORTING}
+sys.argv[1:] = ["--help"]
+runpy.run_module("flashmoe_mlx.verify", run_name="__main__")
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], timeout=60).startswith(b"usage")
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
+def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
+    """Old or new content, never a mix; the next writer removes what is left over."""
+    runs = forks("kill", tmp_path, folder, count)
+    assert len(runs) == count + 1
+    assert all(run["code"] == -9 and run["whole"] for run in runs)
+    assert runs[-1]["left"] == []
+    print(f"{count} kills, {sum(bool(run['left']) for run in runs)} of them in the middle of a file")
+
+
+def test_full_disk(folder: Path, tmp_path: Path) -> None:
+    """The old file is as it was, nothing is left beside it, and the message names the file."""
+    *runs, command = forks("disk_full", tmp_path, folder, 1)
+    for run in runs:
+        assert (run["code"], run["err"]) == (0, "")
+        assert run["error"].startswith(f"cannot write {tmp_path}")
+        assert run["same"] and run["changed"] and run["left"] == []
+    assert (command["code"], command["left"]) == (1, [])
+    assert command["err"].startswith("error: cannot write") and command["err"].count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [2])
+def test_processes_on_one_folder(count: int, folder: Path, tmp_path: Path) -> None:
+    runs = forks("together", tmp_path, folder, count)
+    assert all((run["code"], run["err"]) == (0, "") for run in runs)
+    assert len({run["out"] for run in runs[::2]}) == 1
+    assert all(run["manual"] > 0 and run["residents"] == ["experts"] for run in runs)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="counts what is open")
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.soak)])
+def test_loads_leak_nothing(count: int, folder: Path) -> None:
+    """Neither files nor threads, nor when a load fails."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(list(Path("/dev/fd").iterdir())), threading.active_count()
+
+    def load() -> None:
+        model, _ = flashmoe_mlx.load(str(folder), ram_budget="1MB")
+        model.streaming.pools[0].load(model.layers[0].mlp.switch_mlp._table, [0, 1])  # starts threads
+
+    load()
+    before = held()
+    for _ in range(count):
+        load()
+        with pytest.raises(ValueError, match="experts_per_token"):
+            flashmoe_mlx.load(str(folder), experts_per_token=99)
+    assert held() == before
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "print('text', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # in C, for minutes
+        "weakref.finalize(Thing(), hear); time.sleep(60)",  # where Python drops what is raised
+    ],
+)
+def test_main_thread_that_does_not_hear(busy: str) -> None:
+    program = f"""
+import hashlib, time, weakref
+from flashmoe_mlx.cli.arguments import one_line_errors
+
+class Thing:
+    pass
+
+def hear():
+    print("text", flush=True)
+    time.sleep(60)
+
+with one_line_errors():
+    {busy}
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "text\n"
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "\ninterrupted\n")
+    assert time.monotonic() - begin < 3

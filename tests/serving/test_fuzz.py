@@ -1,0 +1,167 @@
+"""Requests of all kinds, most of them wrong: none is a fault of the server."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
+from demo.talk import TOOL
+from demo.tokenizer import MODEL
+from tests.serving.test_server import CHAT, HERON
+from tests.support.serving import Running, serve
+
+numbers = st.one_of(st.integers(-3, 30), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+words = st.one_of(st.text(max_size=8), st.sampled_from(["", "user", "a", "<|im_end|>", "<tool_call>", "</think>"]))
+junk = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, words),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def record(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """An object of these fields."""
+    return st.one_of(st.fixed_dictionaries(fields), st.fixed_dictionaries({}, optional=fields))
+
+
+def some(*values: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(values)
+
+
+strings = {"type": "string"}, {"type": "string", "pattern": "a+"}, {"enum": ["a", 1]}
+schemas = st.recursive(
+    some({}, {"type": "integer"}, {"$ref": "#"}, {"type": "nonsense"}, *strings),
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"type": some("array"), "items": inner}),
+        st.fixed_dictionaries({"type": some("object"), "properties": st.dictionaries(words, inner, max_size=2)}),
+        st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=2)}),
+    ),
+    max_leaves=4,
+)
+texts = st.one_of(words, st.lists(record(type=some("text", "image_url"), text=words), max_size=2))
+functions = record(name=some("f", "g", "", "two words"), description=words, parameters=st.one_of(schemas, junk))
+calls = record(
+    id=some("1", "2"),
+    type=some("function"),
+    function=record(name=some("f"), arguments=some("{}", "", "[", "[]", '{"a": 1}', {"a": 1})),
+)
+messages = st.one_of(
+    record(role=some("user", "system", "developer", "assistant", "tool", "robot"), content=texts, name=words),
+    record(role=some("assistant"), content=texts, tool_calls=st.lists(calls, max_size=2), reasoning=words),
+    record(role=some("tool"), content=texts, tool_call_id=some("1", "2")),
+)
+SAMPLING = {
+    "model": words,
+    "stream": st.booleans(),
+    "stream_options": record(include_usage=st.booleans()),
+    "max_tokens": some(1, 2, 3, 0),
+    "temperature": some(0, 0.7, 2, 3),
+    "top_p": some(0, 0.5, 1),
+    "top_k": some(0, 1, 5, 10**6),
+    "min_p": some(0, 0.1, 1),
+    "xtc_probability": some(0, 0.5, 1),
+    "xtc_threshold": some(0, 0.1, 0.5, 1),
+    "repetition_penalty": some(0, 1, 1.3),
+    "presence_penalty": some(-2, 0, 1.5),
+    "frequency_penalty": some(-2, 0, 1.5, 3),
+    "logit_bias": st.dictionaries(some("0", "7", "100", "9999999", "x"), some(1, -100, 200), max_size=2),
+    "seed": some(0, 7, -1, 2**63 - 1, 2**64),
+    "stop": st.one_of(words, st.lists(words, max_size=3)),
+    "n": some(1, 2),
+    "user": words,
+}
+CHAT_FIELDS = SAMPLING | {
+    "messages": st.lists(messages, max_size=4),
+    "logprobs": st.booleans(),
+    "top_logprobs": some(0, 3, 30),
+    "tools": st.one_of(st.just([TOOL]), st.lists(record(type=some("function"), function=functions), max_size=2)),
+    "tool_choice": some("auto", "none", "required", {"type": "function", "function": {"name": "f"}}),
+    "parallel_tool_calls": st.booleans(),
+    "response_format": st.one_of(
+        some({"type": "text"}, {"type": "json_object"}, {"type": "xml"}),
+        record(type=some("json_schema"), json_schema=record(name=words, schema=schemas)),
+    ),
+    "reasoning_effort": some("none", "high"),
+    "chat_template_kwargs": record(enable_thinking=st.booleans()),
+}
+COMPLETION_FIELDS = SAMPLING | {
+    "prompt": st.one_of(words, st.lists(st.integers(-1, 7000), max_size=4)),
+    "logprobs": some(0, 3, 30),
+    "echo": st.booleans(),
+}
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, Any]:
+    """A route, and a body with some fields changed, perhaps one of them to junk."""
+    if draw(st.integers(0, 19)) == 0:
+        return CHAT, draw(junk)
+    path, body, fields = draw(
+        some((CHAT, {"messages": HERON}, CHAT_FIELDS), ("/v1/completions", {"prompt": "heron"}, COMPLETION_FIELDS))
+    )
+    body = body | {"max_tokens": 1}
+    for name in draw(st.lists(some(*fields), max_size=4, unique=True)):
+        body[name] = draw(fields[name])
+    if draw(st.integers(0, 4)) == 0:
+        body[draw(st.one_of(some(*fields), words))] = draw(junk)
+    return path, body
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A tiny model that talks nonsense with the demo model's tokens, for speed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = qwen3_5_moe(layers=4, experts=8, top_k=2, hidden=64, intermediate=64, vocab=6144)
+    write_checkpoint(folder, config, quantization={"group_size": 64, "bits": 8}, dtype=mx.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, folder)
+    with serve(folder) as running:
+        yield running
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(10000, marks=pytest.mark.soak)])
+def test_no_request_is_a_fault_of_the_server(running: Running, count: int) -> None:
+    outcomes: Counter[int] = Counter()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(requests())
+    def ask(request: tuple[str, Any]) -> None:
+        path, fields = request
+        status, _, answer = running.ask("POST", path, fields)
+        outcomes[status] += 1
+        assert status in (200, 400), answer
+        if status == 400:
+            assert set(answer["error"]) == {"message", "type", "param", "code"}
+        elif fields.get("stream"):
+            events = answer.removesuffix("\n\n").split("\n\n")
+            assert all(event.startswith("data: ") for event in events) and events[-1] == "data: [DONE]"
+            assert not any("error" in json.loads(event[6:]) for event in events[:-1])
+        else:
+            assert answer["choices"][0]["finish_reason"] in ("stop", "length", "tool_calls")
+
+    ask()
+    print(dict(outcomes))
+    assert outcomes[200] and outcomes[400]
+    assert running.generations.gauges()["running_requests"] == 0
+    assert running.chat(messages=HERON, max_tokens=1)[0] == 200
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=40), st.dictionaries(st.from_regex(r"\A[A-Za-z-]{1,12}\Z"), st.text("aZ09 ,;="), max_size=3))
+def test_no_bytes_are_a_fault_of_the_server(running: Running, body: bytes, headers: dict[str, str]) -> None:
+    status, _, answer = running.ask("POST", CHAT, body, headers)
+    assert 400 <= status < 500 and answer["error"]["message"]

@@ -1,0 +1,391 @@
+"""Every byte arrives, from the page cache or from the device, in few reads."""
+
+import errno
+import fcntl
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.reader import Reader
+from tests.streaming.reader.reads import DATA, LARGE, SIZES, complete, plan
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_bytes(threads: int, file: Path) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    for sizes in (SIZES, SIZES[::-1], [7] * 50, [LARGE] * 20, []):
+        reads = plan(file, sizes)
+        before = counters.bytes_read
+        reader.read(reads)
+        assert complete(reads)
+        assert counters.bytes_read - before == sum(sizes)
+    assert counters.read_seconds > 0
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each buffer is handed over once, when all of its bytes are there; what that raises is raised."""
+    reader = Reader([str(file)], 4, Counters())
+    if not cached:
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, at, *flags: 0 if flags else preadv(fd, buffers, at))
+    reads = plan(file, [*SIZES, *[LARGE] * 5])
+    where = {id(buffer): number for number, (_, buffer) in enumerate(reads)}
+    found: list[int] = []
+
+    def landed(buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            assert complete([reads[where[id(buffer)]]])
+            found.append(where[id(buffer)])
+
+    def refuse(buffers: Sequence[memoryview]) -> None:
+        raise OSError("not what it was")
+
+    def run(then: Callable[[Sequence[memoryview]], None]) -> None:
+        if ahead:
+            reader.start(reads, then)()
+        else:
+            reader.read(reads, then)
+
+    run(landed)
+    assert sorted(found) == list(range(len(reads)))
+    with pytest.raises(OSError, match="not what it was"):
+        run(refuse)
+    run(landed)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_truncated_file(size: int, threads: int, file: Path) -> None:
+    reader = Reader([str(file)], threads, Counters())
+    reads = plan(file, [size] * 3)
+    os.truncate(file, 13 * 3 + size - 1)  # the last byte of the last read is gone
+    with pytest.raises(OSError, match="truncated") as error:
+        reader.read(reads)
+    assert str(file) in str(error.value)
+    assert "1 bytes" in str(error.value)
+    assert "\n" not in str(error.value)
+    Reader([str(file)], threads, Counters()).read(reads[:2])
+    assert complete(reads[:2])
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        Reader([str(tmp_path / "nowhere")], 2, Counters())
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OS may give fewer bytes than were asked for."""
+    preadv = os.preadv
+    sizes = [1, 7, 8, 1000]
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:7]], *where))
+    reads = plan(file, sizes)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+    step = LARGE // 3
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *where: preadv(fd, [buffers[0][:step]], *where))
+    reads = plan(file, SIZES)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("cached", [0, 5, 1000])
+def test_partly_cached(threads: int, cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page cache has the first bytes of a read, or nothing."""
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags and not cached:
+            raise BlockingIOError
+        return preadv(fd, [buffers[0][: cached if flags else None]], offset)
+
+    reader = Reader([str(file)], threads, Counters())
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, SIZES * 3)
+    reader.read(reads)
+    assert complete(reads)
+
+
+def neighbours(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
+    """Reads that follow one another in the file."""
+    offsets = [13 + sum(sizes[:number]) for number in range(len(sizes))]
+    spans = [Span(str(file), offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    return [(span, memoryview(bytearray(b"\xaa" * span.nbytes))) for span in spans]
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The sizes of the buffers of each preadv from now on."""
+    calls: list[list[int]] = []
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], *where: int) -> int:
+        calls.append([len(buffer) for buffer in buffers])
+        return preadv(fd, buffers, *where)
+
+    monkeypatch.setattr(os, "preadv", read)
+    return calls
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_neighbours_are_read_at_once(ahead: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], 2, counters)
+    calls = record_calls(monkeypatch)
+    first, second = neighbours(file, [100, 7, 0, 5000]), neighbours(file, [40] * 10)
+    reads = first + second
+    reader.start(reads)() if ahead else reader.read(reads)
+    assert complete(reads)
+    assert calls == [[100, 7, 0, 5000], [40] * 10]
+    assert counters.bytes_read == 5507
+
+
+def test_what_is_not_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = file.with_name("other")
+    other.write_bytes(DATA)
+    reader = Reader([str(file), str(other)], 1, Counters())
+    calls = record_calls(monkeypatch)
+    one, two, three = neighbours(file, [100, 50, 10])
+    apart = [one, three]  # a gap
+    backwards = [two, one]
+    overlap = [one, (Span(str(file), 100, 50), memoryview(bytearray(50)))]
+    elsewhere = [one, (Span(str(other), two[0].offset, 50), memoryview(bytearray(50)))]
+    for reads in (apart, backwards, overlap, elsewhere):
+        calls.clear()
+        reader.read(reads)
+        assert complete(reads)
+        assert len(calls) == 2
+    calls.clear()
+    large = neighbours(file, [LARGE] * 7)
+    reader.read(large)
+    assert complete(large)
+    assert calls == [[LARGE] * 4, [LARGE] * 3]  # 1 MiB
+    calls.clear()
+    many = neighbours(file, [1] * (os.sysconf("SC_IOV_MAX") + 5))
+    reader.read(many)  # the OS refuses more buffers
+    assert complete(many)
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("cached", [0, 1, 99, 100, 101, 107, 5106])
+def test_partly_cached_neighbours(cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the page cache ends inside a buffer, between two or with the last byte but one."""
+    reader = Reader([str(file)], 2, Counters())
+    preadv = os.preadv
+    rest: list[int] = []
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if not flags:
+            rest.append(sum(map(len, buffers)))
+            return preadv(fd, buffers, offset)
+        if not cached:
+            raise BlockingIOError
+        some = bytearray(cached)
+        preadv(fd, [some], offset)
+        for buffer in buffers:
+            buffer[: len(some)] = some[: len(buffer)]
+            some = some[len(buffer) :]
+        return cached
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = neighbours(file, [100, 7, 0, 5000])
+    reader.read(reads)
+    assert complete(reads)
+    assert rest == [5107 - cached]
+
+
+def test_truncated_within_neighbours(file: Path) -> None:
+    reads = neighbours(file, [100, 7, 5000])
+    reader = Reader([str(file)], 2, Counters())
+    os.truncate(file, 13 + 5107 - 2)
+    with pytest.raises(OSError, match="ends 2 bytes too early"):
+        reader.read(reads)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
+@pytest.mark.parametrize("size", [100, LARGE])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_device_has_as_many_reads_as_there_are_threads(
+    ahead: bool, size: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader([str(file)], 8, Counters())
+    preadv = os.preadv
+    barrier = threading.Barrier(8, timeout=5)
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        barrier.wait()  # for seven others
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, [size] * 16)
+    reader.start(reads)() if ahead else reader.read(reads)
+    assert complete(reads)
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_no_readahead(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    for module, name in ((fcntl, "fcntl"), (os, "posix_fadvise")):
+        monkeypatch.setattr(module, name, lambda fd, *call: calls.append((os.fstat(fd).st_ino, *call)), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_RANDOM", 1, raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    Reader([str(file)], 1, Counters())
+    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]  # 45 is F_RDAHEAD
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_file_system_that_does_not_tell_what_is_cached(
+    threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, SIZES)
+    Reader([str(file)], threads, Counters()).read(reads)
+    assert complete(reads)
+
+
+def test_failed_constructor_closes_its_files(file: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        Reader([str(file), str(file.with_name("nowhere"))], 2, Counters())
+    assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_start(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    preadv = os.preadv
+    readers: set[threading.Thread] = set()
+    gate = threading.Event()
+
+    def read(*call: Any) -> int:
+        readers.add(threading.current_thread())
+        assert gate.wait(5)
+        return preadv(*call)
+
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, SIZES * 3)
+    finish = reader.start(iter(reads))  # returns although nothing can be read yet
+    assert counters == Counters()
+    gate.set()
+    time.sleep(0.1)
+    assert complete(reads)
+    finish()
+    assert counters.bytes_read == sum(SIZES) * 3
+    assert 0 < counters.read_seconds < 0.1  # only what was really waited for
+    assert threading.main_thread() not in readers
+    reader.start([])()
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("cold", [True, False])
+def test_read_does_not_wait_for_what_was_started(
+    cold: bool, threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], threads, counters)
+    ahead, other, now = plan(file, SIZES * 3), plan(file, SIZES * 2), plan(file, SIZES * 3)
+    held = {id(buffer.obj) for _, buffer in ahead + other}
+    preadv = os.preadv
+    gate = threading.Event()
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if cold and flags:
+            raise BlockingIOError
+        assert id(buffers[0].obj) not in held or gate.wait(5)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    finish, finish_other = reader.start(ahead), reader.start(other)
+    reader.read(now)
+    assert complete(now)
+    assert not complete(ahead)
+    assert counters.bytes_read == sum(SIZES) * 3
+    gate.set()
+    finish_other()
+    finish()
+    assert complete(ahead)
+    assert complete(other)
+    assert counters.bytes_read == sum(SIZES) * 8
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_start_fails(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters()
+    reader = Reader([str(file)], 4, counters)
+    reads = plan(file, [LARGE] * 12)
+    first = id(reads[0][1].obj)
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if cold and flags:
+            raise BlockingIOError
+        if id(buffers[0].obj) == first:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        time.sleep(0.05)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    finish = reader.start(reads)
+    with pytest.raises(OSError, match="Input/output error"):
+        finish()
+    before = [bytes(buffer) for _, buffer in reads]
+    assert not cold or b"\xaa" * LARGE in before[1:]  # some were given up
+    assert counters == Counters()
+    time.sleep(0.1)
+    assert [bytes(buffer) for _, buffer in reads] == before
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader.start(reads)()
+    assert complete(reads)
+
+
+def test_files_are_closed_with_the_reader(file: Path) -> None:
+    before = set(threading.enumerate())
+    reader = Reader([str(file)], 4, Counters())
+    reader.read(plan(file, [LARGE] * 8))
+    opened = [path for path in Path("/dev/fd").iterdir() if path.exists() and path.samefile(file)]
+    assert len(opened) == 1
+    reader.start(plan(file, [LARGE] * 8))()
+    workers = set(threading.enumerate()) - before
+    del reader
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
+
+
+def test_reader_and_handle_dropped_while_threads_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    before = set(threading.enumerate())
+    reader = Reader([str(file)], 2, Counters())
+    monkeypatch.setattr(os, "preadv", lambda *call: time.sleep(0.01) or preadv(*call))
+    reads = plan(file, [LARGE] * 8)
+    reader.start(reads)
+    workers = set(threading.enumerate()) - before
+    del reader
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert complete(reads)
+    assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())

@@ -1,0 +1,278 @@
+"""Whatever is asked of a pool, it keeps what was used last and holds the right bytes."""
+
+import ctypes
+import errno
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.pinned_memory import Staging
+from flashmoe_mlx.streaming.pool import Pool
+from flashmoe_mlx.streaming.reader import Reader, ReadError
+from flashmoe_mlx.streaming.slab import NO_SLOT
+from tests.support.disk import content, write_experts
+
+LAYERS, EXPERTS = 3, 6
+
+CALL = st.tuples(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts") / "experts.bin"
+
+
+@pytest.fixture(scope="module")
+def tables(file: Path) -> list[ExpertTable]:
+    return write_experts(file, LAYERS, EXPERTS)
+
+
+class HostStaging(Staging):
+    """Staging without a GPU: the driver's copy is the C library's."""
+
+    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        return (ctypes.c_char * nbytes)()
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if name == "cuMemcpyHtoDAsync_v2":
+            ctypes.memmove(*arguments[:3])
+
+
+def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], staging: Staging | None = None) -> Pool:
+    counters = Counters()
+    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, staging)
+
+
+def every_wave(pool: Pool, table: ExpertTable, experts: Sequence[int], together: bool) -> list[list[int]]:
+    """What is here, and the waves of what is not."""
+    hits, waves = pool.waves(table, experts, together)
+    return [hits, *waves] if hits else waves
+
+
+def holds(pool: Pool, slot: int, layer: int, expert: int) -> bool:
+    """Whether a slot has an expert's bytes, as the arrays show them."""
+    rows = [np.asarray(slab.array[slot].view(mx.uint32)).ravel() for slab in pool.slabs.values()]
+    return np.array_equal(np.concatenate(rows), content(layer, expert))
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(slots=st.integers(1, 8), calls=st.lists(CALL, max_size=30))
+def test_least_recently_used_leaves_first(
+    slots: int, calls: list[tuple[int, set[int]]], file: Path, tables: list[ExpertTable]
+) -> None:
+    pool = make_pool(slots, file, tables)
+    model: OrderedDict[tuple[int, int], int] = OrderedDict()  # (layer, expert) -> slot, least recently used first
+    for layer, wanted in calls:
+        present = {expert for expert in wanted if (layer, expert) in model}
+        waves = every_wave(pool, tables[layer], sorted(wanted), together=True)
+        assert sorted(expert for wave in waves for expert in wave) == sorted(wanted)
+        if len(wanted) <= slots:
+            assert waves == [sorted(wanted)]
+        else:
+            assert not present or waves[0] == sorted(present)
+        for wave in waves:
+            fetched = pool.fetch(tables[layer], wave)
+            assert list(fetched) == wave
+            for expert in wave:
+                if (layer, expert) in model:
+                    model.move_to_end((layer, expert))
+                    assert model[layer, expert] == fetched[expert]
+            model |= {(layer, expert): slot for expert, slot in fetched.items()}
+            while len(model) > slots:
+                model.popitem(last=False)
+            assert len(set(model.values())) == len(model) <= slots
+            assert all(holds(pool, slot, *key) for key, slot in model.items())
+            for each in range(LAYERS):
+                places = pool.places(tables[each]).tolist()
+                assert places == [model.get((each, expert), NO_SLOT) for expert in range(EXPERTS)]
+
+
+def test_more_experts_than_slots_come_in_halves(file: Path, tables: list[ExpertTable]) -> None:
+    pool = make_pool(4, file, tables)
+    pool.fetch(tables[0], [2])
+    assert pool.waves(tables[0], [0, 1, 2, 3, 4, 5], together=True) == ([2], [[0, 1], [3, 4], [5]])
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=True) == ([], [[0, 1, 2, 3]])
+
+
+def test_hits_come_first_if_they_may(file: Path, tables: list[ExpertTable]) -> None:
+    pool = make_pool(4, file, tables)
+    pool.fetch(tables[0], [1, 2])
+    assert pool.waves(tables[0], [0, 1, 2, 3], together=False) == ([1, 2], [[0, 3]])
+    assert pool.waves(tables[0], [0, 3], together=False) == ([], [[0, 3]])
+    assert pool.waves(tables[0], [1, 2], together=False) == ([1, 2], [])
+    assert pool.waves(tables[1], [1, 2], together=False) == ([], [[1, 2]])
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    slots=st.integers(1, 8),
+    calls=st.lists(st.tuples(CALL, CALL), max_size=20),
+    staged=st.booleans(),
+)
+def test_expected_experts_take_no_busy_slot(
+    slots: int,
+    calls: list[tuple[tuple[int, set[int]], tuple[int, set[int]]]],
+    staged: bool,
+    file: Path,
+    tables: list[ExpertTable],
+) -> None:
+    """Whatever is read ahead: what a call computes with stays where it is until the next, and every slot is right."""
+    pool = make_pool(slots, file, tables, HostStaging(44, 5) if staged else None)
+    for (layer, wanted), (next_layer, guess) in calls:
+        busy: dict[int, int] = {}
+        for wave in every_wave(pool, tables[layer], sorted(wanted), together=False):
+            if len(busy) + len(wave) > slots:
+                busy = {}  # a layer waits for what was computed before
+            fetched = pool.fetch(tables[layer], wave)
+            busy |= fetched
+        pool.expect(tables[next_layer], sorted(guess), busy=len(busy))
+        if pool._arrival is not None:
+            pool._arrival.wait()  # whatever it writes is written
+        assert all(holds(pool, slot, layer, expert) for expert, slot in busy.items())
+    pool.waves(tables[0], [], together=False)
+    assert all(holds(pool, slot, int(key[0]), key[1]) for key, slot in pool._slot_of.items())
+    assert sorted([*pool._slot_of.values(), *pool._free]) == list(range(slots))
+    assert pool._staging is None or pool._staging.free == 5
+
+
+def test_lookahead_is_counted(file: Path, tables: list[ExpertTable]) -> None:
+    counters = Counters()
+    pool = Pool(4, tables[0], Reader([str(file)], 1, counters), counters)
+    pool.fetch(tables[0], [0])
+    pool.expect(tables[1], [1, 2], busy=1)
+    pool.fetch(tables[1], [1, 3])
+    assert (counters.lookahead_used, counters.lookahead_wasted) == (1, 1)
+    assert (counters.hits, counters.misses, counters.bytes_read) == (1, 2, 4 * 44)
+    pool.fetch(tables[1], [4])  # what was of no use leaves first
+    assert pool.residents == [("0", 0), ("1", 1), ("1", 3), ("1", 4)]
+
+
+def fail_at(span: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the device fail wherever a read touches this span."""
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if offset < span.offset + span.nbytes and span.offset < offset + sum(map(len, buffers)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", read)
+
+
+def test_failed_lookahead_is_read_again(file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(3, file, tables)
+    with monkeypatch.context() as patch:
+        fail_at(tables[0].spans[5][0], patch)
+        for _ in range(3):
+            pool.expect(tables[0], [3, 5], busy=0)
+            assert pool.fetch(tables[0], [3]).keys() == {3}  # the failure of another is no harm
+            pool.expect(tables[0], [5], busy=0)
+            with pytest.raises(ReadError, match="Input/output error"):
+                pool.fetch(tables[0], [5])
+    assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [3, 4, 5]).items())
+
+
+def test_interrupted_lookahead_loses_no_slots(
+    file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(4, file, tables, HostStaging(44, 4))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.expect(tables[0], [1, 2], busy=0)
+    assert pool._staging is not None
+    assert (len(pool._free), pool._staging.free) == (4, 4)
+    assert len(pool.fetch(tables[0], [1, 2, 3, 4])) == 4
+
+
+def test_staging(file: Path, tables: list[ExpertTable]) -> None:
+    """More experts than staging has places for, by way of memory that the host does not compute with."""
+    pool = make_pool(6, file, tables, HostStaging(44, 2))
+    fetched = pool.fetch(tables[0], [0, 1, 2, 3, 4])
+    assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+
+
+def test_counters(file: Path, tables: list[ExpertTable]) -> None:
+    counters = Counters()
+    pool = Pool(4, tables[0], Reader([str(file)], 1, counters), counters)
+    pool.fetch(tables[0], [0, 1])
+    pool.fetch(tables[0], [0, 1, 2])
+    assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 3, 0, 3 * 44)
+    pool.fetch(tables[1], [0, 1])
+    assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 5, 1, 5 * 44)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_failed_read_leaves_a_working_pool(
+    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(3, file, tables, HostStaging(44, 5) if staged else None)
+    pool.fetch(tables[0], [0, 1, 2])
+    with monkeypatch.context() as patch:
+        fail_at(tables[0].spans[5][0], patch)
+        for _ in range(3):  # no slot is lost, however often it fails
+            with pytest.raises(ReadError, match="Input/output error"):
+                pool.fetch(tables[0], [4, 5])
+            # The two oldest have left, and neither of the new ones is here.
+            assert pool.waves(tables[0], range(6), together=True)[0] == [2]
+    fetched = pool.fetch(tables[0], [3, 4, 5])
+    assert sorted(fetched.values()) == [0, 1, 2]
+    assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+    assert pool._staging is None or pool._staging.free == 5
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_slot_of_a_stuck_read_waits_for_it(
+    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may still be written to is not given to another expert; when the read is back, it is a slot again."""
+    counters = Counters()
+    reader = Reader([str(file)], 1, counters, timeout=0.1)
+    pool = Pool(3, tables[0], reader, counters, HostStaging(44, 5) if staged else None)
+    gate = threading.Event()
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if offset == tables[1].spans[3][0].offset:
+            if flags:
+                raise BlockingIOError
+            assert gate.wait(10)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(ReadError, match=r"no answer for 0.1 s .* of .*experts.bin"):
+        pool.fetch(tables[1], [3])
+    assert pool.slots == (3 if staged else 2)
+    assert pool._staging is None or pool._staging.free == 4
+    for experts in ([0, 1], [2, 3], [4, 5]):
+        fetched = pool.fetch(tables[0], experts)
+        assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+        assert len(pool.waves(tables[0], range(6), together=True)[0]) == len(pool.residents)
+    if not staged:
+        with pytest.raises(OSError, match="3 experts need slots, and 1 wait for reads that are stuck"):
+            pool.fetch(tables[0], [0, 1, 2])
+    gate.set()
+    deadline = time.monotonic() + 5
+    while pool._withheld:
+        assert time.monotonic() < deadline
+        pool.waves(tables[0], [], together=True)
+    assert pool.slots == 3
+    assert pool._staging is None or pool._staging.free == 5
+    assert all(holds(pool, slot, 1, expert) for expert, slot in pool.fetch(tables[1], [1, 2, 3]).items())

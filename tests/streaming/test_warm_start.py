@@ -1,0 +1,79 @@
+"""What was in memory when a run ended is there when the next begins."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.streaming.warm_start import save_residents
+from tests.conftest import WriteFamily
+from tests.support.oracle import PROMPT, assert_same, resident, run, streamed
+
+
+def residents(model: nn.Module) -> list[list[tuple[str, int]]]:
+    return [pool.residents for pool in model.streaming.pools]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0])  # a pool for each layer, and one for all
+def test_warm_start(fraction: float, checkpoint: WriteFamily, tmp_path: Path) -> None:
+    folder, file = checkpoint("qwen3_5_moe"), str(tmp_path / "residents.json")
+    first = streamed(folder, fraction, config=Config(warm_start=file))  # there is no file yet
+    run(first, PROMPT, tokens=4)
+    first.streaming.save_residents(file)
+    second = streamed(folder, fraction, config=Config(warm_start=file))
+    assert [set(each) for each in residents(second)] == [set(each) for each in residents(first)]
+    assert residents(first)[0]
+    assert second.streaming.counters.misses == 0
+    assert_same(run(second, tokens=8), run(resident(folder), tokens=8))
+
+
+def test_the_most_recent_stay(checkpoint: WriteFamily, tmp_path: Path) -> None:
+    """A smaller budget keeps what was used last."""
+    folder, file = checkpoint("qwen3_5_moe"), str(tmp_path / "residents.json")
+    first = streamed(folder, 0.75)
+    run(first, tokens=4)
+    first.streaming.save_residents(file)
+    second = streamed(folder, 0.5, config=Config(warm_start=file))
+    for before, after in zip(residents(first), residents(second), strict=True):
+        assert after == before[-len(after) :]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"experts": 3}', '{"experts": {"a": ["1"]}}', '{"experts": {"a": [1.5]}}', "\0"]
+)
+def test_damaged_file(text: str, checkpoint: WriteFamily, tmp_path: Path) -> None:
+    file = tmp_path / "residents.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="remove it"):
+        streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(file)))
+
+
+def test_no_folder(checkpoint: WriteFamily, tmp_path: Path) -> None:
+    """Said before a long run, not after it."""
+    with pytest.raises(FileNotFoundError, match="no folder for"):
+        streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(tmp_path / "missing" / "residents.json")))
+
+
+def test_file_of_another_model(checkpoint: WriteFamily, tmp_path: Path) -> None:
+    file = tmp_path / "residents.json"
+    model = streamed(checkpoint("qwen3_5_moe"))
+    model(mx.array([[1]]))
+    model.streaming.save_residents(file)
+    experts = json.loads(file.read_text())["experts"]
+    file.write_text(json.dumps({"experts": {layer: [1000] for layer in experts}}))
+    with pytest.raises(ValueError, match="names expert 1000 of"):
+        streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(file)))
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "residents.json"
+    save_residents(file, [])
+    before = file.read_bytes()
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        save_residents(file, [])
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]

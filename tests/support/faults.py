@@ -1,0 +1,86 @@
+"""A device and an OS that misbehave: what the reader sees of ``os.preadv``, with faults thrown in at random."""
+
+import errno
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from flashmoe_mlx.model import budget
+from flashmoe_mlx.streaming import reader
+
+Preadv = Callable[..., int]
+HARMLESS = ("short", "interrupted", "error once", "slow", "not cached")
+HARMFUL = ("error", "stuck")
+
+
+class Faults:
+    """Faults of one kind, in a share of the reads.
+
+    Args:
+        kind (str): one of ``HARMLESS``, which change nothing, or ``HARMFUL``, which must end the request.
+        share (float): of the reads that it befalls.
+        seed (int): of the choice.
+
+    Attributes:
+        count (int): how often it has happened.
+        gate (threading.Event): lets stuck reads go on.
+    """
+
+    def __init__(self, kind: str, share: float, seed: int):
+        self.count = 0
+        self.gate = threading.Event()
+        self._kind = kind
+        self._share = share
+        self._random = random.Random(seed)
+        self._preadv: Preadv = os.preadv
+        self._failed: set[tuple[int, int]] = set()  # files and offsets
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        """What takes the place of ``os.preadv``."""
+        again = (fd, offset) in self._failed
+        if self._random.random() >= self._share and not (again and self._kind == "error"):
+            return self._preadv(fd, buffers, offset, flags)
+        self.count += 1
+        if self._kind == "not cached" and flags:
+            raise BlockingIOError
+        if self._kind == "short":
+            return self._preadv(fd, [buffers[0][: self._random.randint(1, 7)]], offset, flags)
+        if self._kind == "interrupted":
+            raise InterruptedError
+        if self._kind == "slow":
+            time.sleep(0.002)
+        if self._kind == "error" or (self._kind == "error once" and not again):
+            self._failed.add((fd, offset))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self._kind == "stuck":
+            if flags:
+                raise BlockingIOError
+            self.gate.wait(60)
+        return self._preadv(fd, buffers, offset, flags)
+
+
+@contextmanager
+def faults(kind: str, share: float, seed: int) -> Iterator[Faults]:
+    """Let the reader meet faults; at the end those that are stuck go on."""
+    thrown = Faults(kind, share, seed)
+    with mock.patch("os.preadv", thrown.preadv):
+        try:
+            yield thrown
+        finally:
+            thrown.gate.set()
+
+
+@contextmanager
+def hurried(shared_slots: int) -> Iterator[None]:
+    """Little patience with stuck reads, and tiny pools where layers share them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "_PATIENCE", 0.02)
+        patch.setattr(budget, "_SHARED_SLOTS", shared_slots)
+        yield
