@@ -40,12 +40,13 @@ import flashmoe_mlx
 from benchmarks.decode import seconds_per_token
 from benchmarks.record import record
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.layers.qwen3_next import PROJECTIONS, FewLaunches
+from flashmoe_mlx.layers.fused_decoder import FewLaunches
+from flashmoe_mlx.layers.qwen3_next import PROJECTIONS
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
-from flashmoe_mlx.ops import gated_delta as trunk_ops
 from flashmoe_mlx.ops import native
 from flashmoe_mlx.ops import products as ops
-from flashmoe_mlx.ops.products import Dense, Quantized
+from flashmoe_mlx.ops.matrices import Dense, Quantized
+from flashmoe_mlx.ops.routing import ask
 from flashmoe_mlx.system.huge_pages import use_large_pages
 
 TURN_NBYTES = 100e6
@@ -205,7 +206,7 @@ def products(model: nn.Module) -> Iterator[Callable[[], Any]]:
         router = _joined([block.gate, block.shared_expert_gate])
         gate, up, down = (_joined([block.shared_expert[name]]) for name in ("gate_proj", "up_proj", "down_proj"))
         x = random_vector(router)
-        yield lambda x=x, router=router, gate=gate, up=up: trunk_ops.ask(x, router, gate, up)
+        yield lambda x=x, router=router, gate=gate, up=up: ask(x, router, gate, up)
         yield dense(down)
         experts = block.switch_mlp.switch
         chosen = rotating(experts.gate_proj.num_experts, block.top_k)

@@ -37,7 +37,8 @@ from benchmarks.ballast import ballast
 from benchmarks.exact import load_resident
 from benchmarks.io import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint.folder import Span, find_folder, read_config
+from flashmoe_mlx.checkpoint.folder import find_folder, read_config
+from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.config import Config, parse_size
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.streaming.counters import Counters

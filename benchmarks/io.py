@@ -32,7 +32,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint.folder import Span, Tensor
+from flashmoe_mlx.checkpoint.span import Span, Tensor
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader

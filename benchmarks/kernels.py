@@ -25,11 +25,11 @@ from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from benchmarks.record import record
-from flashmoe_mlx.config import data_dir
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU
 from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops import products as ops
-from flashmoe_mlx.ops.products import Quantized
+from flashmoe_mlx.ops.matrices import Quantized
+from flashmoe_mlx.system.package_data import data_dir
 
 GROUP_SIZE = 64
 DTYPE = mx.bfloat16

@@ -23,10 +23,12 @@ from benchmarks.record import record
 from flashmoe_mlx import verify
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
-from flashmoe_mlx.checkpoint.manifest import FirstReads, Manifest
+from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.model.load import find_experts, load_lazily
+from flashmoe_mlx.model.families import find_experts
+from flashmoe_mlx.model.load import load_lazily
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.manifest_check import FirstReads
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 

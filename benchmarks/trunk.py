@@ -38,10 +38,11 @@ from benchmarks.exact import load_resident
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.record import record
 from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
+from flashmoe_mlx.layers.fence import Fence
 from flashmoe_mlx.layers.qwen3_next import swap_trunk
 from flashmoe_mlx.layers.readback import Mailbox
-from flashmoe_mlx.layers.switch import Fence, ResidentSwitchGLU, StreamedSwitchGLU
+from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops import gated_delta as trunk_ops
 from flashmoe_mlx.ops import products as ops

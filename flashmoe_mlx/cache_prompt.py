@@ -20,8 +20,10 @@ import mlx.nn as nn
 from mlx_lm import cache_prompt as mlx_cache_prompt
 from mlx_lm.generate import generate_step
 
-from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
+from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.generation.prompt_cache import cache_path, cache_settings, save_prompt_cache
 
 EPILOG = """examples:

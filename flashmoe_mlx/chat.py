@@ -20,8 +20,10 @@ from mlx_lm import chat as mlx_chat
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 
-from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
+from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.generation.conversation import Conversation, Message
 from flashmoe_mlx.generation.python_tools import Toolbox

@@ -7,7 +7,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Self
 
-_PACKAGE = Path(__file__).resolve().parent
+from flashmoe_mlx.system.package_data import data_dir
+
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 _UNITS |= {"TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SAMPLING = {"temp", "top_p", "top_k", "min_p"}  # as mlx_lm.generate's flags are called
@@ -109,12 +110,6 @@ def parse_size(size: int | str) -> int:
     if nbytes < 0:
         raise ValueError(f"a size cannot be negative: {size!r}")
     return nbytes
-
-
-def data_dir(name: str) -> Path:
-    """The folder ``name``: inside the wheel when installed, beside the package in a checkout."""
-    packaged = _PACKAGE / "_data" / name
-    return packaged if packaged.is_dir() else _PACKAGE.parent / name
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -9,30 +9,25 @@ if __name__ == "__main__":
     leave_on_interrupt()
 
 import argparse
-import csv
 import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from huggingface_hub.constants import HF_HOME
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
-from rich.console import Console
-from rich.table import Table
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.cli.arguments import one_line_errors
+from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.evaluation.measure import Row, Setting, Text, measure, open_reference
+from flashmoe_mlx.evaluation.report import _print_table, _write_csv, draw
 from flashmoe_mlx.evaluation.tasks import Task, read_tasks
 from flashmoe_mlx.model.load import load
 from flashmoe_mlx.model.requantize import expert_bits, requantize
-from flashmoe_mlx.system.atomic_write import replacing
 
 EPILOG = """Every combination of --bits, --experts-per-token and --ram-budget is a line of the table. Each is compared
 with the reference: the model as it is, with its own number of experts. Intervals are of 95%, as if the text had been
@@ -47,17 +42,6 @@ examples:
 A task is a line of JSON: {"messages": [...], "expect": "the answer"}, or with tools
 {"messages": [...], "tools": [...], "expect": {"name": "weather", "arguments": {"city": "Oslo"}}}
 """
-
-_COLUMNS = {
-    "perplexity": ("perplexity", 1),
-    "perplexity_ratio": ("/ reference's", 1),
-    "kld": ("KLD, nats", 1),
-    "kld_p99": ("KLD 99%", 1),
-    "agreement": ("top-1, %", 100),
-    "recall": ("recall, %", 100),
-    "calls_parse": ("calls parse, %", 100),
-    "calls_right": ("calls right, %", 100),
-}
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -171,37 +155,6 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw divergence and agreement over the experts per token, a line for each number of bits.
-
-    Args:
-        rows: of one model, each with a quality.
-        path (Path): its ending chooses the format.
-    """
-    import matplotlib.pyplot as plt  # optional, and slow to import
-
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    first = rows[0].setting.ram_budget  # the others say the same
-    for bits in dict.fromkeys(row.setting.bits for row in rows):
-        line = [row for row in rows if (row.setting.bits, row.setting.ram_budget) == (bits, first)]
-        line.sort(key=lambda row: row.setting.experts_per_token)
-        top_k = [row.setting.experts_per_token for row in line]
-        for axes, name, scale in zip(panels, ("kld", "agreement"), (1, 100), strict=True):
-            value, low, high = scale * np.array([getattr(row.quality, name) for row in line]).T
-            axes.errorbar(
-                top_k, value, (value - low, high - value), marker="o", capsize=2, label=f"{bits or 'own'} bits"
-            )
-    ticks = sorted({row.setting.experts_per_token for row in rows})
-    panels[0].set(ylabel="divergence from the reference (nats)", ylim=(0, None))
-    panels[1].set(ylabel="same likeliest token (%)", ylim=(None, 100.5))
-    panels[1].legend(frameon=False)
-    for axes in panels:
-        axes.set(xlabel="experts per token", xticks=ticks)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-
-
 def _refuse_nonsense(args: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read."""
     if args.text is None and args.tasks is None:
@@ -244,33 +197,6 @@ def _read_text(args: argparse.Namespace, tokenizer: TokenizerWrapper, reference:
             f"the text has {len(tokens)} tokens: there must be two at least, one to show and one to predict"
         )
     return Text(tokens, args.context)
-
-
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    lines = [row.columns() for row in rows]
-    with replacing(path.expanduser()) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def _print_table(rows: Sequence[Row]) -> None:
-    lines = [row.columns() for row in rows]
-    measured = {name: shown for name, shown in _COLUMNS.items() if any(line[name] is not None for line in lines)}
-    table = Table(title=f"{rows[0].setting.model}: figures, and their 95% intervals below")
-    for heading in ("bits", "experts", "budget", *(heading for heading, _ in measured.values())):
-        table.add_column(heading, justify="right")
-    for line in lines:
-        figures = (_figure(line, name, scale) for name, (_, scale) in measured.items())
-        table.add_row(str(line["bits"] or "own"), str(line["experts_per_token"]), str(line["ram_budget"]), *figures)
-    # Into a file goes the whole width; what rich would take for granted there is 80 characters.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _figure(line: dict[str, Any], name: str, scale: float) -> str:
-    figures = [scale * line[part] for part in (name, f"{name}_low", f"{name}_high") if part in line]
-    value, *ends = (f"{figure:.4g}" for figure in figures)
-    return f"{value}\n{' to '.join(ends)}" if ends else value
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from unittest import mock
 
 import mlx_lm
 
-from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
+from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
 
 EPILOG = """examples:

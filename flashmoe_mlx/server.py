@@ -23,9 +23,12 @@ from typing import Any
 import mlx.nn as nn
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.cli.arguments import extend_parser, finish, one_line_errors, parse_arguments, streamed_load
+from flashmoe_mlx.checkpoint.identity import model_identity
+from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.errors import one_line_errors
+from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.generation.prefix_store import Prefixes, model_identity
+from flashmoe_mlx.generation.prefix_store import Prefixes
 from flashmoe_mlx.generation.prompt_cache import cache_settings
 from flashmoe_mlx.generation.worker import Generations
 from flashmoe_mlx.serving.http import Server

@@ -21,9 +21,10 @@ from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
 from flashmoe_mlx.checkpoint.hub_digests import differing, downloaded_digests, hub_digests
 from flashmoe_mlx.checkpoint.manifest import Manifest, digest
-from flashmoe_mlx.cli.arguments import one_line_errors
+from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import bytes_read
-from flashmoe_mlx.model.load import find_experts, load_lazily
+from flashmoe_mlx.model.families import find_experts
+from flashmoe_mlx.model.load import load_lazily
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 

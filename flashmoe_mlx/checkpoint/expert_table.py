@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.checkpoint.folder import DTYPES, Checkpoint, Span, tail
+from flashmoe_mlx.checkpoint.folder import Checkpoint, tail
+from flashmoe_mlx.checkpoint.span import DTYPES, Span
 
 # What Hugging Face checkpoints call an expert's projections: like mlx-lm, or w1/w2/w3, or two of three in an MLP.
 _ALIASES = {

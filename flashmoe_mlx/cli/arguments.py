@@ -1,22 +1,12 @@
 """What all commands share: mlx-lm's parsers with our flags, our load() for mlx-lm's, and errors that are one line."""
 
 import argparse
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
-
-import mlx_lm
+from collections.abc import Sequence
 
 from flashmoe_mlx.checkpoint.folder import find_folder, read_config
-from flashmoe_mlx.cli.interrupts import leave
-from flashmoe_mlx.config import Config, data_dir
-from flashmoe_mlx.model.load import Streaming, load
-
-_HEARING = 0.7  # seconds that the main thread has for an interrupt
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.system.package_data import data_dir
 
 
 def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,71 +68,6 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 1, Ctrl-C into 130, and a closed pipe into silence."""
-    try:
-        with _prompt_interrupts():
-            yield
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read us has gone; Python would complain once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-        if signal.getsignal(signal.SIGINT) is leave:
-            leave()
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MLX's own are RuntimeErrors
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename is not None:  # the system's own, which begins "[Errno 2]"
-            reason = f"{error.filename}: {error.strerror}"
-        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-        sys.exit(1)
-
-
-@contextmanager
-def _prompt_interrupts() -> Iterator[None]:
-    """Let Ctrl-C end the process within a second, even if the main thread is inside MLX and does not hear it."""
-    if threading.current_thread() is not threading.main_thread():  # whose signals these are
-        yield
-        return
-    over = threading.Event()
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-
-    def listen() -> None:
-        while number := os.read(ear, 1):
-            if number[0] == signal.SIGINT and not over.wait(_HEARING):
-                with suppress(OSError, ValueError):
-                    sys.stdout.flush()
-                leave()
-        os.close(ear)
-
-    def report(unraisable: Any) -> None:
-        if unraisable.exc_type is not KeyboardInterrupt:  # Python drops one that meets a finalizer, listen() does not
-            report_before(unraisable)
-
-    threading.Thread(target=listen, name="interrupts", daemon=True).start()
-    ear_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    report_before, sys.unraisablehook = sys.unraisablehook, report
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        if handler is leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-    finally:
-        if handler is leave:
-            signal.signal(signal.SIGINT, leave)
-        over.set()
-        sys.unraisablehook = report_before
-        signal.set_wakeup_fd(ear_before)
-        os.close(mouth)
-
-
 def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str) -> argparse.ArgumentParser:
     """One of mlx-lm's parsers with our flags, our words about it, and the demo model as the default."""
     parser = argparse.ArgumentParser(
@@ -185,29 +110,3 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         args = parser.parse_args(argv)
     own = ("ram_budget", "experts_per_token", "read_threads", "read_timeout", "lookahead", "warm_start", "manifest")
     return args, config.override(**{name: getattr(args, name) for name in own})
-
-
-def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tuple[Any, ...]]:
-    """What takes the place of ``load`` in one of mlx-lm's commands: ours, except for a draft model."""
-
-    def load_streamed(path: str, **options: Any) -> tuple[Any, ...]:
-        if path == getattr(args, "draft_model", None):
-            return tuple(mlx_lm.load(path, **options))  # small, and rarely a Mixture of Experts
-        loaded = load(path, config=config, **options)
-        if config.ram_budget == "auto":
-            print(f"ram budget auto: {loaded[0].streaming.memory()}", file=sys.stderr)
-        return loaded
-
-    return load_streamed
-
-
-def finish(streaming: Streaming, config: Config, verbose: bool = True) -> None:
-    """What every run ends with: the ``Experts:`` line unless it is to be silent, and the file for the next warm start.
-
-    Raises:
-        OSError: that file cannot be written.
-    """
-    if verbose:
-        print(streaming.summary())
-    if config.warm_start is not None:
-        streaming.save_residents(config.warm_start)

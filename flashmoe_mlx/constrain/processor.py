@@ -16,7 +16,9 @@ import llguidance.numpy
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.constrain.xml_calls import Schema, json_calls, json_value, quote, readable, xml_calls
+from flashmoe_mlx.constrain.json_calls import json_calls, json_value, quote
+from flashmoe_mlx.constrain.schema import Schema
+from flashmoe_mlx.constrain.xml_calls import readable, xml_calls
 
 __all__ = ["Processor", "Schema", "constrained", "json", "readable", "vocabulary_of"]
 

@@ -4,29 +4,19 @@ The parser of Qwen's XML-style calls turns the text of a parameter into a value 
 would get wrong, such as the string "null", cannot be written under these grammars.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Schema = Mapping[str, Any]
+from flashmoe_mlx.constrain.json_calls import _EXACT, _NOT_INFINITE, _definitions, _grammar, _without, json_value, quote
+from flashmoe_mlx.constrain.schema import Schema, _alternatives, _parameters, _type, _whole
+
 Parser = Callable[[str, list[Any]], Any]
 
-_TYPES = ("null", "boolean", "number", "string", "array", "object")  # a number may be an integer
 _CLOSER = "</parameter>"
 _END_OF_VALUE = f"\n{_CLOSER}\n"
-_EXACT = 2**53 - 1  # the parser reads integers as float64
-_FINEST = 1e-9  # digits behind the point
-_NOT_INFINITE = r"~/(?s:.*[0-9][eE][+-]?[0-9]{3}.*)/"  # as JSON of any type could be
-_CLASSES = {"d": "[0-9]", "D": "[^0-9]", "w": "[A-Za-z0-9_]", "W": "[^A-Za-z0-9_]"}
-_CLASSES |= {"s": "[ \\t\\r\\n]", "S": "[^ \\t\\r\\n]"}
 _MOST_PARAMETERS = 64  # llguidance counts in so many bits which of them have been written
-_COMBINED = {"anyOf", "oneOf", "allOf", "not", "if", "dependentRequired", "dependentSchemas", "$ref"}
-_OF_TEXT = {"minLength", "maxLength", "pattern", "format"}
-_OF_OBJECT = {"patternProperties", "propertyNames", "minProperties", "maxProperties"}
-_RULES = _COMBINED | _OF_TEXT | _OF_OBJECT | {"enum", "const", "minimum", "maximum", "exclusiveMinimum"}
-_RULES |= {"exclusiveMaximum", "multipleOf", "items", "prefixItems", "minItems", "maxItems", "properties", "required"}
 
 _DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
 _DATE = f"[1-9][0-9]{{3}}-{_DAY}"
@@ -40,26 +30,6 @@ _FORMATS = {  # every text of these is one of the format; some rare ones, such a
     "email": "[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:\\.[A-Za-z0-9]+)+",
     "ipv4": f"{_BYTE}(?:\\.{_BYTE}){{3}}",
 }
-
-
-def json_calls(functions: Sequence[Schema], end: str, closing: str) -> list[str]:
-    """Grammars of Hermes-style calls, from the opening tag on; a call keeps to all of them.
-
-    Args:
-        functions: what may be called, as in OpenAI's API.
-        end: the closing tag.
-        closing: the same in the grammar.
-    """
-    rules = []
-    for index, function in enumerate(functions):
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        call = {"name": {"const": function["name"]}, "arguments": schema}
-        whole = {"type": "object", "properties": call, "required": ["name", "arguments"]}
-        whole |= {"additionalProperties": False} | _definitions(schema)
-        rules.append(f'call_{index}: "\\n" {json_value(whole)} "\\n"')
-    # A string may not hold the closing tag, which would end the call there.
-    envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {_without(end)} & {_NOT_INFINITE}) "\\n"\n'
-    return [_grammar(functions, closing, rules), envelope]
 
 
 def xml_calls(functions: Sequence[Schema], end: str, closing: str, parser: Parser) -> list[str]:
@@ -113,46 +83,6 @@ def readable(tools: Sequence[Schema]) -> list[dict[str, Any]]:
     Tools that it cannot read are left as they are.
     """
     return [{**tool, "function": _readable(tool["function"])} for tool in tools]
-
-
-def json_value(schema: Schema) -> str:
-    """JSON that fits the schema, at most one space after a comma or colon, numbers up to 2**53 with 9 decimals.
-
-    A weak model could fill a file with spaces or digits.
-    """
-    spacing = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-    return "%json " + json.dumps({**_bounded(schema), "x-guidance": spacing})
-
-
-def _bounded(schema: Any) -> Any:
-    """The schema with bounds for the numbers that have none."""
-    if not isinstance(schema, Mapping):
-        return schema
-    bounded = dict(schema)
-    for key, part in schema.items():
-        if key in ("properties", "$defs", "definitions"):
-            bounded[key] = {name: _bounded(each) for name, each in part.items()}
-        elif key in ("items", "additionalProperties"):
-            bounded[key] = _bounded(part)
-        elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            bounded[key] = [_bounded(each) for each in part]
-    if "pattern" in schema:
-        bounded["pattern"] = _ascii(schema["pattern"])
-    kinds = schema.get("type", ())
-    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
-    if kinds & {"integer", "number"} and not schema.keys() & {"enum", "const"}:
-        if "exclusiveMinimum" not in schema:
-            bounded.setdefault("minimum", -_EXACT)
-        if "exclusiveMaximum" not in schema:
-            bounded.setdefault("maximum", _EXACT)
-        if "number" in kinds:
-            bounded.setdefault("multipleOf", _FINEST)
-    return bounded
-
-
-def quote(text: str) -> str:
-    """A text in the grammar."""
-    return json.dumps(text)
 
 
 class _Parameter:
@@ -237,129 +167,3 @@ def _readable(function: Schema) -> Schema:
         rest = {rule: part for rule, part in value.items() if rule != "type"} if isinstance(value, Mapping) else {}
         properties[key] = rest | ({"type": types[key]} if types[key] else {})
     return {**function, "parameters": {**schema, "properties": properties}}
-
-
-def _parameters(function: Schema) -> Schema:
-    """The schema of a function's arguments.
-
-    Raises:
-        ValueError: it is more than a list of parameters.
-    """
-    name, schema = function["name"], function.get("parameters") or {}
-    if unsupported := sorted(schema.keys() & (_COMBINED | _OF_OBJECT | {"enum", "const"})):
-        raise ValueError(f"{name}: {unsupported[0]} is not supported for all parameters together.")
-    if missing := [key for key in schema.get("required", ()) if key not in schema.get("properties", {})]:
-        raise ValueError(f"{name}: {missing[0]} is required, and is not among the properties.")
-    return schema
-
-
-def _alternatives(schema: Any, root: Schema, where: str, depth: int = 0) -> list[dict[str, Any]]:
-    """What a parameter may be: schemas, each with one ``type`` or one ``const``.
-
-    Raises:
-        ValueError: it is not supported.
-    """
-    if depth > 16:
-        raise ValueError(f"{where}: more than 16 references or alternatives inside each other are not supported.")
-    rest = {} if schema is True else dict(schema)
-    for key in ("$ref", "anyOf", "oneOf", "allOf"):
-        if key in rest:
-            parts = rest.pop(key)
-            parts = [_resolved(parts, root, where)] if key == "$ref" else parts
-            if key == "allOf":
-                parts = [functools.reduce(lambda a, b: _merged(a, b, where), parts)]
-            merged = [_merged(rest, part, where) for part in parts]
-            found = [choice for each in merged for choice in _alternatives(each, root, where, depth + 1)]
-            kinds = [choice["type"] for choice in found if "type" in choice]
-            if key == "oneOf" and (len(kinds) > len(set(kinds)) or {"integer", "number"} <= set(kinds)):
-                raise ValueError(f"{where}: oneOf with alternatives of the same type is not supported; try anyOf.")
-            return found
-    types = rest.get("type", list(_TYPES))
-    types = [types] if isinstance(types, str) else types
-    if "enum" in rest or "const" in rest:
-        if beside := sorted(rest.keys() & (_RULES - {"enum", "const"})):
-            raise ValueError(f"{where}: {beside[0]} beside enum or const is not supported in this model's calls.")
-        values = rest.get("enum", [rest.get("const")])
-        return [{"const": value} for value in values if set(types) & _types_of(value)]
-    if unsupported := sorted(rest.keys() & _COMBINED):
-        raise ValueError(f"{where}: {unsupported[0]} is not supported in this model's calls.")
-    return [{**rest, "type": kind} for kind in types]
-
-
-def _resolved(reference: str, root: Schema, where: str) -> Any:
-    found: Any = root
-    try:
-        start, *path = reference.split("/")
-        for step in path:
-            found = found[step.replace("~1", "/").replace("~0", "~")]
-    except (KeyError, TypeError):
-        start = ""
-    if start != "#":
-        raise ValueError(f"{where}: $ref leads nowhere: {reference!r}.")
-    return found
-
-
-def _merged(first: Any, second: Any, where: str) -> dict[str, Any]:
-    """A schema that says what both say."""
-    first, second = ({} if schema is True else schema for schema in (first, second))
-    if twice := sorted(key for key in first.keys() & second.keys() & (_RULES | {"type"}) if first[key] != second[key]):
-        raise ValueError(f"{where}: {twice[0]} twice, of which both count, is not supported in this model's calls.")
-    return {**first, **second}
-
-
-def _types_of(value: Any) -> set[str]:
-    if value is None or isinstance(value, bool):
-        return {"null" if value is None else "boolean"}
-    if isinstance(value, int | float):
-        return {"number", "integer"} if value == int(value) else {"number"}
-    return {"string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"}
-
-
-def _type(choices: Sequence[Schema]) -> str | None:
-    """The ``type`` by which the parser reads a parameter: of several without text ``object``, which it reads as JSON.
-
-    With text among them ``None``: it then still tells objects and arrays from text, and null, as it always does.
-    """
-    types = set()
-    for choice in choices:
-        kinds = _types_of(choice["const"]) if "const" in choice else {choice["type"]}
-        types.add("number" if "number" in kinds else kinds.pop())
-    types -= {"null"} if len(types) > 1 else set()
-    if types == {"integer", "number"}:
-        return "number"
-    if len(types) > 1:
-        return None if "string" in types else "object"
-    return types.pop()
-
-
-def _ascii(pattern: str) -> str:
-    """The pattern with classes as JSON Schema has them, of ASCII alone: llguidance's have all of Unicode."""
-    return re.sub(r"\\(.)", lambda found: _CLASSES.get(found[1], found[0]), pattern, flags=re.DOTALL)
-
-
-def _whole(pattern: str, where: str) -> str:
-    """A pattern that may match anywhere, as one of the whole text."""
-    pattern = _ascii(pattern)
-    body = pattern.removeprefix("^")
-    ends = body.endswith("$") and (len(body) - len(body[:-1].rstrip("\\"))) % 2 == 1
-    body = body[:-1] if ends else body
-    anchored = ends or pattern.startswith("^")
-    if anchored and "|" in body and not re.fullmatch(r"\([^()]*\)|[^|()]*(\([^()]*\)[^|()]*)*", body):
-        raise ValueError(f"{where}: in the pattern {pattern!r}, put alternatives into a group of their own.")
-    before, after = ("" if pattern.startswith("^") else "(?s:.*)"), ("" if ends else "(?s:.*)")
-    return f"{before}(?:{body}){after}".replace("/", "\\/")
-
-
-def _without(tag: str) -> str:
-    """Texts that do not hold the tag."""
-    escaped = re.escape(tag).replace("/", "\\/")
-    return f"~/(?s:.*{escaped}.*)/"
-
-
-def _grammar(functions: Sequence[Schema], closing: str, rules: Sequence[str]) -> str:
-    calls = " | ".join(f"call_{index}" for index in range(len(functions)))
-    return "\n".join([f"start: ({calls}) {closing}", *rules]) + "\n"
-
-
-def _definitions(schema: Schema) -> dict[str, Any]:
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
+from flashmoe_mlx.checkpoint.identity import fingerprint
 from flashmoe_mlx.evaluation.logprobs import LogprobsFile, logprobs
 from flashmoe_mlx.evaluation.metrics import Quality, compare
 from flashmoe_mlx.evaluation.tasks import Marks, Task, answer
 from flashmoe_mlx.model.load import load
-from flashmoe_mlx.model.requantize import fingerprint
 
 
 @dataclass(frozen=True)

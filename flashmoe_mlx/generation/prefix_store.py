@@ -1,12 +1,10 @@
 """The state after the beginnings of prompts, in a folder that outlives the process and that several may share."""
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,10 @@ import numpy as np
 import xxhash
 from mlx.utils import tree_flatten
 
-from flashmoe_mlx.checkpoint.folder import Checkpoint
-from flashmoe_mlx.checkpoint.hub_digests import downloaded_digests
-from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.generation.prompt_cache import load_prompt_cache, save_prompt_cache
 from flashmoe_mlx.system.atomic_write import sweep
 
 _NAME = re.compile(r"[0-9a-f]{32}-([1-9][0-9]*)-[0-9a-f]{64}\.safetensors")
-_SAMPLE = 1 << 16  # bytes
 _HEADER_NBYTES = 1 << 16  # names and shapes in a file, at most
 
 
@@ -133,41 +127,6 @@ class Prefixes:
             with suppress(FileNotFoundError):  # another process has removed it
                 status = path.stat()
                 yield status.st_mtime_ns, status.st_size, path
-
-
-def model_identity(folder: Path, settings: Mapping[str, str], trust_remote_code: bool = False) -> str:
-    """What a state depends on besides the tokens, as a digest.
-
-    Weights are known by the place, size, header and time of change of their files, a sample from the middle, and what
-    the hub said of them. A copy of the same model may have another. A file changed in place has the same only if its
-    time was set back and the change lies outside of the sample.
-
-    Args:
-        folder (Path): the checkpoint's.
-        settings (Mapping[str, str]): how it is run, e.g. :func:`flashmoe_mlx.generation.prompt_cache.cache_settings`.
-        trust_remote_code (bool): see :class:`Checkpoint`. Default: ``False``.
-
-    Raises:
-        FileNotFoundError: a file of it is missing.
-        ValueError: it is damaged.
-    """
-    checkpoint = Checkpoint(folder, trust_remote_code)
-    digests = downloaded_digests(folder)
-    weights = [
-        [name, *entry, digests.get(name), str((folder / name).resolve()), *_sample(folder / name)]
-        for name, entry in Manifest.of(checkpoint).files.items()
-    ]
-    versions = [version(package) for package in ("mlx", "mlx-lm", "flashmoe-mlx")]
-    parts = [weights, checkpoint.config, dict(settings), versions, mx.default_device().type.name]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _sample(path: Path) -> tuple[int, str]:
-    """When a file was changed, and a digest of bytes from its middle."""
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        file.seek(max(0, status.st_size - _SAMPLE) // 2)
-        return status.st_mtime_ns, xxhash.xxh3_64_hexdigest(file.read(_SAMPLE))
 
 
 def _length(path: Path) -> int:

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.serving.openai.request import ChatRequest, CompletionRequest, Refusal
+from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest
 
 _CHUNK = 512  # tokens: a shorter beginning costs little to read again together with what follows it
 _TAIL = 16  # tokens: how long a template's start of an answer may be

@@ -7,6 +7,9 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
 from flashmoe_mlx.ops import products as ops
+from flashmoe_mlx.ops.dispatch import has_kernel
+from flashmoe_mlx.ops.fused import Fused
+from flashmoe_mlx.ops.matrices import Quantized
 
 ExpertFunction = Callable[[mx.array, mx.array], mx.array]
 
@@ -30,7 +33,7 @@ class Experts:
 
         The choice is one for a whole call, even if it is computed in parts: the two round differently on a GPU.
         """
-        if self._matrices and ops.has_kernel(x, indices, *self._matrices.values()):
+        if self._matrices and has_kernel(x, indices, *self._matrices.values()):
             return self._kernels
         return self._switch
 
@@ -59,8 +62,8 @@ class Experts:
         return function is self._kernels or mx.default_device().type == mx.cpu
 
 
-def _fused(matrices: dict[str, ops.Quantized]) -> ExpertFunction:
-    fused = ops.Fused(lambda x, slots: (ops.experts(x, slots, **matrices),))
+def _fused(matrices: dict[str, Quantized]) -> ExpertFunction:
+    fused = Fused(lambda x, slots: (ops.experts(x, slots, **matrices),))
 
     def experts(x: mx.array, slots: mx.array) -> mx.array:
         return fused(x, slots)[0]
@@ -68,7 +71,7 @@ def _fused(matrices: dict[str, ops.Quantized]) -> ExpertFunction:
     return experts
 
 
-def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
+def _swiglu_matrices(switch: nn.Module) -> dict[str, Quantized]:
     """Return the matrices of a SwiGLU switch layer by projection; empty if the layer computes something else."""
     if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
         return {}
@@ -80,6 +83,6 @@ def _swiglu_matrices(switch: nn.Module) -> dict[str, ops.Quantized]:
     if (gate.bits, gate.group_size) != (up.bits, up.group_size):
         return {}
     return {
-        name: ops.Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        name: Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
         for name, linear in projections.items()
     }

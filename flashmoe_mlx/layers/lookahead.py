@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.layers.shared_expert import few_tokens
+from flashmoe_mlx.ops.dispatch import few_tokens
 from flashmoe_mlx.streaming.pool import Pool
 
 

@@ -7,9 +7,10 @@ import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from flashmoe_mlx.layers.gated_delta_layout import layout_of
 from flashmoe_mlx.ops import native
 from flashmoe_mlx.ops import products as ops
-from flashmoe_mlx.ops.gated_delta import layout_of
+from flashmoe_mlx.ops.matrices import Quantized
 
 
 class Linear(nn.QuantizedLinear):
@@ -44,7 +45,7 @@ class SwitchLinear(QuantizedSwitchLinear):
         """``[..., 1, output_dims]`` of ``x``, ``[..., 1, input_dims]``, broadcast to one for each of ``indices``."""
         slots = indices.reshape(1, -1)
         vectors = mx.broadcast_to(x.squeeze(-2), (*indices.shape, x.shape[-1]))
-        matrix = ops.Quantized(self.weight, self.scales, self.biases, self.group_size, self.bits)
+        matrix = Quantized(self.weight, self.scales, self.biases, self.group_size, self.bits)
         y = ops.matvec(vectors.reshape(1, -1, x.shape[-1]), slots, matrix).reshape(*indices.shape, 1, -1)
         return y + self.bias[indices][..., None, :] if "bias" in self else y
 
@@ -141,16 +142,3 @@ def use_native(model: nn.Module) -> None:
             module.__class__ = GatedDeltaNet
         elif kind is qwen3_next.Qwen3NextAttention and module.head_dim % 16 == 0:
             module.__class__ = Attention
-
-
-def to_float32(model: nn.Module) -> None:
-    """Turn parameters to float32, but for scales that the native kernels widen themselves."""
-
-    def wide(module: nn.Module, name: str, value: Any) -> bool:
-        kept = type(module) in _QUANTIZED.values() and name in ("scales", "biases")
-        return not kept and nn.Module.valid_parameter_filter(module, name, value)
-
-    def widen(value: mx.array) -> mx.array:
-        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
-
-    model.apply(widen, wide)

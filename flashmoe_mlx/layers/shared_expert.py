@@ -5,12 +5,7 @@ import weakref
 import mlx.core as mx
 import mlx.nn as nn
 
-FEW_TOKENS = 8  # of a call that decodes; in a longer one the device has enough to do
-
-
-def few_tokens(x: mx.array) -> bool:
-    """Whether ``x``, ``[..., width]``, is of a call that decodes."""
-    return x.size <= FEW_TOKENS * x.shape[-1]
+from flashmoe_mlx.ops.dispatch import few_tokens
 
 
 class Early(nn.Module):

@@ -1,8 +1,7 @@
 """The drop-ins for mlx-lm's switch layers: same call, same numbers, experts from disk or all in memory."""
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -13,59 +12,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.layers.expert_mlp import ExpertFunction, Experts
+from flashmoe_mlx.layers.fence import Fence
 from flashmoe_mlx.layers.lookahead import Lookahead
-from flashmoe_mlx.layers.readback import Mailbox
-from flashmoe_mlx.layers.shared_expert import few_tokens
-from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.ops.dispatch import few_tokens
 from flashmoe_mlx.streaming.pool import Pool
-from flashmoe_mlx.streaming.slab import Slab, return_freed_memory
-
-
-class Fence:
-    """Tells what the router chose, and when slots are idle. One for all layers of a model.
-
-    A slot may be overwritten once every graph that reads it has run. Each call of a layer waits for the expert
-    outputs of the call before, whichever layer's it was, so no others are ever pending. While decoding this costs
-    nothing: they are ancestors of the router's choice, which has to be waited for anyway.
-
-    Args:
-        counters (Counters): where the time is added up.
-        mailbox (Mailbox, optional): tells the choice sooner than MLX. Default: ``None``.
-    """
-
-    def __init__(self, counters: Counters, mailbox: Mailbox | None = None) -> None:
-        self._counters = counters
-        self._mailbox = mailbox
-        self._posted: mx.array | None = None
-        self._pending: list[mx.array] = []
-
-    def launch(self, indices: mx.array, others: list[mx.array]) -> None:
-        """Start computing what :meth:`read` will be asked for, and ``others``."""
-        letter = self._mailbox.post(indices) if self._mailbox else None
-        self._posted = None if letter is None else indices
-        mx.async_eval([indices, *others] if letter is None else [indices, letter, *others])  # type: ignore[no-untyped-call]
-
-    def read(self, indices: mx.array, others: list[mx.array]) -> list[int]:
-        """The numbers of ``indices``, flat; ``others`` and what is pending are evaluated, too.
-
-        Then no graph reads a slot, but what was launched for this call: it reads experts that the call needs.
-        """
-        begin = time.perf_counter()
-        numbers = self._mailbox.take() if self._mailbox and self._posted is indices else None
-        self.wait(*others, *([] if numbers is not None else [indices]))
-        if numbers is None:
-            numbers = np.asarray(indices).ravel().tolist()
-        self._counters.sync_seconds += time.perf_counter() - begin
-        return numbers
-
-    def hold(self, outputs: Iterable[mx.array]) -> None:
-        """Note that ``outputs`` read slots and may not have run."""
-        self._pending.extend(outputs)
-
-    def wait(self, *arrays: mx.array) -> None:
-        """Evaluate ``arrays`` and what is pending."""
-        pending, self._pending = self._pending, []
-        mx.eval(*arrays, *pending)
+from flashmoe_mlx.streaming.slab import Slab
+from flashmoe_mlx.system.memory import return_freed_memory
 
 
 class ResidentSwitchGLU(nn.Module):

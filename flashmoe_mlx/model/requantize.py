@@ -1,6 +1,5 @@
 """Copies of a checkpoint with fewer bits for its experts, made by rounding to the nearest."""
 
-import hashlib
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -12,25 +11,11 @@ import mlx_lm
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import dequantize_model, quantize_model, save
 
-from flashmoe_mlx.model.load import switch_layers
+from flashmoe_mlx.checkpoint.identity import fingerprint
+from flashmoe_mlx.model.families import switch_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
 """What MLX's affine quantization offers."""
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells a checkpoint from another in the same place: 64 hexadecimal digits.
-
-    It is of the config and of the names, sizes and times of the weights, whose bytes would take minutes to read.
-
-    Raises:
-        OSError: config.json cannot be read.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        state = path.stat()
-        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def expert_bits(folder: Path) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.config import data_dir
+from flashmoe_mlx.system.package_data import data_dir
 
 DEVICE_MEMORY = 8  # elements; MLX passes smaller arrays in constant memory, where the kernels expect no matrix
 

@@ -5,110 +5,14 @@ decoding, and reads slabs in place. Activations must begin at a multiple of 16 b
 of another may not. A CPU's kernels are in ``native/`` and take any number of tokens.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from flashmoe_mlx.ops import gpu, native
-
-MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
-MAX_TOP_K = 16  # experts of a token, for down()
-_MOST_CHAINS = 8  # of a function: decoding asks for few shapes
-
-
-class Quantized(NamedTuple):
-    """Matrices in MLX's affine quantisation: ``weight = scale * q + bias``, for each group of a row's elements.
-
-    Args:
-        weight (mx.array): ``[slots, rows, columns * bits / 32]``, uint32.
-        scales (mx.array): ``[slots, rows, columns / group_size]``, of the activations' dtype; native ones take any.
-        biases (mx.array): like ``scales``.
-        group_size (int): 32, 64 or 128.
-        bits (int): 2, 3, 4, 5, 6 or 8.
-    """
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
-
-    @property
-    def rows(self) -> int:
-        """Elements of a product."""
-        return self.weight.shape[1]
-
-
-class Dense(NamedTuple):
-    """A single matrix of a dense layer; see :class:`Quantized`.
-
-    Args:
-        weight (mx.array): ``[rows, columns * bits / 32]``, uint32.
-        scales (mx.array): ``[rows, columns / group_size]``.
-        biases (mx.array): like ``scales``.
-        group_size (int): 32, 64 or 128.
-        bits (int): 2, 3, 4, 5, 6 or 8.
-    """
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
-
-
-def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized | Dense) -> bool:
-    """The dispatch rule: whether the kernels run, on this device and for these operands. Otherwise the twins do.
-
-    Args:
-        x (mx.array): activations, whatever their shape.
-        slots (mx.array): ``[..., top_k]``, one for each product.
-        matrices (Quantized or Dense): what they are multiplied with.
-    """
-    if not gpu.on_gpu():
-        return x.dtype == mx.float32 and slots.size > 0 and native.kernels() is not None
-    return (
-        0 < slots.size <= MAX_PAIRS
-        and slots.shape[-1] <= MAX_TOP_K
-        and all(matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices)
-    )
-
-
-def native_kernels(x: mx.array) -> native.Kernels | None:
-    """The native kernels, if they take ``x``."""
-    return native.kernels() if x.dtype == mx.float32 and not gpu.on_gpu() else None
-
-
-class Fused:
-    """A function of arrays that returns some, and costs the host little: on a CPU it is one operation if all that it
-    computes are native kernels, elsewhere ``mx.compile`` keeps what it builds.
-
-    Args:
-        function (Callable): depends on its arguments' shapes and dtypes only, and on arrays that never change.
-    """
-
-    def __init__(self, function: Callable[..., Sequence[mx.array]]):
-        self._function = function
-        self._compiled: Callable[..., Sequence[mx.array]] = mx.compile(function)
-        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for, the newest first
-        self._foreign = False
-
-    def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
-        """What the function returns, lazily."""
-        kernels = None if self._foreign else native_kernels(inputs[0])
-        if kernels is None:
-            return self._compiled(*inputs)
-        for chain in self._chains:
-            if (made := chain(inputs)) is not None:
-                return made
-        outputs = self._function(*inputs)
-        try:
-            self._chains = [kernels.Chain(inputs, outputs), *self._chains[: _MOST_CHAINS - 1]]
-        except ValueError:  # MLX computes a part of it
-            self._foreign = True
-        return outputs
+from flashmoe_mlx.ops import gpu
+from flashmoe_mlx.ops.dispatch import has_kernel, native_kernels
+from flashmoe_mlx.ops.matrices import Quantized
 
 
 def gate_up(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> mx.array:

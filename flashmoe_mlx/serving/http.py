@@ -15,9 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from flashmoe_mlx.generation.worker import Generation, Token
+from flashmoe_mlx.generation.job import Generation, Token
+from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.openai.reply import Reply
-from flashmoe_mlx.serving.openai.request import ChatRequest, CompletionRequest, Refusal, Request, read_request
+from flashmoe_mlx.serving.openai.request import read_request
+from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest, Request
 from flashmoe_mlx.serving.service import Service
 
 MOST_BODY = 8 * 2**20  # bytes

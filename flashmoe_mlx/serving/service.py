@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 
 from flashmoe_mlx import constrain
+from flashmoe_mlx.generation.job import Generation, Order
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generation, Generations, Order
+from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.openai.reply import Reply
-from flashmoe_mlx.serving.openai.request import ChatRequest, JsonFormat, Refusal, Request, Sampling, SchemaFormat
+from flashmoe_mlx.serving.openai.schema import ChatRequest, JsonFormat, Request, Sampling, SchemaFormat
 
 
 @dataclass(frozen=True)

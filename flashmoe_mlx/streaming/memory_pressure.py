@@ -3,12 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
-import mlx.core as mx
-import psutil
-
 from flashmoe_mlx.streaming.pool import Pool
-
-_RESERVE = 32  # of all memory, one part: what stays free, and what MLX may keep for itself
+from flashmoe_mlx.system.memory import _RESERVE, _free_and_total
 
 
 class Pressure:
@@ -56,15 +52,3 @@ class Pressure:
         if free < reserve or (self._share < 1 and free > 4 * reserve):
             planned = sum(pool.planned * pool.slot_nbytes for pool in self._pools)
             self._share = min(1.0, max(0.0, self._share + (free - 2 * reserve) / planned))
-
-
-def limit_cache() -> None:
-    """Let MLX give freed memory back to the OS rather than keep it; a part of it stays for the next step's arrays."""
-    limit = psutil.virtual_memory().total // _RESERVE
-    if (before := mx.set_cache_limit(limit)) < limit:
-        mx.set_cache_limit(before)
-
-
-def _free_and_total() -> tuple[int, int]:
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.checkpoint.manifest import FirstReads
 from flashmoe_mlx.ops import native
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.manifest_check import FirstReads
 from flashmoe_mlx.streaming.pinned_memory import Staging
-from flashmoe_mlx.streaming.reader import Landed, Reader
+from flashmoe_mlx.streaming.read_error import Landed
+from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import NO_SLOT, Slab, row_nbytes
 
 _STAGED_AT_ONCE = 5  # experts; half of what a token of the 397B model needs

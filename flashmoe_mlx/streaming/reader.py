@@ -7,47 +7,20 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from operator import itemgetter
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
 
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.read_batch import _PATIENCE, _Batch, _Job, _merged
+from flashmoe_mlx.streaming.read_error import Landed, _failure, _Read
 from flashmoe_mlx.system.daemon_threads import Threads
 
-_T = TypeVar("_T")
 _LARGE = 1 << 16  # bytes that take longer to copy than a thread takes to wake
-_MOST_MERGED = 1 << 20  # bytes; enough reads are to be left for all threads
-_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")
 _MOST_COPIERS = 8
 _ONLY_CACHED: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read what the page cache has, do not wait for the device
 _F_RDAHEAD = 45  # macOS; Python has no name for it
-_PATIENCE = 0.5  # seconds for reads of a request that has failed, or of a process that ends
-
-_Read = tuple[str, int, int, list[memoryview]]  # path, offset, bytes, and the buffers they go to
-Landed = Callable[[Sequence[memoryview]], None]
-
-
-class ReadError(OSError):
-    """Bytes of a file that did not arrive as they should.
-
-    Args:
-        message (str): one line for people.
-        path (str): the file.
-        offset (int): where in the file the read began.
-        wanted (int): its bytes.
-        got (int): how many of them arrived. All of them, if the file is no longer the one that was opened.
-    """
-
-    def __init__(self, message: str, path: str, offset: int, wanted: int, got: int):
-        super().__init__(message)
-        self.path = path
-        self.offset = offset
-        self.wanted = wanted
-        self.got = got
 
 
 class Reader:
@@ -232,131 +205,6 @@ class Reader:
         batch.landed(buffers)
 
 
-class _Job:
-    """What a thread does for a batch: ``read`` is what it may be writing, with ``done`` bytes there ``since`` when."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.ended = False
-        self.error: BaseException | None = None
-        self.read: _Read | None = None
-        self.done = 0
-        self.since = time.perf_counter()
-
-    def begin(self, read: _Read, done: int) -> None:
-        self.since = time.perf_counter()
-        self.done = done
-        self.read = read
-
-
-class _Batch:
-    """Reads under way: ``cold`` has those that nobody waits for yet."""
-
-    def __init__(self, threads: Threads, reads: Sequence[_Read], timeout: float, landed: Landed | None):
-        self.cold: deque[tuple[_Read, int]] = deque()  # and how many bytes are there already
-        self._reads = reads
-        self._threads = threads
-        self._timeout = timeout
-        self.landed = landed or (lambda buffers: None)
-        self._stopped = False
-        self._jobs: list[_Job] = []
-        self._ended: SimpleQueue[_Job] = SimpleQueue()
-
-    @property
-    def pending(self) -> Sequence[_Read]:
-        """Those that a thread may be making or still make."""
-        if not self._stopped:
-            return () if all(job.ended for job in self._jobs) else self._reads
-        current = [job.read for job in self._jobs if job.begun and not job.ended]
-        reads = [read for read in current if read is not None]
-        return reads if len(reads) == len(current) else self._reads  # one is between two reads
-
-    def submit(self, count: int, work: Callable[..., None], queue: deque[Any]) -> None:
-        """Let ``count`` threads do the same work."""
-        for _ in range(count):
-            job = _Job()
-            self._jobs.append(job)
-            self._threads.submit(partial(self._run, job, work, queue))
-
-    def wait(self) -> None:
-        """Return when all reads are made, or raise what the first one that failed did.
-
-        Raises:
-            ReadError: a read failed, or has been under way for too long.
-        """
-        running = True
-        while running:
-            running = not all(job.ended for job in self._jobs)  # a job may add others before it ends
-            for job in self._jobs:
-                if job.error is not None:
-                    raise job.error
-            if running:
-                try:
-                    self._ended.get(timeout=self._timeout / 10)
-                except Empty:
-                    self._refuse_stuck()
-
-    def stop(self) -> None:
-        """Give up what nobody has begun, and wait until no thread touches a buffer any more; but not for long."""
-        self._stopped = True
-        deadline = time.perf_counter() + _PATIENCE
-        while self.pending and (left := deadline - time.perf_counter()) > 0:
-            with suppress(Empty):
-                self._ended.get(timeout=left)
-
-    def taken(self, queue: deque[_T], job: "_Job") -> Iterator[_T]:
-        """Take one after another from a queue until it is empty; other threads may do the same."""
-        while queue and not self._stopped:
-            job.read = None
-            try:
-                yield queue.popleft()
-            except IndexError:  # another thread took the last one
-                return
-
-    def _run(self, job: "_Job", work: Callable[..., None], queue: deque[Any]) -> None:
-        job.since = time.perf_counter()
-        job.begun = True
-        try:
-            work(self, job, queue)
-        except BaseException as error:
-            job.error = error
-        job.ended = True
-        self._ended.put(job)
-
-    def _refuse_stuck(self) -> None:
-        """Raise for a read that takes too long; another thread takes the place of the one that is stuck in it."""
-        now = time.perf_counter()
-        stuck = [job for job in self._jobs if not job.ended and now - job.since > self._timeout]
-        for job in stuck:
-            self._threads.add(job.begun)
-        for job in stuck:
-            read = job.read or self._reads[0]
-            path, offset, nbytes, _ = read
-            raise _failure(
-                read,
-                job.done,
-                f"no answer for {self._timeout:g} s while reading {nbytes} bytes at offset {offset} of {path}. "
-                "Check the disk, or allow more time with read_timeout",
-            )
-
-
-def _merged(reads: Iterable[tuple[Span, memoryview]]) -> list[_Read]:
-    """Join small spans that follow one another in a file: a read of 7 KB costs Python as much as the copy."""
-    merged: list[_Read] = []
-    last_path, end, size = "", -1, 0
-    for (path, offset, nbytes), buffer in reads:
-        if offset == end and path == last_path and size + nbytes <= _MOST_MERGED and len(merged[-1][3]) < _MOST_BUFFERS:
-            _, first, _, buffers = merged[-1]
-            size += nbytes
-            buffers.append(buffer)
-            merged[-1] = (path, first, size, buffers)
-        else:
-            last_path, size = path, nbytes
-            merged.append((path, offset, nbytes, [buffer]))
-        end = offset + nbytes
-    return merged
-
-
 def _without(done: int, buffers: list[memoryview]) -> list[memoryview]:
     """What follows the first ``done`` bytes of buffers."""
     for number, buffer in enumerate(buffers):
@@ -387,11 +235,6 @@ def _tells_cached(file: int) -> bool:
 def _version(stat: os.stat_result) -> tuple[int, int, int]:
     """What changes when another file takes a file's place, or other bytes its own."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _failure(read: _Read, got: int, message: str) -> ReadError:
-    path, offset, nbytes, _ = read
-    return ReadError(message, path, offset, nbytes, got)
 
 
 def _close(files: dict[str, int], *pools: Threads) -> None:

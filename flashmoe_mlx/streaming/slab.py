@@ -98,14 +98,6 @@ class Slab:
             np.frombuffer(row, np.float32)[...] = np.frombuffer(self.landing(slot), np.float16)
 
 
-def return_freed_memory() -> None:
-    """Give the OS what MLX and the C library keep of arrays that are gone."""
-    mx.clear_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what it thinks small, up to 32 MB
-    if trim is not None:
-        trim(0)
-
-
 def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False) -> int:
     """Bytes of one row of a slab."""
     return prod(shape) * (stored if kept else computed_dtype(stored)).size

@@ -10,9 +10,10 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx import verify
 from flashmoe_mlx.checkpoint.folder import Checkpoint
-from flashmoe_mlx.checkpoint.manifest import FirstReads, Manifest, digest
+from flashmoe_mlx.checkpoint.manifest import Manifest, digest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.manifest_check import FirstReads
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from tests.conftest import WriteFamily

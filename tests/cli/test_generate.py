@@ -15,7 +15,7 @@ from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.model import budget
+from flashmoe_mlx.model import context
 from tests.support.flags import STREAMING, flags
 from tests.support.oracle import streamed
 
@@ -107,7 +107,7 @@ def test_chunks(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: p
     assert run(capsys, "--model", str(folder), "--verbose", "False", "--prefill-step-size", "5") == whole
     assert steps[:3] == [0, 5, 10]
     steps.clear()
-    monkeypatch.setattr(budget, "_CHUNKS", (4, 4))
+    monkeypatch.setattr(context, "_CHUNKS", (4, 4))
     assert run(capsys, "--model", str(folder), "--verbose", "False") == whole
     assert steps[:3] == [0, 4, 8]
 

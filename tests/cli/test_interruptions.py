@@ -160,7 +160,7 @@ def test_loads_leak_nothing(count: int, folder: Path) -> None:
 def test_main_thread_that_does_not_hear(busy: str) -> None:
     program = f"""
 import hashlib, time, weakref
-from flashmoe_mlx.cli.arguments import one_line_errors
+from flashmoe_mlx.cli.errors import one_line_errors
 
 class Thing:
     pass

@@ -11,7 +11,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from flashmoe_mlx.generation.prefix_store import Prefixes, model_identity
+from flashmoe_mlx.checkpoint.identity import model_identity
+from flashmoe_mlx.generation.prefix_store import Prefixes
 from tests.conftest import WriteFamily
 from tests.support.oracle import streamed
 from tests.support.serving import serve

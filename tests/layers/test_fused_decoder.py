@@ -18,10 +18,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from benchmarks.exact import load_resident
 from benchmarks.trunk import DIMS, KINDS, cache_of, random_layer
 from flashmoe_mlx.layers import qwen3_next as trunk
-from flashmoe_mlx.layers.qwen3_next import FewLaunches, swap_trunk
+from flashmoe_mlx.layers.fused_decoder import FewLaunches
+from flashmoe_mlx.layers.qwen3_next import swap_trunk
 from flashmoe_mlx.ops import gated_delta as trunk_ops
 from flashmoe_mlx.ops import gpu
-from flashmoe_mlx.ops.products import Dense
+from flashmoe_mlx.ops.attention import Rope, attend, attend_twin, norm_rope, norm_rope_twin
+from flashmoe_mlx.ops.matrices import Dense
+from flashmoe_mlx.ops.norm import add_norm, add_norm_twin, combine, combine_twin
+from flashmoe_mlx.ops.routing import ask, ask_twin, route, route_twin
 from tests.conftest import WriteFamily
 from tests.ops.test_products import quantized
 from tests.support.oracle import resident, streamed
@@ -90,16 +94,16 @@ def check_kernels(
         )
     projected = normal(8, 1, tokens, (2 * heads + 2 * key_heads) * dim).astype(dtype)
     same(
-        *(trunk_ops.norm_rope, trunk_ops.norm_rope_twin),
+        *(norm_rope, norm_rope_twin),
         projected,
         *(normal(9, dim).astype(dtype), normal(10, dim).astype(dtype), mx.array([7])),
         heads=heads,
         key_heads=key_heads,
-        rope=trunk_ops.Rope(dim // 4, 1e7, 1.0, 1e-6),
+        rope=Rope(dim // 4, 1e7, 1.0, 1e-6),
     )
     for capacity, position in ((256, 0), (256, 256 - tokens), (300, 100)):
         same(
-            *(trunk_ops.attend, trunk_ops.attend_twin),
+            *(attend, attend_twin),
             normal(11, 1, heads, tokens, dim).astype(dtype),
             *(normal(12 + i, 1, key_heads, capacity, dim).astype(dtype) for i in range(2)),
             mx.array([position]),
@@ -107,9 +111,9 @@ def check_kernels(
             scale=dim**-0.5,
         )
     x, y, weight = (normal(14 + i, 1, tokens, hidden).astype(dtype) for i in range(3))
-    same(trunk_ops.add_norm, trunk_ops.add_norm_twin, x, y, weight[0, 0], eps=1e-6)
+    same(add_norm, add_norm_twin, x, y, weight[0, 0], eps=1e-6)
     experts, scores = (normal(17, 1, tokens, *shape).astype(dtype) for shape in ((top_k, hidden), (top_k + 1,)))
-    same(trunk_ops.combine, trunk_ops.combine_twin, x, experts, scores, y, weight[0, 0], eps=1e-6)
+    same(combine, combine_twin, x, experts, scores, y, weight[0, 0], eps=1e-6)
     for router_bits, bits, rows in ((8, 4, 33), (4, 2, 64)):
         x = normal(19, 1, tokens, 192).astype(dtype)
         matrices, wide = [], []
@@ -117,7 +121,7 @@ def check_kernels(
             weight, scales, biases = (part.squeeze(0) for part in quantized(1, count, 192, 64, width, dtype, count)[:3])
             matrices.append(Dense(weight, scales, biases, 64, width))
             wide.append(Dense(weight, scales.astype(mx.float32), biases.astype(mx.float32), 64, width))
-        for a, w in zip(trunk_ops.ask(x, *matrices), trunk_ops.ask_twin(x.astype(mx.float32), *wide), strict=True):
+        for a, w in zip(ask(x, *matrices), ask_twin(x.astype(mx.float32), *wide), strict=True):
             assert error(a, w) < ROUNDING[dtype]
 
 
@@ -125,8 +129,8 @@ def check_route(dtype: mx.Dtype, experts: int, top_k: int, normalize: bool, logi
     """The experts of the twin, in whatever order, and their scores."""
     logits = logits.astype(dtype)
     assert logits.shape[-1] == experts + 1
-    chosen, scores = trunk_ops.route(logits, top_k, normalize)
-    wanted, wanted_scores = trunk_ops.route_twin(logits, top_k, normalize)
+    chosen, scores = route(logits, top_k, normalize)
+    wanted, wanted_scores = route_twin(logits, top_k, normalize)
     assert chosen.dtype == wanted.dtype and scores.dtype == wanted_scores.dtype
     ours, theirs = (mx.argsort(each, axis=-1) for each in (chosen, wanted))
     assert mx.array_equal(mx.take_along_axis(chosen, ours, -1), mx.take_along_axis(wanted, theirs, -1))
@@ -154,7 +158,7 @@ def test_routes_emulated(dtype: mx.Dtype, experts: int, top_k: int, normalize: b
 def test_route_without_numbers(emulated: None) -> None:
     """A broken model's logits still name experts that exist, each of them once."""
     for logits in (mx.full((1, 1, 17), float("nan")), mx.full((1, 1, 17), float("inf"))):
-        chosen, _ = trunk_ops.route(logits, 4, True)
+        chosen, _ = route(logits, 4, True)
         assert len(set(chosen.flatten().tolist())) == 4
         assert mx.all(chosen < 16).item()
 

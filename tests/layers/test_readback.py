@@ -6,7 +6,7 @@ import pytest
 
 from flashmoe_mlx.layers import readback as mailbox
 from flashmoe_mlx.layers.readback import Mailbox
-from flashmoe_mlx.model import load as model
+from flashmoe_mlx.model import swap as model
 from flashmoe_mlx.streaming.pinned_memory import Staging
 from tests.conftest import WriteFamily
 from tests.streaming.test_pool import HostStaging

@@ -10,9 +10,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers.qwen3_next import swap_trunk
-from flashmoe_mlx.layers.shared_expert import FEW_TOKENS, Early, make_early
+from flashmoe_mlx.layers.shared_expert import Early, make_early
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
-from flashmoe_mlx.model.load import _start_early
+from flashmoe_mlx.model.swap import _start_early
+from flashmoe_mlx.ops.dispatch import FEW_TOKENS
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
 from tests.support.oracle import assert_same, resident, run, streamed

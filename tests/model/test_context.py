@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from flashmoe_mlx.model import budget
-from flashmoe_mlx.model.budget import prefill_step_size, prefill_token_nbytes
+from flashmoe_mlx.model import budget, swap
+from flashmoe_mlx.model.context import prefill_step_size, prefill_token_nbytes
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
 from tests.support.oracle import resident, streamed
@@ -61,7 +61,7 @@ def test_streaming_tells(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatc
     streaming = streamed(folder).streaming
     held = streaming.trunk_nbytes + streaming.slots_nbytes
     monkeypatch.setattr(budget, "free_memory", lambda: held + 4 * 2048 * token)
-    monkeypatch.setattr("flashmoe_mlx.model.load.free_memory", budget.free_memory)
+    monkeypatch.setattr(swap, "free_memory", budget.free_memory)
     assert streamed(folder).streaming.prefill_step_size == 2048
-    monkeypatch.setattr("flashmoe_mlx.model.load.free_memory", lambda: held + 4 * 2048 * token - 4)
+    monkeypatch.setattr(swap, "free_memory", lambda: held + 4 * 2048 * token - 4)
     assert streamed(folder).streaming.prefill_step_size == 1024

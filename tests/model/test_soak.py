@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.streaming.reader import ReadError
+from flashmoe_mlx.streaming.read_error import ReadError
 from tests.conftest import WriteFamily
 from tests.support.faults import HARMFUL, HARMLESS, faults, hurried
 from tests.support.oracle import resident, streamed

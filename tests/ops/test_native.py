@@ -13,14 +13,16 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from benchmarks.exact import load_resident
-from flashmoe_mlx.config import data_dir
 from flashmoe_mlx.layers.native_cpu import Attention, GatedDeltaNet, use_native
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
+from flashmoe_mlx.ops import fused as fused_module
 from flashmoe_mlx.ops import native as native_module
 from flashmoe_mlx.ops import products as ops
+from flashmoe_mlx.ops.fused import Fused
+from flashmoe_mlx.ops.matrices import Quantized
 from flashmoe_mlx.ops.native import Kernels
-from flashmoe_mlx.ops.products import Quantized
 from flashmoe_mlx.streaming.slab import NO_SLOT
+from flashmoe_mlx.system.package_data import data_dir
 from tests.conftest import WriteFamily
 from tests.layers.test_fused_decoder import FAMILIES, arrays, both, check_kernels, check_route, normal, steps
 from tests.ops.test_products import BITS, dequantized, error, float64, quantized
@@ -248,12 +250,12 @@ def test_trunk(native: Kernels) -> None:
 def test_fused_knows_the_newest_shapes(native: Kernels) -> None:
     """A prompt's waves ask for many shapes; decoding's is one operation all the same."""
     mx.eval(weight := mx.ones((32,)))
-    fused = ops.Fused(lambda x, y: native.add_norm(x, y, weight, 1e-6))
+    fused = Fused(lambda x, y: native.add_norm(x, y, weight, 1e-6))
     for tokens in (*range(1, 20), 1, 1):
         x, y = mx.random.normal((1, tokens, 32)), mx.ones((1, tokens, 32))
         for actual, wanted in zip(fused(x, y), native.add_norm(x, y, weight, 1e-6), strict=True):
             assert mx.array_equal(actual, wanted)
-    assert len(fused._chains) == ops._MOST_CHAINS
+    assert len(fused._chains) == fused_module._MOST_CHAINS
     assert fused._chains[0]((x, y[:, :1])) is not None
     with pytest.raises(ValueError, match="twice"):
         native.Chain((x, x), native.add_norm(x, x, weight, 1e-6))

@@ -11,7 +11,8 @@ from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops import products as ops
-from flashmoe_mlx.ops.products import Quantized
+from flashmoe_mlx.ops.dispatch import MAX_PAIRS, MAX_TOP_K, has_kernel
+from flashmoe_mlx.ops.matrices import Quantized
 from flashmoe_mlx.streaming.slab import NO_SLOT
 from tests.conftest import WriteFamily
 from tests.support.oracle import PROMPT, resident, streamed
@@ -63,7 +64,7 @@ def check_kernels(
 
     wanted = np.einsum("tkrc,tkc->tkr", dense_up, float64(hidden))
     assert error(ops.matvec(hidden, slots, up), wanted) < TOLERANCE[dtype]
-    if ops.has_kernel(x, slots, gate, up):
+    if has_kernel(x, slots, gate, up):
         some = mx.where(mx.arange(top_k) % 2 == 0, slots, NO_SLOT)
         here = (some != NO_SLOT)[..., None]
         assert mx.array_equal(ops.matvec(hidden, some, up), here * ops.matvec(hidden, slots, up))
@@ -81,7 +82,7 @@ def check_kernels(
     bits=st.sampled_from(BITS),
     group_size=st.sampled_from([32, 64, 128]),
     tokens=st.integers(1, 8),
-    top_k=st.integers(1, ops.MAX_TOP_K),
+    top_k=st.integers(1, MAX_TOP_K),
     rows=st.integers(2, 40),
     groups=st.integers(1, 12),
     seed=st.integers(0, 2**20),
@@ -105,11 +106,11 @@ def test_on_gpu(dtype: mx.Dtype, bits: int, group_size: int, on_gpu: None) -> No
 def test_dispatch_on_gpu(on_gpu: None) -> None:
     """Few pairs go to kernels, many to the twin; they agree."""
     gate, up = (quantized(4, 64, 128, 64, 4, mx.bfloat16, key) for key in (1, 2))
-    x = mx.random.normal((ops.MAX_PAIRS + 1, 128)).astype(mx.bfloat16)
-    slots = mx.random.randint(0, 4, (ops.MAX_PAIRS + 1, 1)).astype(mx.uint32)
-    assert ops.has_kernel(x[:1], slots[:1], gate, up)
-    assert not ops.has_kernel(x, slots, gate, up)
-    assert not ops.has_kernel(x.astype(mx.float32), slots[:1], gate, up)
+    x = mx.random.normal((MAX_PAIRS + 1, 128)).astype(mx.bfloat16)
+    slots = mx.random.randint(0, 4, (MAX_PAIRS + 1, 1)).astype(mx.uint32)
+    assert has_kernel(x[:1], slots[:1], gate, up)
+    assert not has_kernel(x, slots, gate, up)
+    assert not has_kernel(x.astype(mx.float32), slots[:1], gate, up)
     few, many = ops.gate_up(x[:1], slots[:1], gate, up), ops.gate_up(x, slots, gate, up)[:1]
     assert error(few, float64(many)) < 1e-2
 
@@ -118,16 +119,16 @@ def test_dispatch(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel cannot take goes to the twin."""
     gate, up = (quantized(4, 16, 128, 64, 4, mx.float32, key) for key in (1, 2))
     x, slots = mx.ones((1, 128)), mx.zeros((1, 2), mx.uint32)
-    assert ops.has_kernel(x, slots, gate, up)
-    assert not ops.has_kernel(x, mx.zeros((1, 0), mx.uint32), gate)
-    assert not ops.has_kernel(x, mx.zeros((1, ops.MAX_TOP_K + 1), mx.uint32), gate)
-    assert not ops.has_kernel(x, mx.zeros((ops.MAX_PAIRS + 1, 1), mx.uint32), gate)
-    assert not ops.has_kernel(x.astype(mx.bfloat16), slots, gate)
-    assert not ops.has_kernel(x, slots, quantized(1, 3, 128, 64, 4, mx.float32, 1))
+    assert has_kernel(x, slots, gate, up)
+    assert not has_kernel(x, mx.zeros((1, 0), mx.uint32), gate)
+    assert not has_kernel(x, mx.zeros((1, MAX_TOP_K + 1), mx.uint32), gate)
+    assert not has_kernel(x, mx.zeros((MAX_PAIRS + 1, 1), mx.uint32), gate)
+    assert not has_kernel(x.astype(mx.bfloat16), slots, gate)
+    assert not has_kernel(x, slots, quantized(1, 3, 128, 64, 4, mx.float32, 1))
     for other in (quantized(4, 16, 128, 64, 8, mx.float32, 3), quantized(4, 16, 128, 32, 4, mx.float32, 3)):
         assert mx.array_equal(ops.gate_up(x, slots, gate, other), ops.gate_up_twin(x, slots, gate, other))
     monkeypatch.setattr(gpu, "on_gpu", lambda: False)
-    assert not ops.has_kernel(x, slots, gate, up)
+    assert not has_kernel(x, slots, gate, up)
 
 
 def test_gate_and_up_of_different_bits(emulated: None, checkpoint: WriteFamily) -> None:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from flashmoe_mlx import server
 from flashmoe_mlx.generation import prompt
-from flashmoe_mlx.model.load import Streaming
+from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.serving import http as handler
 from tests.serving.test_server import CHAT, DEFINITION, HERON
 from tests.support.faults import faults

@@ -12,11 +12,13 @@ from mlx_lm.tool_parsers import json_tools, mistral
 from demo.talk import TOOL
 from demo.tokenizer import MODEL
 from flashmoe_mlx.generation import prompt
+from flashmoe_mlx.generation.job import Generation, Order, Token
 from flashmoe_mlx.generation.output_parser import Piece, Pieces
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generation, Order, Token
+from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.openai.reply import Reply
-from flashmoe_mlx.serving.openai.request import ChatRequest, Refusal, read_request
+from flashmoe_mlx.serving.openai.request import read_request
+from flashmoe_mlx.serving.openai.schema import ChatRequest
 from tests.support.serving import DEFAULTS
 
 TEMPLATE = """{%- for message in messages -%}

@@ -18,7 +18,7 @@ from flashmoe_mlx import evaluate
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.evaluation import measure as evaluation
 from flashmoe_mlx.generation.prompt_cache import save_prompt_cache
-from flashmoe_mlx.streaming.reader import ReadError
+from flashmoe_mlx.streaming.read_error import ReadError
 from tests.conftest import WriteFamily
 from tests.support.faults import HARMFUL, HARMLESS, faults, hurried
 from tests.support.oracle import resident, streamed

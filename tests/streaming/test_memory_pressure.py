@@ -10,15 +10,16 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.model import budget
-from flashmoe_mlx.model.budget import kv_token_nbytes, quantized_share
+from flashmoe_mlx.model import context
+from flashmoe_mlx.model.context import kv_token_nbytes, quantized_share
 from flashmoe_mlx.ops.native import Kernels
 from flashmoe_mlx.streaming import memory_pressure as pressure
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.memory_pressure import Pressure, limit_cache
+from flashmoe_mlx.streaming.memory_pressure import Pressure
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
+from flashmoe_mlx.system.memory import limit_cache
 from tests.conftest import WriteFamily
 from tests.streaming.test_pool import HostStaging, holds
 from tests.support.disk import write_experts
@@ -216,7 +217,7 @@ def test_quantised_kv_cache_is_foretold(dtype: mx.Dtype, bits: int, group_size: 
 def test_context_that_cannot_fit(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     streaming = streamed(checkpoint("qwen3_moe")).streaming
     assert streaming.kv_token_nbytes == kv_token_nbytes(FAMILIES["qwen3_moe"], 2, 4) == 1024
-    monkeypatch.setattr(budget, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(context, "free_memory", lambda: 10**9)
     streaming.refuse_context(900_000)
     streaming.refuse_context(3_000_000, kv_bits=8)  # of 32, and two values of scale and bias for 64
     with pytest.raises(MemoryError, match=r"of 3,500,000 tokens needs 1.01 GB"):

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.pinned_memory import Staging
 from flashmoe_mlx.streaming.pool import Pool
-from flashmoe_mlx.streaming.reader import Reader, ReadError
+from flashmoe_mlx.streaming.read_error import ReadError
+from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import NO_SLOT
 from tests.support.disk import content, write_experts
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
 
 PARTS = (ExpertPart("up.weight", (2, 3), mx.uint32), ExpertPart("up.scales", (5,), mx.float32))
 _WORDS = 2 * 3 + 5

@@ -8,10 +8,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx import __version__
 from flashmoe_mlx.constrain import readable
+from flashmoe_mlx.generation.job import Generation, Token
 from flashmoe_mlx.generation.output_parser import Piece, Pieces
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generation, Token
-from flashmoe_mlx.serving.openai.request import ChatRequest, Request
+from flashmoe_mlx.serving.openai.schema import ChatRequest, Request
 
 
 class Reply:

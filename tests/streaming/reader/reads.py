@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
 
 LARGE = 1 << 18  # bytes; threads share the work
 DATA = np.random.default_rng(0).bytes(8 * LARGE)

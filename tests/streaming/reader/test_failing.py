@@ -14,7 +14,8 @@ import pytest
 
 from flashmoe_mlx.streaming import reader as reader_module
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.reader import Reader, ReadError
+from flashmoe_mlx.streaming.read_error import ReadError
+from flashmoe_mlx.streaming.reader import Reader
 from tests.streaming.reader.reads import DATA, LARGE, SIZES, Preadv, complete, plan
 
 
@@ -194,7 +195,7 @@ reader.read([(Span(sys.argv[1], 0, 5), memoryview(bytearray(5)))])
     begin = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, timeout=30)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("flashmoe_mlx.streaming.reader.ReadError: no answer for 0.2 s")
+    assert ended.stderr.splitlines()[-1].startswith("flashmoe_mlx.streaming.read_error.ReadError: no answer for 0.2 s")
     assert time.monotonic() - begin < 20
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flashmoe_mlx.checkpoint.folder import Span
+from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 from tests.streaming.reader.reads import DATA, LARGE, SIZES, complete, plan

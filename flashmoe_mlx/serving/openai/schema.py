@@ -1,0 +1,275 @@
+"""The fields of OpenAI's requests, as msgspec structures."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from flashmoe_mlx.serving.errors import Refusal
+
+MOST_MESSAGES = 1024
+
+MOST_TOOLS = 128
+
+_Positive = Annotated[int, Meta(ge=1)]
+
+_Natural = Annotated[int, Meta(ge=0)]
+
+_Share = Annotated[float, Meta(ge=0, le=1)]
+
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+_Word = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+_Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class _Strict(Struct, forbid_unknown_fields=True):
+    """Knows its fields and no others."""
+
+
+class TextPart(_Strict):
+    """A part of a message. Images, sounds and files are not supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+class CalledFunction(_Strict):
+    """A function that the model called; the arguments are JSON, as text or as they are."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(_Strict):
+    """A call that an earlier answer made."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int = 0
+
+
+class _Message(_Strict, tag_field="role", kw_only=True):
+    content: Content
+    name: str | None = None
+
+
+class SystemMessage(_Message, tag="system"):
+    """What the model is to be."""
+
+
+class DeveloperMessage(_Message, tag="developer"):
+    """The newer name of a system message."""
+
+
+class UserMessage(_Message, tag="user"):
+    """What a person said."""
+
+
+class AssistantMessage(_Message, tag="assistant", kw_only=True):
+    """What the model said."""
+
+    content: Content = ""
+    tool_calls: list[ToolCall] = []
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class ToolMessage(_Message, tag="tool", kw_only=True):
+    """What a call gave."""
+
+    tool_call_id: str
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class Function(_Strict):
+    """A function that the model may call; the parameters are a JSON schema of an object."""
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(_Strict):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(_Strict, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonFormat(_Strict, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(_Strict):
+    """A JSON schema. It is enforced whatever ``strict`` says."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class SchemaFormat(_Strict, tag_field="type", tag="json_schema"):
+    """JSON that fits a schema."""
+
+    json_schema: NamedSchema
+
+
+class StreamOptions(_Strict):
+    """What a stream brings besides."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TemplateOptions(_Strict):
+    """What the chat template is told."""
+
+    enable_thinking: bool | None = None
+
+
+class Sampling(_Strict, kw_only=True):
+    """What both kinds of request share. Some fields only tell OpenAI something, and mean nothing here."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: _Positive
+    temperature: Annotated[float, Meta(ge=0, le=2)]
+    top_p: Annotated[float, Meta(gt=0, le=1)]
+    top_k: _Natural
+    min_p: _Share
+    xtc_probability: _Share = 0.0
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repetition_context_size: _Positive = 20
+    presence_penalty: _Penalty = 0.0
+    presence_context_size: _Positive = 20
+    frequency_penalty: _Penalty = 0.0
+    frequency_context_size: _Positive = 20
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: _Word | Annotated[list[_Word], Meta(max_length=16)] = []
+    n: Literal[1] = 1
+    user: str = ""
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class ChatRequest(Sampling, kw_only=True):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: _Positive | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MOST_TOOLS)] = []  # as given: templates print them
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    response_format: TextFormat | JsonFormat | SchemaFormat = msgspec.field(default_factory=TextFormat)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: TemplateOptions = msgspec.field(default_factory=TemplateOptions)
+    metadata: dict[str, str] = {}
+    prompt_cache_key: str = ""
+    safety_identifier: str = ""
+    service_tier: Literal["auto", "default"] = "auto"
+    store: Literal[False] = False
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them, results of calls in the order of the calls.
+
+        Raises:
+            Refusal: a call's arguments are not a JSON object, or a result belongs to no call.
+        """
+        conversation: list[dict[str, Any]] = []
+        order: dict[str, int] = {}  # of the calls that may have results now
+        results: list[tuple[int, dict[str, Any]]] = []
+        for index, message in enumerate(self.messages):
+            where = f"messages[{index}]"
+            if isinstance(message, ToolMessage):
+                if message.tool_call_id not in order:
+                    raise Refusal(400, f"No call before has the id {message.tool_call_id!r}.", f"{where}.tool_call_id")
+                results.append((order[message.tool_call_id], _plain(message, where)))
+                continue
+            conversation += [result for _, result in sorted(results, key=lambda pair: pair[0])]
+            results = []
+            calls = message.tool_calls if isinstance(message, AssistantMessage) else []
+            order = {call.id: number for number, call in enumerate(calls)}
+            conversation.append(_plain(message, where))
+        return conversation + [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """The body of ``/v1/completions``: one prompt, as text or tokens."""
+
+    prompt: str | Annotated[list[_Natural], Meta(min_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+
+
+Request = ChatRequest | CompletionRequest
+
+
+def _plain(message: Message, where: str) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    role = "system" if isinstance(message, DeveloperMessage) else str(message.__struct_config__.tag)
+    content = message.content
+    plain: dict[str, Any] = {
+        "role": role,
+        "content": content if isinstance(content, str) else "".join(part.text for part in content),
+    }
+    if message.name is not None:
+        plain["name"] = message.name
+    if isinstance(message, ToolMessage):
+        plain["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        if reasoning := message.reasoning or message.reasoning_content:
+            plain["reasoning_content"] = reasoning
+        if message.tool_calls:
+            plain["tool_calls"] = [
+                _plain_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(message.tool_calls)
+            ]
+    return plain
+
+
+def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+    arguments: Any = call.function.arguments
+    try:
+        if isinstance(arguments, str):
+            arguments = msgspec.json.decode(arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"The arguments are not JSON: {error}.", f"{where}.function.arguments") from error
+    if not isinstance(arguments, dict):
+        raise Refusal(400, "The arguments are not a JSON object.", f"{where}.function.arguments")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
