@@ -7,14 +7,14 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
-#include "delta.h"
+#include "gated_delta.h"
 #include "embedding.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "norm.h"
 #include "operation.h"
 #include "products.h"
-#include "route.h"
+#include "routing.h"
 #include "workers.h"
 
 #define TEXT_(x) #x

@@ -1,4 +1,4 @@
-#include "delta.h"
+#include "gated_delta.h"
 
 #include <algorithm>
 #include <cmath>
