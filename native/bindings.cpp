@@ -100,14 +100,4 @@ NB_MODULE(_native, m) {
             {up_weight, up_scales, up_biases},
             {shared_group, shared_bits});
       });
-  m.def(
-      "down",
-      [](const array& x,
-         const array& slots,
-         const array& scores,
-         const array& weight,
-         const array& scales,
-         const array& biases,
-         int group,
-         int bits) { return flashmoe::down(x, slots, scores, {weight, scales, biases}, group, bits); });
 }

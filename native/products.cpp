@@ -16,18 +16,16 @@ namespace {
 
 // What one call computes, with the addresses of its arrays.
 struct Product {
-  enum class Kind { plain, gate_up, down };
+  enum class Kind { plain, gate_up };
 
   Kind kind;
   Matrix matrix;               // the first of the slots
   Matrix up;                   // for gate_up
   const uint32_t* slots;       // [pairs]; none if there is one matrix
-  const float* scores;         // [pairs], for down
   const float* x;              // [vectors, columns]
   int64_t vectors;
   int64_t pairs;               // of a vector and a slot; as many pairs in a row share a vector as there are per vector
-  float* out;                  // [pairs, rows], or [tokens, rows] for down
-  int64_t tokens;              // for down
+  float* out;                  // [pairs, rows]
 };
 
 constexpr uint32_t NO_SLOT = 0xffffffff;   // of an expert that is not in memory: products with it are zero
@@ -42,18 +40,17 @@ int64_t chunk_rows(const Product& product, int64_t groups) {
 }
 
 struct Needs {
-  int64_t vectors, scratch, up, pairs;  // floats
+  int64_t vectors, scratch, up;  // floats
 
   explicit Needs(const Product& product) {
     const Layout layout = kernels().layout(product.matrix);
     vectors = product.vectors * layout.arranged;
     scratch = padded(layout.scratch);
     up = product.kind == Product::Kind::gate_up ? BATCH * MOST_CHUNK : 0;
-    pairs = product.kind == Product::Kind::down ? product.pairs * product.matrix.rows : 0;
   }
 
   int64_t total() const {
-    return vectors + Workers::shared().cores() * (scratch + up) + pairs;
+    return vectors + Workers::shared().cores() * (scratch + up);
   }
 };
 
@@ -72,7 +69,7 @@ struct Plan {
   const Product& product;
   const Needs needs;
   const int64_t arranged;
-  float *vectors, *scratch, *results;
+  float *vectors, *scratch;
   std::vector<int64_t> order;         // pairs in the order of their slots: those of a slot are multiplied together
   std::vector<int64_t> begins = {0};  // of each slot's pairs
   int64_t chunk, chunks, items;
@@ -101,12 +98,7 @@ struct Plan {
   float* take(float* memory) {
     vectors = memory;
     scratch = vectors + needs.vectors;
-    results = scratch + Workers::shared().cores() * (needs.scratch + needs.up);
-    float* const end = results + needs.pairs;
-    if (!needs.pairs) {
-      results = product.out;
-    }
-    return end;
+    return scratch + Workers::shared().cores() * (needs.scratch + needs.up);
   }
 
   void arrange(int64_t vector) const {
@@ -124,7 +116,7 @@ struct Plan {
     const int64_t slot = product.slots ? product.slots[order[begins[group]]] : 0;
     if (slot == NO_SLOT) {
       for (int64_t pair = begins[group]; pair < begins[group + 1]; ++pair) {
-        std::fill_n(results + order[pair] * rows + begin, end - begin, 0.0f);
+        std::fill_n(product.out + order[pair] * rows + begin, end - begin, 0.0f);
       }
       return;
     }
@@ -136,7 +128,7 @@ struct Plan {
       float* up[BATCH];
       for (int64_t i = 0; i < count; ++i) {
         x[i] = vectors + order[first + i] / share * arranged;
-        out[i] = results + order[first + i] * rows + begin;
+        out[i] = product.out + order[first + i] * rows + begin;
         up[i] = own + needs.scratch + i * MOST_CHUNK;
       }
       kernel.multiply(in_slot(product.matrix, slot), begin, end, x, out, count, own);
@@ -144,20 +136,6 @@ struct Plan {
         kernel.multiply(in_slot(product.up, slot), begin, end, x, up, count, own);
         for (int64_t i = 0; i < count; ++i) {
           kernel.swiglu(out[i], up[i], end - begin);
-        }
-      }
-    }
-  }
-
-  void add_up() const {
-    const int64_t rows = product.matrix.rows;
-    const int64_t top_k = product.pairs / product.tokens;
-    for (int64_t token = 0; token < product.tokens; ++token) {
-      float* const out = product.out + token * rows;
-      std::fill(out, out + rows, 0.0f);
-      for (int64_t pair = token * top_k; pair < (token + 1) * top_k; ++pair) {
-        for (int64_t row = 0; row < rows; ++row) {
-          out[row] += product.scores[pair] * results[pair * rows + row];
         }
       }
     }
@@ -188,11 +166,6 @@ void compute(const std::array<Product, COUNT>& products) {
     }
     plans[number].multiply(item, thread);
   });
-  for (const Plan& plan : plans) {
-    if (plan.product.kind == Product::Kind::down) {
-      plan.add_up();
-    }
-  }
 }
 
 // The matrix whose weight, scales and biases are the next of the inputs.
@@ -223,9 +196,6 @@ class QuantizedProduct : public Operation {
       product.slots = inputs[next].data<uint32_t>();
       product.pairs = inputs[next++].size();
     }
-    if (kind_ == Product::Kind::down) {
-      product.scores = inputs[next++].data<float>();
-    }
     product.matrix = next_matrix(inputs, next, x.shape(-1), group_, bits_);
     if (kind_ == Product::Kind::gate_up) {
       product.up = next_matrix(inputs, next, x.shape(-1), group_, bits_);
@@ -235,7 +205,6 @@ class QuantizedProduct : public Operation {
       product.pairs = product.vectors;
     }
     product.out = out.data<float>();
-    product.tokens = out.size() / product.matrix.rows;
     if (product.pairs == 0 || product.matrix.rows == 0) {
       return [] {};
     }
@@ -380,27 +349,6 @@ mx::array gate_up(
       bits,
       shape_of(slots, gate.weight),
       {x, slots, gate.weight, gate.scales, gate.biases, up.weight, up.scales, up.biases});
-}
-
-mx::array down(
-    const mx::array& x,
-    const mx::array& slots,
-    const mx::array& scores,
-    const Quantized& matrix,
-    int group,
-    int bits) {
-  check(x, matrix, group, bits, 3);
-  check_slots(slots, x, 2);
-  require(scores.shape() == slots.shape() && scores.dtype() == mx::float32, "scores must be float32, one a slot");
-  mx::Shape shape = slots.shape();
-  shape.back() = matrix.weight.shape(1);
-  return make(
-      Product::Kind::down,
-      true,
-      group,
-      bits,
-      std::move(shape),
-      {x, slots, scores, matrix.weight, matrix.scales, matrix.biases});
 }
 
 std::vector<mx::array> ask(

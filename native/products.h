@@ -41,15 +41,6 @@ mlx::core::array gate_up(
     int group,
     int bits);
 
-// [..., rows]: sum over k of scores[k] * (matrix[slots[k]] x[k]), with a vector for each slot.
-mlx::core::array down(
-    const mlx::core::array& x,
-    const mlx::core::array& slots,
-    const mlx::core::array& scores,
-    const Quantized& matrix,
-    int group,
-    int bits);
-
 // [..., router's rows]: router x, and [..., gate's rows]: silu(gate x) * (up x), for each vector of x [..., columns].
 std::vector<mlx::core::array> ask(
     const mlx::core::array& x,
