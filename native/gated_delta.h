@@ -9,22 +9,23 @@
 
 namespace flashmoe {
 
-// Where a row of projections has queries, keys, values, gates of the output, betas and decays: for each of these six the
-// first column of key head 0, and how many columns further the next key head has its own.
+// Where a row of projections has queries, keys, values, output gates, betas and decays: for each of these six the first
+// column of key head 0, and the distance in columns from one key head to the next.
 using DeltaLayout = std::array<std::pair<int, int>, 6>;
 
-// Convolution over time, SiLU, normalised queries and keys, the gated delta rule, and the gated norm of what it returns;
-// formulas are those of mlx-lm's qwen3_5.GatedDeltaNet and gated_delta.py. All arrays are float32.
+// Convolution over time, SiLU, L2 norms of queries and keys, the gated delta rule, and the gated norm of its output, as
+// mlx-lm's qwen3_5.GatedDeltaNet and gated_delta.py compute them. All arrays are float32:
 //
-//   x            [batch, tokens, width]: what is projected
-//   window       [batch, taps - 1, channels]: the inputs of the convolution before these: of all heads queries, keys, values
-//   state        [batch, value_heads, values, keys]
-//   taps         [channels, taps, 1]
-//   a_log, dt_bias [value_heads]
-//   norm         [values]
+//   x        [batch, tokens, width], the projections
+//   window   [batch, taps - 1, channels], the last inputs of the convolution: queries, keys and values of all heads
+//   state    [batch, value_heads, values, keys]
+//   taps     [channels, taps, 1]
+//   a_log    [value_heads]
+//   dt_bias  [value_heads]
+//   norm     [values]
 //
-// Returns outputs [batch, tokens, value_heads * values], and what window and state are after them.
-std::vector<mlx::core::array> delta_net(
+// Returns [batch, tokens, value_heads * values], and the next window and state.
+std::vector<mlx::core::array> gated_delta(
     const mlx::core::array& x,
     const mlx::core::array& window,
     const mlx::core::array& state,

@@ -1,8 +1,8 @@
 // The inner loops of all operations, compiled once for each instruction set.
 //
-// CMake defines LANES (floats in a SIMD register), SET_NAME, and KERNELS, the name of the function that returns the table.
-// Code in loops/ has internal linkage and calls no function template of the standard library: the linker would keep one
-// copy of it for all instruction sets, and a CPU might meet instructions that it does not have.
+// CMake defines LANES (floats in a SIMD register), SET_NAME, and KERNELS, the name of the function that returns the
+// table. Code in loops/ has internal linkage and calls no function template of the standard library: the linker would
+// keep one copy of it for all instruction sets, and a CPU might meet instructions that it does not have.
 
 #include "kernels.h"
 
@@ -15,14 +15,27 @@
 namespace flashmoe {
 namespace {
 
-constexpr Kernels KERNELS_OF_THIS_SET = {
-    SET_NAME, layout,   arrange_any, multiply_any, norm, combine,    soften,
-    convolve, normalize, gated_norm,  gate,         swiglu, delta_step, attend};
+constexpr Kernels TABLE = {
+    .name = SET_NAME,
+    .buffer_sizes = buffer_sizes,
+    .pack_vector = pack_vector,
+    .multiply = multiply,
+    .swiglu = swiglu,
+    .norm = norm,
+    .combine = combine,
+    .softmax_numerators = softmax_numerators,
+    .convolve = convolve,
+    .l2_normalize = l2_normalize,
+    .gated_delta_step = gated_delta_step,
+    .gated_norm = gated_norm,
+    .attention = attention,
+    .sigmoid_gate = sigmoid_gate,
+};
 
 }  // namespace
 
 const Kernels* KERNELS() {
-  return &KERNELS_OF_THIS_SET;
+  return &TABLE;
 }
 
 }  // namespace flashmoe

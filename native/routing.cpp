@@ -1,13 +1,16 @@
 #include "routing.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <limits>
-#include <stdexcept>
+#include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "kernels.h"
 #include "mlx/utils.h"
 #include "operation.h"
+#include "parallel_products.h"
 #include "workers.h"
 
 namespace mx = mlx::core;
@@ -15,27 +18,63 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-// One token's; `gates` is room for padded(count) floats.
+class RouterAndShared : public Operation {
+ public:
+  RouterAndShared(mx::Stream stream, Format router, Format shared)
+      : Operation(stream), router_(router), shared_(shared) {}
+
+  Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const int64_t columns = inputs[0].shape(-1);
+    Product logits{};
+    logits.x = inputs[0].data<float>();
+    logits.vectors = logits.pairs = inputs[0].size() / columns;
+    if (logits.vectors == 0) {
+      return [] {};
+    }
+    Product hidden = logits;
+    size_t next = 1;
+    logits.matrix = next_matrix(inputs, next, router_, columns);
+    logits.out = outputs[0].data<float>();
+    hidden.matrix = next_matrix(inputs, next, shared_, columns);
+    hidden.up = next_matrix(inputs, next, shared_, columns);
+    hidden.out = outputs[1].data<float>();
+    return [logits, hidden] { multiply(std::array{logits, hidden}); };
+  }
+
+  const char* name() const override {
+    return "FlashMoERouterAndShared";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& each = static_cast<const RouterAndShared&>(other);
+    return router_ == each.router_ && shared_ == each.shared_;
+  }
+
+ private:
+  Format router_, shared_;
+};
+
+// Route one token. `gates` has room for padded(count) floats.
 void choose(
     const float* logits, int64_t count, int top_k, bool normalize, float* gates, uint32_t* experts, float* scores) {
   std::copy(logits, logits + count, gates);
-  const float total = kernels().soften(gates, count, padded(count), 1.0f);
-  // The best so far, the worst of them first. There are enough even if none of the gates is a number.
-  auto worse = [&](uint32_t a, uint32_t b) { return gates[a] < gates[b] || (gates[a] == gates[b] && a < b); };
+  const float total = kernels().softmax_numerators(gates, count, padded(count), 1.0f);
+  // Insertion into a list of the best, the worst of them first. It fills up even if all gates are NaN.
+  auto is_worse = [&](uint32_t a, uint32_t b) { return gates[a] < gates[b] || (gates[a] == gates[b] && a < b); };
   for (int64_t expert = 0; expert < count; ++expert) {
-    const uint32_t next = static_cast<uint32_t>(expert);
-    int place = static_cast<int>(std::min<int64_t>(expert, top_k));
-    if (place == top_k) {
-      if (!worse(experts[0], next)) {
+    const uint32_t candidate = static_cast<uint32_t>(expert);
+    int k = static_cast<int>(std::min<int64_t>(expert, top_k));
+    if (k == top_k) {
+      if (!is_worse(experts[0], candidate)) {
         continue;
       }
       std::copy(experts + 1, experts + top_k, experts);
-      --place;
+      --k;
     }
-    for (; place > 0 && worse(next, experts[place - 1]); --place) {
-      experts[place] = experts[place - 1];
+    for (; k > 0 && is_worse(candidate, experts[k - 1]); --k) {
+      experts[k] = experts[k - 1];
     }
-    experts[place] = next;
+    experts[k] = candidate;
   }
   float chosen = 0;
   for (int k = 0; k < top_k; ++k) {
@@ -91,10 +130,34 @@ class Route : public Operation {
 
 }  // namespace
 
-std::vector<mx::array> route(const mx::array& logits, int top_k, bool normalize) {
-  if (logits.dtype() != mx::float32 || logits.ndim() < 1 || top_k < 1 || logits.shape(-1) <= top_k) {
-    throw std::invalid_argument("logits must be float32 [..., experts + 1] of at least top_k experts");
+std::vector<mx::array> router_and_shared(
+    const mx::array& x,
+    const Quantized& router,
+    Format router_format,
+    const Quantized& gate,
+    const Quantized& up,
+    Format shared_format) {
+  check(router, router_format, x, 2);
+  check(gate, shared_format, x, 2);
+  check(up, shared_format, x, 2);
+  require(gate.weight.shape() == up.weight.shape(), "gate and up differ in shape");
+  mx::Shape logits = x.shape(), hidden = x.shape();
+  logits.back() = router.weight.shape(0);
+  hidden.back() = gate.weight.shape(0);
+  std::vector<mx::array> inputs = {x};
+  for (const Quantized* each : {&router, &gate, &up}) {
+    inputs.insert(inputs.end(), {each->weight, each->scales, each->biases});
   }
+  return mx::array::make_arrays(
+      {std::move(logits), std::move(hidden)},
+      {mx::float32, mx::float32},
+      std::make_shared<RouterAndShared>(mx::to_stream({}), router_format, shared_format),
+      inputs);
+}
+
+std::vector<mx::array> route(const mx::array& logits, int top_k, bool normalize) {
+  require(logits.dtype() == mx::float32 && logits.ndim() >= 1, "logits must be float32 [..., experts + 1]");
+  require(top_k >= 1 && top_k < logits.shape(-1), "top_k must be positive and at most the number of experts");
   mx::Shape experts = logits.shape(), scores = logits.shape();
   experts.back() = top_k;
   scores.back() = top_k + 1;

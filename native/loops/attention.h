@@ -1,4 +1,4 @@
-// Softmax attention.
+// Softmax attention, and the gate of its output.
 #pragma once
 
 #include "kernels.h"
@@ -8,13 +8,7 @@
 namespace flashmoe {
 namespace {
 
-void gate(float* x, const float* gate, int64_t size) {
-  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-    store(x + i, load(x + i) * sigmoid(load(gate + i)));
-  });
-}
-
-void attend(
+void attention(
     const float* const* queries,
     const float* keys,
     int64_t key_stride,
@@ -27,11 +21,12 @@ void attend(
     int64_t stride,
     float* const* out) {
   constexpr int ROWS = ATTENTION_ROWS;
-  int64_t most = 0;
+  int64_t longest = 0;
   for (int row = 0; row < ROWS; ++row) {
-    most = seen[row] > most ? seen[row] : most;
+    longest = seen[row] > longest ? seen[row] : longest;
   }
-  for (int64_t key = 0; key < most; ++key) {
+  // A key, and below a value, is loaded once for all rows. Masked scores are computed, too, and then overwritten.
+  for (int64_t key = 0; key < longest; ++key) {
     Floats product[ROWS] = {};
     for (int64_t i = 0; i < size; i += LANES) {
       const Floats value = load<Floats>(keys + key * key_stride + i);
@@ -45,11 +40,11 @@ void attend(
   }
   float total[ROWS];
   for (int row = 0; row < ROWS; ++row) {
-    total[row] = soften(weights + row * stride, seen[row], padded(most, LANES), scale);
+    total[row] = softmax_numerators(weights + row * stride, seen[row], round_up(longest, LANES), scale);
   }
   for (int64_t i = 0; i < size; i += LANES) {
     Floats mean[ROWS] = {};
-    for (int64_t key = 0; key < most; ++key) {
+    for (int64_t key = 0; key < longest; ++key) {
       const Floats value = load<Floats>(values + key * value_stride + i);
       for (int row = 0; row < ROWS; ++row) {
         mean[row] += weights[row * stride + key] * value;
@@ -59,6 +54,12 @@ void attend(
       store(out[row] + i, mean[row] / total[row]);
     }
   }
+}
+
+void sigmoid_gate(float* x, const float* gate, int64_t size) {
+  for_each(size, [&](int64_t i, auto load, auto store) ALWAYS_INLINE {
+    store(x + i, load(x + i) * sigmoid(load(gate + i)));
+  });
 }
 
 }  // namespace

@@ -1,81 +1,22 @@
-// Products of quantised matrices with float32 vectors.
+// Products of quantized matrices with float32 vectors.
 //
-// A row's product is sum over groups of scale * sum(q * x) + bias * sum(x). A block is a register of units, one in each
-// lane; a unit is the least whole number of words that holds whole weights. So weight k of all units of a block is a
-// register after one AND and one conversion: it is not even shifted to the right, because x has been divided by that
-// power of two before. Vectors are arranged accordingly, once for all rows.
+// A row's product is the sum over its groups of scale * sum(q * x) + bias * sum(x). Vectors are packed once for all
+// rows: permuted into the order in which weights are unpacked, with the sums of their groups behind them.
 #pragma once
 
 #include "kernels.h"
+#include "loops/quantized.h"
 #include "loops/vectors.h"
 
 namespace flashmoe {
 namespace {
 
-constexpr int MOST_ROWS = LANES == 16 ? 4 : 2;  // of a tile: what the registers hold
-constexpr int MOST_VECTORS = 4;
-constexpr int AHEAD = 512;                      // words of a row that are asked of memory before their turn
+// A tile is as many rows and vectors as fit into registers.
+constexpr int TILE_ROWS = LANES == 16 ? 4 : 2;
+constexpr int TILE_VECTORS = 4;
 
-template <int BITS>
-struct Unit {
-  static constexpr int words = BITS == 5 ? 5 : BITS == 3 || BITS == 6 ? 3 : 1;
-  static constexpr int weights = 32 * words / BITS;
-  static constexpr int block = LANES * weights;  // weights
-
-  static constexpr int shift(int k) {
-    return k * BITS % 32;
-  }
-
-  // By what x is divided instead of shifting weight k.
-  static constexpr float divisor(int k) {
-    return shift(k) + BITS < 32 ? static_cast<float>(1u << shift(k)) : 1.0f;
-  }
-};
-
-// Lane j of result i is word j * N + i of N registers. N is odd, so that each register gives each lane once.
-template <int N, int I, int V, size_t... LANE>
-INLINE Words pick(const Words* v, Words chosen, std::index_sequence<LANE...>) {
-  if constexpr (V == N) {
-    return __builtin_shufflevector(chosen, chosen, (static_cast<int>(LANE) * N + I) % LANES...);
-  } else {
-    constexpr auto from_here = [](int place) {  // whether the lane at this place is wanted from register V
-      for (int j = 0; j < LANES; ++j) {
-        if ((j * N + I) % LANES == place) return (j * N + I) / LANES == V;
-      }
-      return false;
-    };
-    Words next = __builtin_shufflevector(
-        chosen, v[V], (static_cast<int>(LANE) + (from_here(static_cast<int>(LANE)) ? LANES : 0))...);
-    return pick<N, I, V + 1>(v, next, std::make_index_sequence<LANES>());
-  }
-}
-
-template <int N, size_t... I>
-INLINE void load_units(const uint32_t* from, Words (&units)[N], std::index_sequence<I...>) {
-  if constexpr (N == 1) {
-    units[0] = load<Words>(from);
-  } else {
-    Words v[N];
-    ((v[I] = load<Words>(from + I * LANES)), ...);
-    ((units[I] = pick<N, I, 1>(v, v[0], std::make_index_sequence<LANES>())), ...);
-  }
-}
-
-// Weight K of each unit, times the divisor.
-template <int BITS, int K>
-INLINE Floats unpack(const Words (&units)[Unit<BITS>::words]) {
-  constexpr int word = K * BITS / 32, shift = Unit<BITS>::shift(K);
-  constexpr uint32_t mask = (1u << BITS) - 1;
-  Words q;
-  if constexpr (shift + BITS < 32) {
-    q = units[word] & (mask << shift);
-  } else if constexpr (shift + BITS == 32) {
-    q = units[word] >> shift;
-  } else {
-    q = (units[word] >> shift | units[word + 1] << (32 - shift)) & mask;
-  }
-  return __builtin_convertvector((Ints)q, Floats);
-}
+// Words of a row between a weight that is used and the one that is prefetched.
+constexpr int PREFETCH_DISTANCE = 512;
 
 template <int BITS, int ROWS, int VECTORS, int K>
 INLINE void add_weight(
@@ -105,66 +46,20 @@ INLINE void add_block(
   (add_weight<BITS, ROWS, VECTORS, K>(units, x, dot), ...);
 }
 
-// The scale of each lane's unit; SHARE lanes have one in common.
-template <int SHARE, size_t... LANE>
-INLINE Floats spread(const float* scales, std::index_sequence<LANE...>) {
-  if constexpr (SHARE >= LANES) {
-    return Floats{((void)LANE, *scales)...};
-  } else {
-    Floats loaded = load<Floats>(scales);
-    return __builtin_shufflevector(loaded, loaded, (static_cast<int>(LANE) / SHARE)...);
-  }
-}
-
-template <typename Stored>
-INLINE Floats widen_some(const void* from) {
-  if constexpr (sizeof(Stored) == sizeof(float)) {
-    return load<Floats>(from);
-  } else {
-    typedef Stored Few __attribute__((vector_size(2 * LANES)));
-    if constexpr (__is_same(Stored, uint16_t)) {  // bfloat16: the upper half of a float32
-      return (Floats)(__builtin_convertvector(load<Few>(from), Words) << 16);
-    } else {
-      return __builtin_convertvector(load<Few>(from), Floats);
-    }
-  }
-}
-
-// Scales as float32, with zeros behind them for as much as a register.
-template <typename Stored>
-INLINE void widen(const void* stored, int64_t first, int64_t count, float* out) {
-  const Stored* from = static_cast<const Stored*>(stored) + first;
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    store(out + i, widen_some<Stored>(from + i));
-  }
-  Stored rest[LANES] = {};
-  __builtin_memcpy(rest, from + i, (count - i) * sizeof(Stored));
-  store(out + i, widen_some<Stored>(rest));
-  store(out + count, Floats{});
-}
-
-INLINE void widen(const void* stored, Scales as, int64_t first, int64_t count, float* out) {
-  switch (as) {
-    case Scales::float32: return widen<float>(stored, first, count, out);
-    case Scales::float16: return widen<_Float16>(stored, first, count, out);
-    case Scales::bfloat16: return widen<uint16_t>(stored, first, count, out);
-  }
-}
-
+// Where the group sums of a packed vector begin.
 template <int BITS>
-INLINE int64_t sums_at(const Matrix& matrix) {
-  return padded(matrix.columns, Unit<BITS>::block);
+INLINE int64_t sums_offset(const Matrix& matrix) {
+  return round_up(matrix.columns, Unit<BITS>::block_weights);
 }
 
-// The rows of a chunk, with their scales and biases as float32.
+// Consecutive rows of a matrix, with their scales and biases in float32.
 struct Chunk {
   const uint32_t* weight;
   const float* scales;
   const float* biases;
 };
 
-// Rows are counted from the first of the chunk.
+// Multiply some rows of a chunk with some vectors: out[t][rows[i]] = chunk[rows[i]] vectors[t].
 template <int BITS, int GROUP, int ROWS, int VECTORS>
 void multiply_tile(
     const Matrix& matrix,
@@ -175,7 +70,7 @@ void multiply_tile(
   using Unit = Unit<BITS>;
   constexpr auto each_weight = std::make_index_sequence<Unit::weights>();
   constexpr auto each_lane = std::make_index_sequence<LANES>();
-  constexpr int share = GROUP / Unit::weights;  // lanes of a group
+  constexpr int lanes_per_group = GROUP / Unit::weights;
   const int64_t groups = matrix.columns / GROUP;
   const int64_t words = matrix.columns * BITS / 32;
   const int64_t blocks = words / (LANES * Unit::words);
@@ -191,18 +86,19 @@ void multiply_tile(
   for (int row = 0; row < ROWS; ++row) {
     weight[row] = chunk.weight + rows[row] * words;
     scales[row] = chunk.scales + rows[row] * groups;
-    for (int64_t g = 0; g < groups; g += LANES) {  // what is behind a row meets zeros behind the sums
+    // The last register may hold biases of the next row; the group sums that they meet are padded with zeros.
+    for (int64_t g = 0; g < groups; g += LANES) {
       Floats bias = load<Floats>(chunk.biases + rows[row] * groups + g);
       for (int t = 0; t < VECTORS; ++t) {
-        total[row][t] += bias * load<Floats>(x[t] + sums_at<BITS>(matrix) + g);
+        total[row][t] += bias * load<Floats>(x[t] + sums_offset<BITS>(matrix) + g);
       }
     }
   }
-  auto add = [&](int64_t block) __attribute__((always_inline)) {
+  auto add = [&](int64_t block) ALWAYS_INLINE {
     Floats dot[ROWS][VECTORS];
     add_block<BITS, ROWS, VECTORS>(weight, x, dot, each_weight);
     for (int row = 0; row < ROWS; ++row) {
-      Floats scale = spread<share>(scales[row] + block * LANES / share, each_lane);
+      Floats scale = spread<lanes_per_group>(scales[row] + block * LANES / lanes_per_group, each_lane);
       for (int t = 0; t < VECTORS; ++t) {
         total[row][t] = scale * dot[row][t] + total[row][t];
       }
@@ -212,10 +108,10 @@ void multiply_tile(
     add(block);
     for (int row = 0; row < ROWS; ++row) {
       weight[row] += LANES * Unit::words;
-      __builtin_prefetch(weight[row] + AHEAD);
+      __builtin_prefetch(weight[row] + PREFETCH_DISTANCE);
     }
     for (int t = 0; t < VECTORS; ++t) {
-      x[t] += Unit::block;
+      x[t] += Unit::block_weights;
     }
   }
   if (rest) {
@@ -234,7 +130,7 @@ void multiply_tile(
 }
 
 template <int BITS, int GROUP>
-void multiply(
+void multiply_chunk(
     const Matrix& matrix,
     int64_t begin,
     int64_t end,
@@ -245,11 +141,12 @@ void multiply(
   const int64_t groups = matrix.columns / GROUP;
   const int64_t rows = end - begin;
   float* const scales = scratch;
-  float* const biases = scratch + padded(rows * groups + 2 * LANES, LANES);
+  float* const biases = scratch + round_up(rows * groups + 2 * LANES, LANES);
   const int64_t words = matrix.columns * BITS / 32;
-  const int64_t part = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t part = (rows + TILE_ROWS - 1) / TILE_ROWS;
   const Chunk chunk = {matrix.weight + begin * words, scales, biases};
-  for (int64_t i = 0; i < AHEAD; i += 16) {  // on their way while scales are widened
+  // Prefetch the start of each part while scales are converted.
+  for (int64_t i = 0; i < PREFETCH_DISTANCE; i += 16) {
     for (int64_t row = 0; row < rows; row += part) {
       __builtin_prefetch(chunk.weight + row * words + i);
     }
@@ -257,63 +154,65 @@ void multiply(
   widen(matrix.scales, matrix.stored, begin * groups, rows * groups, scales);
   widen(matrix.biases, matrix.stored, begin * groups, rows * groups, biases);
 
-  // A tile that is short of rows or vectors is filled up with its last ones, which come out the same again.
-  for (int64_t t = 0; t < vectors; t += MOST_VECTORS) {
+  // A tile that lacks rows or vectors repeats the last ones, and writes the same results again.
+  for (int64_t t = 0; t < vectors; t += TILE_VECTORS) {
     if (t + 1 == vectors) {
-      // A row of each part: sums that need not wait for each other, and long ways through memory.
+      // One vector is bound by memory bandwidth: a tile has one row of each part, so that weights are read in a few
+      // long sequential streams. Its accumulators are independent.
       for (int64_t row = 0; row < part; ++row) {
-        int64_t some[MOST_ROWS];
-        for (int i = 0; i < MOST_ROWS; ++i) {
-          some[i] = row + i * part < rows ? row + i * part : rows - 1;
+        int64_t tile_rows[TILE_ROWS];
+        for (int i = 0; i < TILE_ROWS; ++i) {
+          tile_rows[i] = row + i * part < rows ? row + i * part : rows - 1;
         }
-        multiply_tile<BITS, GROUP, MOST_ROWS, 1>(matrix, chunk, some, x + t, out + t);
+        multiply_tile<BITS, GROUP, TILE_ROWS, 1>(matrix, chunk, tile_rows, x + t, out + t);
       }
       return;
     }
-    // A few vectors with all rows, so that the vectors stay in the nearest cache.
-    const float* some_x[MOST_VECTORS];
-    float* some_out[MOST_VECTORS];
-    for (int i = 0; i < MOST_VECTORS; ++i) {
+    // More vectors: a few of them with all rows, so that they stay in the L1 cache.
+    const float* tile_x[TILE_VECTORS];
+    float* tile_out[TILE_VECTORS];
+    for (int i = 0; i < TILE_VECTORS; ++i) {
       const int64_t vector = t + i < vectors ? t + i : vectors - 1;
-      some_x[i] = x[vector];
-      some_out[i] = out[vector];
+      tile_x[i] = x[vector];
+      tile_out[i] = out[vector];
     }
-    for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-      int64_t some[MOST_ROWS];
-      for (int i = 0; i < MOST_ROWS; ++i) {
-        some[i] = row + i < rows ? row + i : rows - 1;
+    for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+      int64_t tile_rows[TILE_ROWS];
+      for (int i = 0; i < TILE_ROWS; ++i) {
+        tile_rows[i] = row + i < rows ? row + i : rows - 1;
       }
-      multiply_tile<BITS, GROUP, MOST_ROWS, MOST_VECTORS>(matrix, chunk, some, some_x, some_out);
+      multiply_tile<BITS, GROUP, TILE_ROWS, TILE_VECTORS>(matrix, chunk, tile_rows, tile_x, tile_out);
     }
   }
 }
 
 template <int BITS>
-void arrange(const Matrix& matrix, const float* x, float* arranged) {
+void pack(const Matrix& matrix, const float* x, float* packed) {
   using Unit = Unit<BITS>;
   float quotient[Unit::weights];
   for (int k = 0; k < Unit::weights; ++k) {
-    quotient[k] = 1.0f / Unit::divisor(k);
+    quotient[k] = 1.0f / Unit::factor(k);
   }
   const int64_t units = matrix.columns / Unit::weights;
   for (int64_t block = 0; block * LANES < units; ++block) {
     for (int k = 0; k < Unit::weights; ++k) {
       for (int lane = 0; lane < LANES; ++lane) {
         const int64_t unit = block * LANES + lane;
-        *arranged++ = unit < units ? x[unit * Unit::weights + k] * quotient[k] : 0.0f;
+        *packed++ = unit < units ? x[unit * Unit::weights + k] * quotient[k] : 0.0f;
       }
     }
   }
   const int64_t groups = matrix.columns / matrix.group;
-  for (int64_t g = 0; g < padded(groups, LANES); ++g) {
+  for (int64_t g = 0; g < round_up(groups, LANES); ++g) {
     double sum = 0;
     for (int64_t i = g * matrix.group; g < groups && i < (g + 1) * matrix.group; ++i) {
       sum += x[i];
     }
-    *arranged++ = static_cast<float>(sum);
+    *packed++ = static_cast<float>(sum);
   }
 }
 
+// Call function<BITS>().
 template <typename Result, typename F>
 INLINE Result with_bits(int bits, F&& function) {
   switch (bits) {
@@ -326,17 +225,17 @@ INLINE Result with_bits(int bits, F&& function) {
   }
 }
 
-Layout layout(const Matrix& matrix) {
+BufferSizes buffer_sizes(const Matrix& matrix) {
   const int64_t groups = matrix.columns / matrix.group;
-  const int64_t sums = with_bits<int64_t>(matrix.bits, [&]<int BITS>() { return sums_at<BITS>(matrix); });
-  return {padded(sums + padded(groups, LANES), 16), 2 * padded(MOST_CHUNK * groups + 2 * LANES, LANES)};
+  const int64_t sums = with_bits<int64_t>(matrix.bits, [&]<int BITS>() { return sums_offset<BITS>(matrix); });
+  return {round_up(sums + round_up(groups, LANES), 16), 2 * round_up(MAX_CHUNK_ROWS * groups + 2 * LANES, LANES)};
 }
 
-void arrange_any(const Matrix& matrix, const float* x, float* arranged) {
-  with_bits<void>(matrix.bits, [&]<int BITS>() { arrange<BITS>(matrix, x, arranged); });
+void pack_vector(const Matrix& matrix, const float* x, float* packed) {
+  with_bits<void>(matrix.bits, [&]<int BITS>() { pack<BITS>(matrix, x, packed); });
 }
 
-void multiply_any(
+void multiply(
     const Matrix& matrix,
     int64_t begin,
     int64_t end,
@@ -345,7 +244,7 @@ void multiply_any(
     int64_t vectors,
     float* scratch) {
   with_bits<void>(matrix.bits, [&]<int BITS>() {
-    auto with_group = [&]<int GROUP>() { multiply<BITS, GROUP>(matrix, begin, end, x, out, vectors, scratch); };
+    auto with_group = [&]<int GROUP>() { multiply_chunk<BITS, GROUP>(matrix, begin, end, x, out, vectors, scratch); };
     switch (matrix.group) {
       case 32: return with_group.template operator()<32>();
       case 64: return with_group.template operator()<64>();
@@ -355,7 +254,7 @@ void multiply_any(
 }
 
 void swiglu(float* out, const float* up, int64_t size) {
-  for_each(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+  for_each(size, [&](int64_t i, auto load, auto store) ALWAYS_INLINE {
     const Floats x = load(out + i);
     store(out + i, x * sigmoid(x) * load(up + i));
   });

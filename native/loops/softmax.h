@@ -1,4 +1,4 @@
-// Softmax, as attention and routing need it.
+// Softmax without its division, which attention and routing do where they use the result.
 #pragma once
 
 #include "loops/vectors.h"
@@ -6,25 +6,26 @@
 namespace flashmoe {
 namespace {
 
-// Weights of a row from its products, in place, with zeros behind them until `end`; the result is their sum.
-float soften(float* weights, int64_t seen, int64_t end, float scale) {
-  for (int64_t key = seen; key < end; ++key) {
-    weights[key] = -__builtin_inff();
+// Replace x by exp(scale * (x - max(x))) and return the sum, the denominator. Zeros follow from `size` to `end`, a
+// multiple of LANES.
+float softmax_numerators(float* x, int64_t size, int64_t end, float scale) {
+  for (int64_t i = size; i < end; ++i) {
+    x[i] = -__builtin_inff();
   }
-  Floats best = load<Floats>(weights);
-  for (int64_t key = LANES; key < end; key += LANES) {
-    const Floats product = load<Floats>(weights + key);
-    best = product > best ? product : best;
+  Floats largest = load<Floats>(x);
+  for (int64_t i = LANES; i < end; i += LANES) {
+    const Floats value = load<Floats>(x + i);
+    largest = value > largest ? value : largest;
   }
-  float most = best[0];
+  float max = largest[0];
   for (int lane = 1; lane < LANES; ++lane) {
-    most = best[lane] > most ? best[lane] : most;
+    max = largest[lane] > max ? largest[lane] : max;
   }
   Floats total = {};
-  for (int64_t key = 0; key < end; key += LANES) {
-    Floats weight = exp_of_negative((load<Floats>(weights + key) - most) * scale);
-    store(weights + key, weight);
-    total += weight;
+  for (int64_t i = 0; i < end; i += LANES) {
+    const Floats numerator = exp_of_negative((load<Floats>(x + i) - max) * scale);
+    store(x + i, numerator);
+    total += numerator;
   }
   return sum(total);
 }
