@@ -36,7 +36,7 @@ fuzz: .venv/installed
 	$(BIN)/python -m tests.checkpoint.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64 \
 		-artifact_prefix=build/
 
-.venv/installed: pyproject.toml hatch_build.py $(wildcard native/*)
+.venv/installed: pyproject.toml hatch_build.py $(wildcard native/*.* native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@

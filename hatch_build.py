@@ -44,6 +44,6 @@ class NativeBuildHook(BuildHookInterface):
 
 def _inputs(root: Path) -> str:
     """What the library is made of."""
-    text = b"".join(file.read_bytes() for file in sorted((root / "native").iterdir()) if file.is_file())
+    text = b"".join(file.read_bytes() for file in sorted((root / "native").rglob("*")) if file.is_file())
     versions = " ".join(f"{name} {installed(name)}" for name in ("mlx", "nanobind"))
     return f"{versions} {hashlib.sha256(text).hexdigest()}"

@@ -1,11 +1,11 @@
-// Attention of a few tokens at the end of a sequence, over a part of its positions: what merge_attended.metal puts
-// together. SHARE heads of queries have a head of keys and values in common.
+// Flash-decoding: attention of a decode step over one split of the KV cache, with an online softmax.
+// attention_merge.metal combines the splits. SHARE query heads share a key head.
 //
-// A simdgroup takes EACH heads of one token and one part. LANES of its lanes share a key, the others take the key next to
-// it, so that it works on ACROSS keys, and it reads those of AT_ONCE steps before it uses them. Weights are
-// 2^(score - best), where best is the largest score so far.
+// A simdgroup computes EACH query heads of one token. LANES lanes share a key, each with OWN of its elements, and
+// neighboring lanes have the next key, so that a step takes ACROSS keys. The loads of AT_ONCE steps are issued before
+// the first is used. Softmax weights are 2^(score - max_score), with the largest score so far.
 
-// Adds up what lanes hold that have the same elements of different keys.
+// Sums over the lanes that have the same elements of different keys.
 template <int LANES>
 inline float sum_across(float value) {
   for (int distance = 1; distance < 32 / LANES; distance *= 2) {
@@ -15,40 +15,40 @@ inline float sum_across(float value) {
 }
 
 template <typename T, int DIM, int SHARE, int EACH, typename Position, typename Scale>
-inline void attend(
+inline void attention_split(
     const device T* queries,  // [heads, tokens, DIM]
     const device T* keys,     // [key heads, capacity, DIM]
-    const device T* values,   // likewise
+    const device T* values,   // [key heads, capacity, DIM]
     Position position,        // [1]: of the first token
     Scale scale,              // [1]: of the scores, times log2(e)
-    device float* sums,       // [tokens, heads, parts, DIM]: of the values, times their weights
-    device float* weights,    // [tokens, heads, parts, 2]: the best score, and the sum of the weights
+    device float* sums,       // [tokens, heads, splits, DIM]: weighted sums of values
+    device float* weights,    // [tokens, heads, splits, 2]: the largest score, and the sum of weights
     int tokens,
     int heads,
     int capacity,
-    int parts,
+    int splits,
     int key_head,
-    int part,
+    int split,
     int token,
     int simdgroup,
     int lane) {
   constexpr int LANES = 16;
   constexpr int ACROSS = 32 / LANES;
   constexpr int AT_ONCE = 2;
-  constexpr int OWN = DIM / LANES;  // elements of a head that a lane has
+  constexpr int OWN = DIM / LANES;
   constexpr int PER_WORD = 4 / sizeof(T);
   constexpr int WORDS = OWN / PER_WORD;
   const int first_head = key_head * SHARE + simdgroup * EACH;
   const int first_element = lane / ACROSS * OWN;
   const int count = position[0] + token + 1;
-  const int length = (count + parts - 1) / parts;
-  const int begin = part * length;
+  const int length = (count + splits - 1) / splits;
+  const int begin = split * length;
   const int end = min(begin + length, count);
 
-  float q[EACH][OWN], sum[EACH][OWN], best[EACH], total[EACH];
+  float q[EACH][OWN], sum[EACH][OWN], max_score[EACH], total[EACH];
 #pragma unroll
   for (int h = 0; h < EACH; ++h) {
-    best[h] = LOWEST;
+    max_score[h] = LOWEST;
     total[h] = 0.0f;
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
@@ -85,21 +85,21 @@ inline void attend(
     }
 #pragma unroll
     for (int h = 0; h < EACH; ++h) {
-      float better = best[h];
+      float new_max = max_score[h];
 #pragma unroll
       for (int n = 0; n < AT_ONCE; ++n) {
-        better = first + n * ACROSS < end ? max(better, weight[n][h]) : better;
+        new_max = first + n * ACROSS < end ? max(new_max, weight[n][h]) : new_max;
       }
-      const float kept = exp2(best[h] - better);
-      best[h] = better;
-      total[h] *= kept;
+      const float rescale = exp2(max_score[h] - new_max);
+      max_score[h] = new_max;
+      total[h] *= rescale;
 #pragma unroll
       for (int i = 0; i < OWN; ++i) {
-        sum[h][i] *= kept;
+        sum[h][i] *= rescale;
       }
 #pragma unroll
       for (int n = 0; n < AT_ONCE; ++n) {
-        weight[n][h] = first + n * ACROSS < end ? exp2(weight[n][h] - better) : 0.0f;
+        weight[n][h] = first + n * ACROSS < end ? exp2(weight[n][h] - new_max) : 0.0f;
         total[h] += weight[n][h];
       }
     }
@@ -122,20 +122,20 @@ inline void attend(
 
 #pragma unroll
   for (int h = 0; h < EACH; ++h) {
-    const size_t at = ((size_t)token * heads + first_head + h) * parts + part;
-    float better = best[h];
+    const size_t at = ((size_t)token * heads + first_head + h) * splits + split;
+    float new_max = max_score[h];
     for (int distance = 1; distance < ACROSS; distance *= 2) {
-      better = max(better, simd_shuffle_xor(better, distance));
+      new_max = max(new_max, simd_shuffle_xor(new_max, distance));
     }
-    const float kept = exp2(best[h] - better);
-    const float weight = sum_across<LANES>(total[h] * kept);
+    const float rescale = exp2(max_score[h] - new_max);
+    const float weight = sum_across<LANES>(total[h] * rescale);
     if (lane == 0) {
-      weights[2 * at] = better;
+      weights[2 * at] = new_max;
       weights[2 * at + 1] = weight;
     }
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      const float weighted = sum_across<LANES>(sum[h][i] * kept);
+      const float weighted = sum_across<LANES>(sum[h][i] * rescale);
       if (lane % ACROSS == 0) {
         sums[at * DIM + first_element + i] = weighted;
       }

@@ -1,3 +1,4 @@
+// Run-time dispatch: the kernels of the best instruction set that this CPU supports.
 #include <atomic>
 #include <cstring>
 
@@ -6,7 +7,7 @@
 namespace flashmoe {
 namespace {
 
-bool runs(const Kernels* kernels) {
+bool is_supported(const Kernels* kernels) {
 #ifdef FLASHMOE_X86
   __builtin_cpu_init();
   if (kernels == avx512_kernels()) {
@@ -35,7 +36,7 @@ std::atomic<const Kernels*> chosen = nullptr;
 const Kernels& kernels() {
   if (!chosen) {
     for (const Kernels* each : all) {
-      if (runs(each)) {
+      if (is_supported(each)) {
         chosen = each;
         break;
       }
@@ -46,7 +47,7 @@ const Kernels& kernels() {
 
 bool choose_kernels(const char* name) {
   for (const Kernels* each : all) {
-    if (std::strcmp(each->name, name) == 0 && runs(each)) {
+    if (std::strcmp(each->name, name) == 0 && is_supported(each)) {
       chosen = each;
       return true;
     }

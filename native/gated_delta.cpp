@@ -1,9 +1,10 @@
-#include "delta.h"
+#include "gated_delta.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
-#include <stdexcept>
+#include <memory>
 
 #include "kernels.h"
 #include "mlx/utils.h"
@@ -15,13 +16,14 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-constexpr float QK_EPS = 1e-6f;  // added to the sum of squares
-constexpr int64_t MOST_TAPS = 16;
+// Added to the sum of squares in the norms of queries and keys.
+constexpr float QK_EPS = 1e-6f;
+constexpr int64_t MAX_TAPS = 16;
 
-// What one call computes, with the addresses of its arrays.
+// The arguments of one call, with the addresses of its arrays.
 struct DeltaNet {
   const float *x, *window, *state, *taps, *a_log, *dt_bias, *norm;
-  float *out, *new_window, *new_state;
+  float *out, *next_window, *next_state;
   int64_t batch, tokens, width, channels, kernel, key_heads, value_heads, keys, values;
   DeltaLayout layout;
   float eps;
@@ -31,16 +33,16 @@ float softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
-// A head of queries, keys or values: its first column of what is projected, and its first channel.
+// The queries, keys or values of one head: their first column of x, and their first channel of the convolution.
 struct Part {
   int64_t column, channel, size;
 };
 
-// Convolve a part of a token, and take it down where the next call begins.
-void convolve(
-    const DeltaNet& net, int64_t sequence, int64_t token, const Part& part, bool remember, float* out) {
-  const float* inputs[MOST_TAPS];
-  auto input = [&](int64_t time) {  // negative for those before this call
+// Convolve a part of a token. With the last token, also copy the part into the next window, if `keep` is set.
+void convolve(const DeltaNet& net, int64_t sequence, int64_t token, const Part& part, bool keep, float* out) {
+  const float* inputs[MAX_TAPS];
+  // Negative times are before this call.
+  auto input = [&](int64_t time) {
     return time < 0 ? net.window + (sequence * (net.kernel - 1) + net.kernel - 1 + time) * net.channels + part.channel
                     : net.x + (sequence * net.tokens + time) * net.width + part.column;
   };
@@ -48,53 +50,53 @@ void convolve(
     inputs[tap] = input(token + tap - (net.kernel - 1));
   }
   kernels().convolve(inputs, net.taps + part.channel * net.kernel, net.kernel, part.size, out);
-  if (remember && token + 1 == net.tokens) {
+  if (keep && token + 1 == net.tokens) {
     for (int64_t i = 0; i < net.kernel - 1; ++i) {
-      float* const to = net.new_window + (sequence * (net.kernel - 1) + i) * net.channels + part.channel;
+      float* const to = net.next_window + (sequence * (net.kernel - 1) + i) * net.channels + part.channel;
       std::memcpy(to, inputs[i + 1], part.size * sizeof(float));
     }
   }
 }
 
-// All tokens of one head of values.
-void recur(const DeltaNet& net, int64_t sequence, int64_t head, float* memory) {
+// Run all tokens of one value head, one after the other. `memory` holds 2 * keys + values floats.
+void run_head(const DeltaNet& net, int64_t sequence, int64_t head, float* memory) {
   const Kernels& kernel = kernels();
   const int64_t share = net.value_heads / net.key_heads;
   const int64_t key_head = head / share;
-  auto column = [&](int part) { return net.layout[part].first + key_head * net.layout[part].second; };
   const int64_t of_share = head % share;
+  auto column = [&](int part) { return net.layout[part].first + key_head * net.layout[part].second; };
   const Part queries = {column(0), key_head * net.keys, net.keys};
   const Part keys = {column(1), (net.key_heads + key_head) * net.keys, net.keys};
-  const Part values = {
-      column(2) + of_share * net.values, 2 * net.key_heads * net.keys + head * net.values, net.values};
+  const Part values = {column(2) + of_share * net.values, 2 * net.key_heads * net.keys + head * net.values, net.values};
   float *const q = memory, *const k = q + net.keys, *const v = k + net.keys;
+  // Queries and keys are shared by some value heads, of which the first one keeps them.
+  const bool keeps_shared = of_share == 0;
 
   const int64_t size = net.values * net.keys;
   const float* before = net.state + (sequence * net.value_heads + head) * size;
-  float* const state = net.new_state + (sequence * net.value_heads + head) * size;
+  float* const state = net.next_state + (sequence * net.value_heads + head) * size;
   for (int64_t token = 0; token < net.tokens; ++token, before = state) {
-    const int64_t place = sequence * net.tokens + token;
-    const float* const x = net.x + place * net.width;
-    const bool first = of_share == 0;  // of the heads that share queries and keys
-    convolve(net, sequence, token, queries, first, q);
-    convolve(net, sequence, token, keys, first, k);
+    const int64_t row = sequence * net.tokens + token;
+    const float* const x = net.x + row * net.width;
+    convolve(net, sequence, token, queries, keeps_shared, q);
+    convolve(net, sequence, token, keys, keeps_shared, k);
     convolve(net, sequence, token, values, true, v);
-    kernel.normalize(q, net.keys, QK_EPS, 1.0f / std::sqrt(static_cast<float>(net.keys)));
-    kernel.normalize(k, net.keys, QK_EPS, 1.0f);
+    kernel.l2_normalize(q, net.keys, QK_EPS, 1.0f / std::sqrt(static_cast<float>(net.keys)));
+    kernel.l2_normalize(k, net.keys, QK_EPS, 1.0f);
     const float beta = 1.0f / (1.0f + std::exp(-x[column(4) + of_share]));
-    const float g = std::exp(-std::exp(net.a_log[head]) * softplus(x[column(5) + of_share] + net.dt_bias[head]));
-    float* const out = net.out + (place * net.value_heads + head) * net.values;
-    kernel.delta_step(before, state, net.values, net.keys, q, k, v, g, beta, out);
+    const float decay = std::exp(-std::exp(net.a_log[head]) * softplus(x[column(5) + of_share] + net.dt_bias[head]));
+    float* const out = net.out + (row * net.value_heads + head) * net.values;
+    kernel.gated_delta_step(before, state, net.values, net.keys, q, k, v, decay, beta, out);
     kernel.gated_norm(out, net.norm, net.eps, x + column(3) + of_share * net.values, net.values);
   }
 }
 
 void compute(const DeltaNet& net) {
   Workers& workers = Workers::shared();
-  const int64_t own = 2 * net.keys + net.values;
-  float* const memory = scratch(workers.cores() * own);
+  const int64_t thread_floats = 2 * net.keys + net.values;
+  float* const memory = scratch(workers.cores() * thread_floats);
   workers.run(net.batch * net.value_heads, [&](int64_t item, int thread) {
-    recur(net, item / net.value_heads, item % net.value_heads, memory + thread * own);
+    run_head(net, item / net.value_heads, item % net.value_heads, memory + thread * thread_floats);
   });
 }
 
@@ -112,8 +114,8 @@ class GatedDeltaNet : public Operation {
       *addresses[i] = in[i].data<float>();
     }
     net.out = out[0].data<float>();
-    net.new_window = out[1].data<float>();
-    net.new_state = out[2].data<float>();
+    net.next_window = out[1].data<float>();
+    net.next_state = out[2].data<float>();
     net.batch = x.shape(0);
     net.tokens = x.shape(1);
     net.width = x.shape(2);
@@ -142,15 +144,13 @@ class GatedDeltaNet : public Operation {
   float eps_;
 };
 
-void require(const mx::array& a, const mx::Shape& shape, const char* what) {
-  if (a.shape() != shape || a.dtype() != mx::float32) {
-    throw std::invalid_argument(what);
-  }
+void check(const mx::array& a, const mx::Shape& shape, const char* message) {
+  require(a.shape() == shape && a.dtype() == mx::float32, message);
 }
 
 }  // namespace
 
-std::vector<mx::array> delta_net(
+std::vector<mx::array> gated_delta(
     const mx::array& x,
     const mx::array& window,
     const mx::array& state,
@@ -160,32 +160,36 @@ std::vector<mx::array> delta_net(
     const mx::array& norm,
     const DeltaLayout& layout,
     float eps) {
-  if (x.ndim() != 3 || window.ndim() != 3 || state.ndim() != 4 || taps.ndim() != 3 || x.size() == 0 ||
-      state.size() == 0 || state.shape(3) % 16 || taps.shape(1) < 1 || taps.shape(1) > MOST_TAPS) {
-    throw std::invalid_argument("these are no operands of a GatedDeltaNet whose keys are a multiple of 16");
-  }
+  require(x.ndim() == 3 && x.size() > 0, "x must be float32 [batch, tokens, width] and must not be empty");
+  require(window.ndim() == 3, "window must be float32 [batch, taps - 1, channels]");
+  require(
+      state.ndim() == 4 && state.size() > 0 && state.shape(3) % 16 == 0,
+      "state must be float32 [batch, value_heads, values, keys] with a multiple of 16 keys");
+  require(
+      taps.ndim() == 3 && taps.shape(1) >= 1 && taps.shape(1) <= MAX_TAPS,
+      "taps must be float32 [channels, taps, 1] with at most 16 taps");
   const int batch = x.shape(0), tokens = x.shape(1), width = x.shape(2);
   const int value_heads = state.shape(1), values = state.shape(2), keys = state.shape(3), kernel = taps.shape(1);
   const int channels = window.shape(2);
   const int key_heads = (channels - value_heads * values) / (2 * keys);
-  if (key_heads < 1 || value_heads % key_heads || channels != 2 * key_heads * keys + value_heads * values) {
-    throw std::invalid_argument("window must be float32 [batch, taps - 1, 2 * key_heads * keys + value_heads * values]");
-  }
+  require(
+      key_heads >= 1 && value_heads % key_heads == 0 && channels == 2 * key_heads * keys + value_heads * values,
+      "window must have 2 * key_heads * keys + value_heads * values channels");
   const int share = value_heads / key_heads;
   const int sizes[] = {keys, keys, share * values, share * values, share, share};
   for (size_t i = 0; i < 6; ++i) {
     const auto [first, stride] = layout[i];
-    if (first < 0 || stride < 0 || first + int64_t(key_heads - 1) * stride + sizes[i] > width) {
-      throw std::invalid_argument("the layout does not fit x");
-    }
+    require(
+        first >= 0 && stride >= 0 && first + int64_t(key_heads - 1) * stride + sizes[i] <= width,
+        "the layout does not fit x");
   }
-  require(x, {batch, tokens, width}, "x must be float32");
-  require(window, {batch, kernel - 1, channels}, "window must be float32 [batch, taps - 1, channels]");
-  require(state, {batch, value_heads, values, keys}, "state must be float32 [batch, value_heads, values, keys]");
-  require(taps, {channels, kernel, 1}, "taps must be float32 [channels, taps, 1]");
-  require(a_log, {value_heads}, "a_log must be float32 [value_heads]");
-  require(dt_bias, {value_heads}, "dt_bias must be float32 [value_heads]");
-  require(norm, {values}, "norm must be float32 [values]");
+  check(x, {batch, tokens, width}, "x must be float32");
+  check(window, {batch, kernel - 1, channels}, "window must be float32 [batch, taps - 1, channels]");
+  check(state, {batch, value_heads, values, keys}, "state must be float32 [batch, value_heads, values, keys]");
+  check(taps, {channels, kernel, 1}, "taps must be float32 [channels, taps, 1]");
+  check(a_log, {value_heads}, "a_log must be float32 [value_heads]");
+  check(dt_bias, {value_heads}, "dt_bias must be float32 [value_heads]");
+  check(norm, {values}, "norm must be float32 [values]");
   return mx::array::make_arrays(
       {{batch, tokens, value_heads * values}, window.shape(), state.shape()},
       {mx::float32, mx::float32, mx::float32},
