@@ -45,4 +45,4 @@ class Lookahead:
             busy (int): how many of its experts an unfinished graph may read.
         """
         known = [expert for expert in experts if expert < self._table.experts]  # LongCat's router knows empty ones too
-        self._pool.expect(self._table, known, busy if pool is self._pool else 0)
+        self._pool.prefetch(self._table, known, busy if pool is self._pool else 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.streaming.pinned_memory import Staging
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 
 _MOST = 1024  # numbers, which is what a block of threads may be
 _PATIENCE = 2e-3  # seconds; what takes longer is not worth a core that does nothing but look
@@ -57,8 +57,8 @@ class Mailbox:
                 return None
             time.sleep(0)  # lets other threads run
 
-    def _staging(self) -> Staging:
-        return Staging(8 * _MOST, 1)
+    def _staging(self) -> PinnedBuffers:
+        return PinnedBuffers(8 * _MOST, 1)
 
     def _write(self, numbers: mx.array, letter: mx.array) -> mx.array:
         posted: mx.array

@@ -90,7 +90,7 @@ class StreamedSwitchGLU(nn.Module):
         if few_tokens(x):
             self._fence.launch(indices, guess)  # first: what is launched together ends together
             early = self.start_early(x) if self.start_early else None
-            if not guess and (places := self._pool.places(self._table)) is not None:
+            if not guess and (places := self._pool.slot_indices(self._table)) is not None:
                 ahead = self._experts.ahead(x, indices, places)
             mx.async_eval([y for y in (early, ahead) if y is not None])  # type: ignore[no-untyped-call]
         pairs = self._fence.read(indices, guess)  # [tokens * top_k]: pair p is an expert of token p // top_k
@@ -98,7 +98,7 @@ class StreamedSwitchGLU(nn.Module):
             self._fence.hold([ahead])
         needed = sorted(set(pairs))
         self._fit(needed)
-        if ahead is not None and self._pool.use(self._table, needed):
+        if ahead is not None and self._pool.touch(self._table, needed):
             return ahead
         experts = self._experts.function(x, indices)
         hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(experts))

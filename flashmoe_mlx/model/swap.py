@@ -26,9 +26,9 @@ from flashmoe_mlx.model.families import _ROUTERS, _SHARED_EXPERTS, _hidden, find
 from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.model.precision import _itemsize, to_float32
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.memory_pressure import Pressure
-from flashmoe_mlx.streaming.pinned_memory import Staging, needs_staging
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
 from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
@@ -52,7 +52,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     shares = plan(tables, ram_budget, top_k)
     slots_nbytes = sum(share.nbytes for share in shares)
     streamed = [share for share in shares if not share.all_resident]
-    place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_staging() else 0
+    place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_pinned_memory() else 0
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _STAGED_EXPERTS * place_nbytes)
     itemsize = _itemsize(model)
     down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
@@ -65,10 +65,10 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     limit_cache()
     counters = Counters()
     reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
-    first_reads = None
+    check = None
     if config.manifest is not None:
-        first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
-    staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
+        check = ManifestCheck(Manifest.load(Path(config.manifest), checkpoint), tables)
+    pinned = PinnedBuffers(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
     fence = Fence(counters, Mailbox() if place_nbytes else None)
     replaced: list[tuple[str, nn.Module]] = []
     places: dict[str, tuple[ExpertTable, Pool]] = {}
@@ -76,7 +76,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         if share.all_resident:
             replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
             continue
-        pool = Pool(share.slots, share.tables[0], reader, counters, staging, first_reads)
+        pool = Pool(share.slots, share.tables[0], reader, counters, pinned, check)
         places |= {table.layer: (table, pool) for table in share.tables}
     layers = {
         table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()
@@ -84,7 +84,7 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
     if config.lookahead and top_k:
         ordered = {table.layer: places.get(table.layer) for table in tables}
         _look_ahead(model, layers, ordered, top_k, _hidden(checkpoint.config))
-    if not needs_staging():  # where the GPU shares the memory of the host
+    if not needs_pinned_memory():  # where the GPU shares the memory of the host
         own = [share.tables[0].layer for share in streamed if len(share.tables) == 1]
         pressure = Pressure([places[layer][1] for layer in own], max(1, top_k))
         for layer in own:
