@@ -28,7 +28,7 @@ from flashmoe_mlx.config import Config
 from flashmoe_mlx.model.families import find_experts
 from flashmoe_mlx.model.load import load_lazily
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 
@@ -42,7 +42,7 @@ def batches(tables: Sequence[ExpertTable], experts: int, count: int) -> Batches:
     return [(table, order[i : i + experts]) for i in starts for table, order in zip(tables, orders, strict=True)]
 
 
-def seconds(checkpoint: Checkpoint, reader: Reader, steps: Batches, first_reads: FirstReads | None) -> float:
+def seconds(checkpoint: Checkpoint, reader: Reader, steps: Batches, first_reads: ManifestCheck | None) -> float:
     """How long the fetches take, into slots that were written to before."""
     table, experts = steps[0]
     pool = Pool(len(experts), table, reader, Counters(), None, first_reads)
@@ -76,7 +76,7 @@ def main() -> None:
         steps = batches(tables, args.experts, args.most)
         for checked in sorted(each, reverse=bool(number % 2)):
             before = device_bytes()
-            taken = seconds(checkpoint, reader, steps, FirstReads(manifest, tables) if checked else None)
+            taken = seconds(checkpoint, reader, steps, ManifestCheck(manifest, tables) if checked else None)
             if number > 0:  # the first only starts threads and touches memory
                 each[checked].append(taken)
                 delivered += device_bytes() - before

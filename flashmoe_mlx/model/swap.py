@@ -25,9 +25,9 @@ from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.model.precision import compute_in_float32, itemsize
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
-from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
-from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_buffers
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
+from flashmoe_mlx.streaming.memory_pressure import Pressure
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
 from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
@@ -68,7 +68,7 @@ def stream_experts(
     slots_nbytes = sum(plan.nbytes for plan in plans)
     streamed = [plan for plan in plans if not plan.all_resident]
     pinned_nbytes = 0
-    if streamed and needs_pinned_buffers():
+    if streamed and needs_pinned_memory():
         pinned_nbytes = max(slot_nbytes(plan.tables[0]) for plan in streamed)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _PINNED_EXPERTS * pinned_nbytes)
     value_nbytes = itemsize(model)
@@ -125,13 +125,13 @@ def _build_pools(
     """Return the pool of each streamed layer, by the layer's path."""
     reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
     tables = [table for plan in plans for table in plan.tables]
-    first_reads = None
+    check = None
     if config.manifest is not None:
-        first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
+        check = ManifestCheck(Manifest.load(Path(config.manifest), checkpoint), tables)
     buffers = PinnedBuffers(pinned_nbytes, _PINNED_EXPERTS) if pinned_nbytes else None
     pools = {}
     for plan in plans:
-        pool = Pool(plan.slots, plan.tables[0], reader, counters, buffers, first_reads)
+        pool = Pool(plan.slots, plan.tables[0], reader, counters, buffers, check)
         pools.update({table.layer: pool for table in plan.tables})
     return pools
 
@@ -150,10 +150,10 @@ def _memory_pressure(
 ) -> dict[str, Callable[[Pool], int]]:
     """Return what tells the layers with a pool of their own how many slots to keep."""
     # The memory of an NVIDIA GPU is not the host's.
-    if needs_pinned_buffers():
+    if needs_pinned_memory():
         return {}
     own = [plan.tables[0].layer for plan in plans if len(plan.tables) == 1]
-    pressure = MemoryPressure([pools[path] for path in own], max(1, top_k))
+    pressure = Pressure([pools[path] for path in own], max(1, top_k))
     return dict.fromkeys(own, pressure.slots)
 
 

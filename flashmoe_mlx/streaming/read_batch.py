@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from flashmoe_mlx.checkpoint.span import Span
-from flashmoe_mlx.streaming.read_error import Landed, _failure, _Read
+from flashmoe_mlx.streaming.read_error import OnFilled, _failure, _Read
 from flashmoe_mlx.system.daemon_threads import Threads
 
 _T = TypeVar("_T")
@@ -42,7 +42,7 @@ class _Job:
 class _Batch:
     """Reads under way: ``cold`` has those that nobody waits for yet."""
 
-    def __init__(self, threads: Threads, reads: Sequence[_Read], timeout: float, landed: Landed | None):
+    def __init__(self, threads: Threads, reads: Sequence[_Read], timeout: float, landed: OnFilled | None):
         self.cold: deque[tuple[_Read, int]] = deque()  # and how many bytes are there already
         self._reads = reads
         self._threads = threads

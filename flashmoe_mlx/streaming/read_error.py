@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 _Read = tuple[str, int, int, list[memoryview]]  # path, offset, bytes, and the buffers they go to
 
-Landed = Callable[[Sequence[memoryview]], None]
+OnFilled = Callable[[Sequence[memoryview]], None]
 
 
 class ReadError(OSError):

@@ -14,7 +14,7 @@ from operator import itemgetter
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.read_batch import _PATIENCE, _Batch, _Job, _merged
-from flashmoe_mlx.streaming.read_error import Landed, _failure, _Read
+from flashmoe_mlx.streaming.read_error import OnFilled, _failure, _Read
 from flashmoe_mlx.system.daemon_threads import Threads
 
 _LARGE = 1 << 16  # bytes that take longer to copy than a thread takes to wake
@@ -58,7 +58,7 @@ class Reader:
         self._timeout = timeout
         self._batches: list[_Batch] = []  # whose threads may write to buffers
 
-    def read(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> None:
+    def read(self, reads: Iterable[tuple[Span, memoryview]], landed: OnFilled | None = None) -> None:
         """Fill every buffer from its span.
 
         Args:
@@ -96,7 +96,7 @@ class Reader:
         self._counters.bytes_read += nbytes
         self._counters.read_seconds += time.perf_counter() - begin
 
-    def start(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> Callable[[], None]:
+    def start(self, reads: Iterable[tuple[Span, memoryview]], landed: OnFilled | None = None) -> Callable[[], None]:
         """Begin to fill every buffer from its span, on threads of their own; ``read`` may be called meanwhile.
 
         Args:

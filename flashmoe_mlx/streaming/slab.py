@@ -9,10 +9,9 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.streaming.pinned_memory import device_address, needs_staging
+from flashmoe_mlx.streaming.pinned_memory import device_address, needs_pinned_memory
 from flashmoe_mlx.system.huge_pages import use_large_pages
 
-NO_SLOT = 2**32 - 1  # a slot's number where there is none: kernels take its expert for zero
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -39,7 +38,8 @@ class Slab:
 
     Attributes:
         array (mx.array): what to compute with.
-        landing_nbytes (int): bytes of a row as the file has them.
+        slots (int): rows.
+        stored_nbytes (int): bytes of a row as the file has them.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False):
@@ -49,26 +49,28 @@ class Slab:
         self.array = self._words.view(dtype)
         mx.eval(self._words, self.array)
         use_large_pages(self._words)
+        self.slots = slots
         self._shape = shape
         self._stored = stored
         self._kept = kept
         self._row_nbytes = row_nbytes(shape, stored, kept)
-        self.landing_nbytes = prod(shape) * stored.size
+        self.stored_nbytes = prod(shape) * stored.size
 
-    def moved(self, slots: Sequence[int], count: int) -> Self:
-        """A slab with ``count`` rows, the first of which hold what these ``slots`` hold."""
+    def resized(self, kept: Sequence[int], slots: int) -> Self:
+        """Return a slab with ``slots`` rows, the first of which hold what these old ones hold."""
         slab = type(self)(0, self._shape, self._stored, self._kept)
-        rows = [*slots, *([0] * (count - len(slots)))]
+        slab.slots = slots
+        rows = [*kept, *([0] * (slots - len(kept)))]
         slab._words = self._words[mx.array(rows, mx.uint32)]
         slab.array = slab._words.view(self.array.dtype)
         mx.eval(slab._words, slab.array)
         use_large_pages(slab._words)
         return slab
 
-    def landing(self, slot: int) -> memoryview:
+    def buffer(self, slot: int) -> memoryview:
         """Where the file's bytes for ``slot`` go: its row, or the row's end if they are to be widened."""
         end = (slot + 1) * self._row_nbytes
-        return self._bytes[end - self.landing_nbytes : end]
+        return self._bytes[end - self.stored_nbytes : end]
 
     @cached_property
     def _bytes(self) -> memoryview:
@@ -77,7 +79,7 @@ class Slab:
 
     @cached_property
     def _address(self) -> int:
-        if needs_staging():
+        if needs_pinned_memory():
             return device_address(self._words)
         return ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
 
@@ -85,17 +87,17 @@ class Slab:
         """Where the row of ``slot`` is, for a copy; the device's address if the memory is its own."""
         return self._address + slot * self._row_nbytes
 
-    def settle(self, slot: int) -> None:
+    def widen(self, slot: int) -> None:
         """Widen what was read into ``slot`` to the array's dtype, in place and exactly."""
-        if self.landing_nbytes == self._row_nbytes:
+        if self.stored_nbytes == self._row_nbytes:
             return
         row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
         if self._stored == mx.bfloat16:  # the upper half of a float32
             words = np.frombuffer(row, np.uint32)
-            words[...] = np.frombuffer(self.landing(slot), np.uint16)
+            words[...] = np.frombuffer(self.buffer(slot), np.uint16)
             words <<= 16
         else:
-            np.frombuffer(row, np.float32)[...] = np.frombuffer(self.landing(slot), np.float16)
+            np.frombuffer(row, np.float32)[...] = np.frombuffer(self.buffer(slot), np.float16)
 
 
 def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False) -> int:

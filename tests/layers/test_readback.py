@@ -7,10 +7,10 @@ import pytest
 from flashmoe_mlx.layers import readback as mailbox
 from flashmoe_mlx.layers.readback import Mailbox
 from flashmoe_mlx.model import swap as model
-from flashmoe_mlx.streaming.pinned_memory import Staging
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from tests.conftest import WriteFamily
-from tests.streaming.test_pool import HostStaging
 from tests.support.oracle import assert_same, resident, run, streamed
+from tests.support.pinned import HostBuffers
 
 
 class HostMailbox(Mailbox):
@@ -27,8 +27,8 @@ class HostMailbox(Mailbox):
         self.taken.append(super().take())
         return self.taken[-1]
 
-    def _staging(self) -> Staging:
-        return HostStaging(8 * 1024, 1)
+    def _staging(self) -> PinnedBuffers:
+        return HostBuffers(8 * 1024, 1)
 
     def _write(self, numbers: mx.array, letter: mx.array) -> mx.array:
         if self.arrives:

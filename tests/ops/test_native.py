@@ -21,7 +21,7 @@ from flashmoe_mlx.ops import products as ops
 from flashmoe_mlx.ops.fused import Fused
 from flashmoe_mlx.ops.matrices import Quantized
 from flashmoe_mlx.ops.native import Kernels
-from flashmoe_mlx.streaming.slab import NO_SLOT
+from flashmoe_mlx.streaming.slot_map import NO_SLOT
 from flashmoe_mlx.system.package_data import data_dir
 from tests.conftest import WriteFamily
 from tests.layers.test_fused_decoder import FAMILIES, arrays, both, check_kernels, check_route, normal, steps

@@ -13,7 +13,7 @@ from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops import products as ops
 from flashmoe_mlx.ops.dispatch import MAX_PAIRS, MAX_TOP_K, has_kernel
 from flashmoe_mlx.ops.matrices import Quantized
-from flashmoe_mlx.streaming.slab import NO_SLOT
+from flashmoe_mlx.streaming.slot_map import NO_SLOT
 from tests.conftest import WriteFamily
 from tests.support.oracle import PROMPT, resident, streamed
 

@@ -21,10 +21,10 @@ from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
 from flashmoe_mlx.system.memory import limit_cache
 from tests.conftest import WriteFamily
-from tests.streaming.test_pool import HostStaging, holds
-from tests.support.disk import write_experts
+from tests.support.disk import holds, holds_residents, write_experts
 from tests.support.families import FAMILIES
 from tests.support.oracle import Run, assert_same, run, streamed
+from tests.support.pinned import HostBuffers
 
 TOTAL = 32_000
 
@@ -44,9 +44,9 @@ def tables(tmp_path: Path) -> list[ExpertTable]:
     return write_experts(tmp_path / "experts.bin", 3, 6)
 
 
-def make_pool(tables: list[ExpertTable], slots: int, staging: HostStaging | None = None) -> Pool:
+def make_pool(tables: list[ExpertTable], slots: int, pinned: HostBuffers | None = None) -> Pool:
     counters = Counters()
-    return Pool(slots, tables[0], Reader([tables[0].spans[0][0].path], 1, counters), counters, staging)
+    return Pool(slots, tables[0], Reader([tables[0].spans[0][0].path], 1, counters), counters, pinned)
 
 
 def test_shrinks_below_the_reserve_and_grows_above_four(tables: list[ExpertTable]) -> None:
@@ -97,16 +97,16 @@ def test_it_seldom_looks(tables: list[ExpertTable]) -> None:
     assert pressure.slots(pool) == 50
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_most_recent_stay(ahead: bool, staged: bool, tables: list[ExpertTable]) -> None:
-    pool = make_pool(tables, 6, HostStaging(44, 5) if staged else None)
+def test_the_most_recent_stay(ahead: bool, pinned: bool, tables: list[ExpertTable]) -> None:
+    pool = make_pool(tables, 6, HostBuffers(44, 5) if pinned else None)
     pool.fetch(tables[0], [0, 1, 2, 3])
     if ahead:
-        pool.expect(tables[1], [5], busy=0)
+        pool.prefetch(tables[1], [5], busy=0)
     pool.resize(3, tables[1], [5])
     assert pool.residents == [("0", 1), ("0", 2), ("0", 3)] if not ahead else [("0", 2), ("0", 3), ("1", 5)]
-    assert all(holds(pool, slot, int(key[0]), key[1]) for key, slot in pool._slot_of.items())
+    assert holds_residents(pool, tables)
     assert (pool.slots, pool.planned, pool.moves) == (3, 6, 1)
     for experts in ([0, 1, 2], [3, 4, 5]):
         assert all(holds(pool, slot, 2, expert) for expert, slot in pool.fetch(tables[2], experts).items())
@@ -120,15 +120,15 @@ def test_the_most_recent_stay(ahead: bool, staged: bool, tables: list[ExpertTabl
 def test_interrupted(tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(tables, 6)
     pool.fetch(tables[0], [0, 1, 2])
-    moved, calls = Slab.moved, []
+    resized, calls = Slab.resized, []
 
     def interrupted(*call: Any) -> Slab:
         calls.append(call)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return moved(*call)
+        return resized(*call)
 
-    monkeypatch.setattr(Slab, "moved", interrupted)
+    monkeypatch.setattr(Slab, "resized", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pool.resize(2, tables[0], [])
     assert (pool.slots, pool.moves) == (6, 0)
