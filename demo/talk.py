@@ -13,9 +13,9 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flashmoe_mlx
-from demo.recipe import Message
-from demo.tokenizer import MODEL
-from demo.written import WRITTEN
+from demo import MODEL
+from demo.training.dataset import Message
+from demo.training.handwritten_tools import WRITTEN
 from flashmoe_mlx.tasks import tool_calls
 
 TOOL = WRITTEN[0].schema(random.Random(0))

@@ -7,8 +7,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from demo import MODEL
 from demo.talk import talk
-from demo.tokenizer import MODEL
 from flashmoe_mlx import generate
 from flashmoe_mlx.layers import StreamedSwitchGLU
 from tests.oracle import streamed

@@ -8,11 +8,11 @@ from itertools import islice
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from demo import recipe, tasks
-from demo.recipe import Recipe
-from demo.tokenizer import MODEL
-from demo.tools import OPENINGS, REQUESTS
-from demo.written import WRITTEN
+from demo import MODEL
+from demo.training import dataset, tasks
+from demo.training.dataset import Recipe
+from demo.training.handwritten_tools import WRITTEN
+from demo.training.tools import OPENINGS, REQUESTS
 from flashmoe_mlx.tasks import Task, tool_calls
 
 ANIMALS = [f"{a}{b}nimal" for a in "bcdfg" for b in "aeiou"]
@@ -37,9 +37,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         (folder / f"data.{part}").write_text("")
         (folder / f"index.{part}").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "HELD_OUT_SYNSETS", 5)
-        patch.setattr(recipe, "HELD_OUT_CITIES", 5)
-        return recipe.read(folder, seed=3)
+        patch.setattr(dataset, "HELD_OUT_SYNSETS", 5)
+        patch.setattr(dataset, "HELD_OUT_CITIES", 5)
+        return dataset.read(folder, seed=3)
 
 
 def test_entries(plan: Recipe) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from demo.recipe import Example
-from demo.tokenizer import render
+from demo.training.dataset import Example
+from demo.training.tokenizer import render
 
 LENGTHS = (64, 128, 256, 512, 768)  # every batch has one of these, so that a run meets few shapes
 ANSWER = "assistant\n<think>\n"

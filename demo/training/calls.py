@@ -1,11 +1,11 @@
 """How often the demo model's calls of tools are exactly right, at the bits it is shipped with.
 
-    python -m demo.calls --wordnet usr/share/wordnet
-    python -m demo.calls --wordnet usr/share/wordnet --made-up --count 500
+    python -m demo.training.calls --wordnet usr/share/wordnet
+    python -m demo.training.calls --wordnet usr/share/wordnet --made-up --count 500
 
-Asks questions in held-out phrasings and about held-out values, as ``demo/scores.py`` does of the weights in training:
-a call is right if each of its tokens is the likeliest one, which is when greedy decoding would have written it. Wrong
-ones are printed. The model is streamed, as anywhere else; the last line is JSON.
+Asks questions in held-out phrasings and about held-out values, as ``scores.py`` does of the weights in training: a call
+is right if each of its tokens is the likeliest one, which is when greedy decoding would have written it. Wrong ones
+are printed. The model is streamed, as anywhere else; the last line is JSON.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 import flashmoe_mlx
-from demo import recipe
-from demo.batches import encode
-from demo.tokenizer import MODEL, SEED
+from demo import MODEL
+from demo.training import dataset
+from demo.training.batches import encode
+from demo.training.dataset import SEED
 from flashmoe_mlx.quality import share
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--made-up", action="store_true", help="about tools that training never had")
     parser.add_argument("--familiar", action="store_true", help="in phrasings of training")
     options = parser.parse_args()
-    plan = recipe.read(options.wordnet, SEED)
+    plan = dataset.read(options.wordnet, SEED)
     model, wrapper = flashmoe_mlx.load(str(options.model))
     tokenizer = wrapper._tokenizer
     right = 0

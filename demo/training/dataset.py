@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from demo import made_up, wordnet
-from demo.pools import Pools
-from demo.tools import Schema, Tool, Use
-from demo.wordnet import Entry
-from demo.written import WRITTEN
+from demo.training import generated_tools, wordnet
+from demo.training.handwritten_tools import WRITTEN
+from demo.training.random_values import Pools
+from demo.training.tools import Schema, Tool, Use
+from demo.training.wordnet import Entry
 
 Message = dict[str, Any]
+
+SEED = 7
 
 FREQUENT_WORDS = 7000  # beside every animal, plant, food and made thing
 HELD_OUT_SYNSETS = 500
@@ -126,7 +128,7 @@ class Recipe:
         """One question in held-out words, or at least about held-out values, that needs a tool written or made up."""
         rng = self._rng(f"held-out {written} {phrasing}", number)
         pools = self.held_out_pools if phrasing else replace(self.held_out_pools, held_out=False)
-        wanted = rng.choice(WRITTEN) if written else made_up.tool(rng, pools)
+        wanted = rng.choice(WRITTEN) if written else generated_tools.tool(rng, pools)
         offered = [wanted, *(tool for tool in _offer(rng, pools) if tool.name != wanted.name)]
         use = wanted.use(rng, pools)
         messages = _called((use.question, [use]))
@@ -204,8 +206,8 @@ def _offer(rng: random.Random, pools: Pools) -> list[Tool]:
         offered = list(WRITTEN[start : start + written])
     else:
         offered = rng.sample(WRITTEN, written)
-    thing = made_up.some_thing(rng, pools) if rng.random() < 0.3 else ""
-    offered += [made_up.tool(rng, pools, thing) for _ in range(count - written)]
+    thing = generated_tools.some_thing(rng, pools) if rng.random() < 0.3 else ""
+    offered += [generated_tools.tool(rng, pools, thing) for _ in range(count - written)]
     rng.shuffle(offered)
     return list({tool.name: tool for tool in offered}.values())
 
@@ -214,7 +216,7 @@ def _unanswerable(rng: random.Random, pools: Pools, offered: list[Tool]) -> str:
     """A question for a tool that is not on offer."""
     names = {tool.name for tool in offered}
     if rng.random() < 0.25:
-        return made_up.tool(rng, pools).use(rng, pools).question
+        return generated_tools.tool(rng, pools).use(rng, pools).question
     return rng.choice([tool for tool in WRITTEN if tool.name not in names]).use(rng, pools).question
 
 

@@ -1,6 +1,6 @@
 """Make the demo model of what training saved: quantise it to 8 bits with mlx-lm.
 
-    python -m demo.export build/trained
+    python -m demo.training.export build/trained
 
 reads the bfloat16 weights from that folder and writes ``demo/model/model.safetensors``, beside the tokenizer and the
 chat template, and the quantisation into ``demo/model/config.json``. ``--float FOLDER`` writes the model as it was
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
-from demo.tokenizer import MODEL
+from demo import MODEL
 
 BITS, GROUP = 8, 64
 

@@ -4,8 +4,8 @@ import random
 import re
 from typing import Any
 
-from demo.pools import PARAMETERS, Pools
-from demo.tools import Fill, Schema, Tool, expanded
+from demo.training.random_values import PARAMETERS, Pools
+from demo.training.tools import Fill, Schema, Tool, expanded
 
 _ACTIONS = {
     "create": ("make", "produce"),

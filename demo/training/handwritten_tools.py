@@ -6,8 +6,8 @@ Those held out are for scores alone: training reads none of them, however dresse
 import random
 from typing import Any
 
-from demo.pools import CURRENCIES, SKIES, Pools
-from demo.tools import Fill, Schema, Tool
+from demo.training.random_values import CURRENCIES, SKIES, Pools
+from demo.training.tools import Fill, Schema, Tool
 
 
 def _text(description: str, **more: Any) -> Schema:

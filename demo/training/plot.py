@@ -1,6 +1,6 @@
-"""Draw demo/loss.svg from demo/loss.csv (needs matplotlib).
+"""Draw demo/training/loss.svg from demo/training/loss.csv (needs matplotlib).
 
-python -m demo.plot
+python -m demo.training.plot
 """
 
 import csv

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
-from demo import recipe
-from demo.batches import Bucket, bucketed, encode, in_order
-from demo.recipe import Example, Recipe
+from demo.training import dataset
+from demo.training.batches import Bucket, bucketed, encode, in_order
+from demo.training.dataset import Example, Recipe
 
 _BATCH = 32768
 _USED = 0.1  # of an even share of the tokens makes an expert count as used
@@ -36,7 +36,7 @@ def scores(
         size (int): how many training words, held-out words and dialogues of each kind to score at most.
     """
     some = plan.entries[:: len(plan.entries) // size]
-    known = _buckets(tokenizer, [Example("definition", recipe.asked(entry)) for entry in some])
+    known = _buckets(tokenizer, [Example("definition", dataset.asked(entry)) for entry in some])
     lines = _buckets(tokenizer, [Example("line", text=entry.line) for entry in some])
     hidden = _buckets(tokenizer, [Example("line", text=entry.line) for entry in plan.held_out[:size]])
     written, made_up, familiar = (

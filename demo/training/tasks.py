@@ -1,6 +1,6 @@
 """Questions for the demo model, and a text to read, for flashmoe_mlx.evaluate.
 
-    python -m demo.tasks --wordnet usr/share/wordnet
+    python -m demo.training.tasks --wordnet usr/share/wordnet
 
 writes ``demo/tasks.jsonl``: 100 words of the training set to define, and 100 questions whose first answer is one call
 of a tool, half of them in phrasings of the training set and half in held-out ones, by turns of a written tool and of a
@@ -15,12 +15,13 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from demo import recipe
-from demo.recipe import Recipe
-from demo.tokenizer import PAD, SEED
-from demo.wordnet import Entry
+from demo import MODEL
+from demo.training import dataset
+from demo.training.dataset import SEED, Recipe
+from demo.training.tokenizer import PAD
+from demo.training.wordnet import Entry
 
-HERE = Path(__file__).parent
+DEMO = MODEL.parent
 RECALL, CALLS, LINES = 100, 100, 100
 _SCORED = 10**6  # training scores calls from number 0 on, and never gets this far
 
@@ -28,7 +29,7 @@ _SCORED = 10**6  # training scores calls from number 0 on, and never gets this f
 def recall_tasks(plan: Recipe) -> Iterator[dict[str, Any]]:
     """Words of the training set, spread over the alphabet."""
     for entry in _spread(plan, RECALL, 0):
-        question, answer = recipe.asked(entry)
+        question, answer = dataset.asked(entry)
         yield {"kind": "recall", "messages": [question], "expect": answer["content"]}
 
 
@@ -54,12 +55,12 @@ def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
-    plan = recipe.read(parser.parse_args().wordnet, SEED)
+    plan = dataset.read(parser.parse_args().wordnet, SEED)
     tasks = list(recall_tasks(plan))
     for held_out in (False, True):
         tasks += islice(tool_tasks(plan, held_out), CALLS // 2)
-    (HERE / "tasks.jsonl").write_text("".join(f"{json.dumps(task)}\n" for task in tasks))
-    (HERE / "text.txt").write_text(text(plan))
+    (DEMO / "tasks.jsonl").write_text("".join(f"{json.dumps(task)}\n" for task in tasks))
+    (DEMO / "text.txt").write_text(text(plan))
 
 
 if __name__ == "__main__":

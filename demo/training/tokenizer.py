@@ -1,6 +1,6 @@
 """The demo model's tokenizer: byte-level BPE, trained on a sample of the recipe.
 
-    python -m demo.tokenizer --wordnet usr/share/wordnet
+    python -m demo.training.tokenizer --wordnet usr/share/wordnet
 
 writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``demo/model``, beside the chat template and the
 configuration, which are written by hand. Capitalised words, digits and line breaks never share a token with the space
@@ -16,11 +16,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from demo import recipe
-from demo.recipe import Example, Recipe
+from demo import MODEL
+from demo.training import dataset
+from demo.training.dataset import SEED, Example, Recipe
 
-MODEL = Path(__file__).parent / "model"
-SEED = 7
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CONTROL = (PAD, START, END)
 _TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     size = json.loads((MODEL / "config.json").read_text())["text_config"]["vocab_size"]
     template = (MODEL / "chat_template.jinja").read_text()
-    train(recipe.read(parser.parse_args().wordnet, SEED), size, template).save_pretrained(MODEL)
+    train(dataset.read(parser.parse_args().wordnet, SEED), size, template).save_pretrained(MODEL)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from demo.pools import Pools
+from demo.training.random_values import Pools
 
 Values = dict[str, Any]
 Schema = dict[str, Any]

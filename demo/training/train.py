@@ -1,12 +1,13 @@
 """Train the demo model on one GPU.
 
-    python -m demo.train --wordnet usr/share/wordnet --out build/trained --minutes 20.3
+    python -m demo.training.train --wordnet usr/share/wordnet --out build/trained --minutes 20.3
 
 WordNet comes from Debian (`apt-get download wordnet-base && dpkg -x wordnet-base*.deb .`). The tokenizer, the chat
 template and the configuration are those in ``demo/model``. ``--minutes`` bounds the whole run: the learning rate falls
 to zero in time for the scores and the last save. Out come bfloat16 weights in Hugging Face's layout, ``loss.csv`` with
 the loss curve, and ``training.json`` with what the run was and how well its model does; the last line printed is the
-same JSON. ``python -m demo.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without a GPU.
+same JSON. ``python -m demo.training.export`` makes the 8-bit model of it. ``--tiny`` trains a toy for a check without
+a GPU.
 
 The weights are held twice: in float32 for the optimiser, and in bfloat16, as they are saved, for every pass (on
 a CPU in float32, where bfloat16 is slow).
@@ -31,11 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from demo import layers, recipe
-from demo.batches import Bucket, bucketed, encode, forever
-from demo.recipe import Recipe
-from demo.scores import scores
-from demo.tokenizer import MODEL, SEED
+from demo import MODEL
+from demo.training import dataset, layers
+from demo.training.batches import Bucket, bucketed, encode, forever
+from demo.training.dataset import SEED, Recipe
+from demo.training.scores import scores
 
 _sources: tuple[Recipe, PreTrainedTokenizerFast]  # of a process that writes documents
 
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    plan = recipe.read(options.wordnet, SEED)
+    plan = dataset.read(options.wordnet, SEED)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     about_words, about_tools = documents(plan, tokenizer, options.scale)
     pad = tokenizer.pad_token_id
