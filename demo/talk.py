@@ -15,10 +15,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import flashmoe_mlx
 from demo import MODEL
 from demo.training.dataset import Message
-from demo.training.handwritten_tools import WRITTEN
+from demo.training.handwritten_tools import HANDWRITTEN_TOOLS
 from flashmoe_mlx.tasks import tool_calls
 
-TOOL = WRITTEN[0].schema(random.Random(0))
+TOOL = HANDWRITTEN_TOOLS[0].schema(random.Random(0))
 
 
 def get_weather(city: str, unit: str = "celsius") -> dict[str, Any]:

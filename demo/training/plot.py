@@ -1,4 +1,4 @@
-"""Draw demo/training/loss.svg from demo/training/loss.csv (needs matplotlib).
+"""Draw demo/training/loss.svg from demo/training/loss.csv.
 
 python -m demo.training.plot
 """
@@ -8,22 +8,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def main() -> None:
-    """Draw the loss curve."""
-    with (HERE / "loss.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    tokens = [float(line["tokens"]) / 1e6 for line in lines]
+    """Draw the loss curves of words and tools."""
+    with (FOLDER / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tokens = [float(row["tokens"]) / 1e6 for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
-    axes.plot(tokens, [float(line["words"]) for line in lines], label="words")
-    axes.plot(tokens, [float(line["tools"]) for line in lines], label="tools")
+    axes.plot(tokens, [float(row["words"]) for row in rows], label="words")
+    axes.plot(tokens, [float(row["tools"]) for row in rows], label="tools")
     axes.set(xlabel="tokens read (millions)", ylabel="loss (nats a token)", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    plt.rcParams["svg.hashsalt"] = "flashmoe_mlx"  # the same drawing, the same file
-    figure.savefig(HERE / "loss.svg", metadata={"Date": None})
+    # Element ids are random without a salt; with it, the same data makes the same file.
+    plt.rcParams["svg.hashsalt"] = "flashmoe_mlx"
+    figure.savefig(FOLDER / "loss.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How well the demo model knows its words and calls its tools.
+"""Scores of the demo model in training: recall of words, calls of tools, perplexity, and use of experts.
 
-Every score feeds the model the right text and compares what it would write next, token by token: an answer counts as
-right if each of its tokens is the most likely one, which is when greedy decoding would have written it.
+Recall and calls are scored with teacher forcing: an answer is right if each of its tokens is the most likely one given
+the right tokens before it, which is when greedy decoding would have written it.
 """
 
 import math
@@ -11,69 +11,72 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3_5MoeForCausalLM
 
-from demo.training import dataset
-from demo.training.batches import Bucket, bucketed, encode, in_order
-from demo.training.dataset import Example, Recipe
+from demo.training.batches import Bucket, encode, group_by_length, sequential_batches
+from demo.training.dataset import Dataset, Example, plain_definition
 
 _BATCH = 32768
-_USED = 0.1  # of an even share of the tokens makes an expert count as used
+# An expert counts as used if it gets this part of an even share of the tokens.
+_USED = 0.1
 
 
 def scores(
-    model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Recipe, size: int
+    model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, size: int
 ) -> dict[str, float]:
-    """Recall of training words, perplexity of held-out words, calls of tools, and use of experts.
-
-    Calls are those that held-out phrasings ask for, of tools written and made up, and those that training phrasings
-    ask for with held-out values; answers are those to held-out phrasings.
+    """Score a model on its training data and on held-out data.
 
     Args:
-        model (Qwen3_5MoeForCausalLM): the model.
-        tokenizer (PreTrainedTokenizerFast): its tokenizer.
-        plan (Recipe): what it was trained on.
-        size (int): how many training words, held-out words and dialogues of each kind to score at most.
+        model (Qwen3_5MoeForCausalLM): The model.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        dataset (Dataset): The data that it was trained on.
+        size (int): The number of calls of each kind, of training words (about) and of held-out words (at most).
+
+    Returns:
+        dict[str, float]: Shares of right definitions of training words, with all and with one expert per token; the
+        perplexity of held-out and of training entries; shares of right calls in held-out phrasings (of all, of
+        handwritten and of generated tools) and in training phrasings, and of right answers; and for the layer where it
+        is worst, the share of experts in use and the share of choices that the busiest expert gets.
     """
-    some = plan.entries[:: len(plan.entries) // size]
-    known = _buckets(tokenizer, [Example("definition", dataset.asked(entry)) for entry in some])
-    lines = _buckets(tokenizer, [Example("line", text=entry.line) for entry in some])
-    hidden = _buckets(tokenizer, [Example("line", text=entry.line) for entry in plan.held_out[:size]])
-    written, made_up, familiar = (
-        _buckets(tokenizer, [plan.call(number, *kind) for number in range(size)])
+    entries = dataset.entries[:: len(dataset.entries) // size]
+    definitions = _buckets(tokenizer, [Example(plain_definition(entry)) for entry in entries])
+    known = _buckets(tokenizer, [Example(text=entry.line) for entry in entries])
+    held_out = _buckets(tokenizer, [Example(text=entry.line) for entry in dataset.held_out[:size]])
+    handwritten, generated, training_phrasings = (
+        _buckets(tokenizer, [dataset.held_out_call(number, *kind) for number in range(size)])
         for kind in ((True, True), (False, True), (True, False))
     )
-    calls = {
-        name: [turn for bucket in buckets for turn in _turns(model, bucket)]
-        for name, buckets in {"written": written, "made_up": made_up, "familiar": familiar}.items()
-    }
-    used = _expert_use(model, known + written + made_up)
+    use = _expert_use(model, definitions + handwritten + generated)
+    of_handwritten, of_generated, of_training_phrasings = (
+        [turns for bucket in buckets for turns in _right_turns(model, bucket)]
+        for buckets in (handwritten, generated, training_phrasings)
+    )
     with _top_k(model, 1):
-        recall_top_1 = _recall(model, known)
+        recall_top_1 = _recall(model, definitions)
     return {
-        "recall": _recall(model, known),
+        "recall": _recall(model, definitions),
         "recall_top_1": recall_top_1,
-        "held_out_perplexity": _perplexity(model, hidden),
-        "training_perplexity": _perplexity(model, lines),
-        "held_out_calls_exact": _share(calls["written"] + calls["made_up"], 0),
-        "held_out_calls_written": _share(calls["written"], 0),
-        "held_out_calls_made_up": _share(calls["made_up"], 0),
-        "training_phrasings_calls_exact": _share(calls["familiar"], 0),
-        "held_out_answers_exact": _share(calls["written"] + calls["made_up"], -1),
-        "experts_used": float(np.min((used > _USED / used.shape[1]).mean(axis=1))),
-        "busiest_expert_share": float(used.max()),
+        "held_out_perplexity": _perplexity(model, held_out),
+        "training_perplexity": _perplexity(model, known),
+        "held_out_calls_exact": _right_share(of_handwritten + of_generated, 0),
+        "held_out_calls_handwritten": _right_share(of_handwritten, 0),
+        "held_out_calls_generated": _right_share(of_generated, 0),
+        "training_phrasings_calls_exact": _right_share(of_training_phrasings, 0),
+        "held_out_answers_exact": _right_share(of_handwritten + of_generated, -1),
+        "experts_used": float(np.min((use > _USED / use.shape[1]).mean(axis=1))),
+        "busiest_expert_share": float(use.max()),
     }
 
 
-def _buckets(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Bucket]:
-    return bucketed(encode(tokenizer, examples), tokenizer.pad_token_id)
+def _buckets(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Bucket]:
+    return group_by_length(encode(tokenizer, examples), tokenizer.pad_token_id)
 
 
-@torch.no_grad()
-def _predicted(model: Qwen3_5MoeForCausalLM, batch: Bucket) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """For each token but the first of each row: whether it is the most likely one, and its log likelihood."""
+def _predict(model: Qwen3_5MoeForCausalLM, batch: Bucket) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Return for each token after the first of its row if it is the most likely one, and its log-likelihood."""
     tokens = torch.from_numpy(batch.tokens).to(model.device).long()
-    logits = model(tokens, use_cache=False).logits[:, :-1].float()
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits[:, :-1].float()
     targets = tokens[:, 1:]
     right = logits.argmax(-1) == targets
     likelihood = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
@@ -81,49 +84,49 @@ def _predicted(model: Qwen3_5MoeForCausalLM, batch: Bucket) -> tuple[NDArray[np.
 
 
 def _recall(model: Qwen3_5MoeForCausalLM, buckets: Sequence[Bucket]) -> float:
-    """The share of rows that are right wherever they count."""
+    """Return the share of documents whose masked tokens are all right."""
     rows = []
     for bucket in buckets:
-        for batch in in_order(bucket, _BATCH):
-            right, _ = _predicted(model, batch)
-            rows.append((right | ~batch.counts[:, 1:]).all(axis=1))
+        for batch in sequential_batches(bucket, _BATCH):
+            right, _ = _predict(model, batch)
+            rows.append((right | ~batch.loss_mask[:, 1:]).all(axis=1))
     return float(np.concatenate(rows).mean())
 
 
-def _turns(model: Qwen3_5MoeForCausalLM, bucket: Bucket) -> Iterator[list[bool]]:
-    """For each row whether each of the assistant's turns is right."""
-    for batch in in_order(bucket, _BATCH):
-        right, _ = _predicted(model, batch)
-        for row, counts in zip(right, batch.counts[:, 1:], strict=True):
-            edges = np.flatnonzero(np.diff(np.concatenate(([0], counts.astype(int), [0]))))
+def _right_turns(model: Qwen3_5MoeForCausalLM, bucket: Bucket) -> Iterator[list[bool]]:
+    """Yield for each document which of the assistant's turns are right."""
+    for batch in sequential_batches(bucket, _BATCH):
+        right, _ = _predict(model, batch)
+        for row, mask in zip(right, batch.loss_mask[:, 1:], strict=True):
+            edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(int), [0]))))
             yield [bool(row[start:end].all()) for start, end in edges.reshape(-1, 2)]
 
 
-def _share(turns: Sequence[Sequence[bool]], number: int) -> float:
-    return float(np.mean([turn[number] for turn in turns]))
+def _right_share(documents: Sequence[Sequence[bool]], turn: int) -> float:
+    return float(np.mean([turns[turn] for turns in documents]))
 
 
 def _perplexity(model: Qwen3_5MoeForCausalLM, buckets: Sequence[Bucket]) -> float:
     total, count = 0.0, 0
     for bucket in buckets:
-        for batch in in_order(bucket, _BATCH):
-            _, likelihood = _predicted(model, batch)
-            counts = batch.counts[:, 1:]
-            total, count = total + float(likelihood[counts].sum()), count + int(counts.sum())
+        for batch in sequential_batches(bucket, _BATCH):
+            _, likelihood = _predict(model, batch)
+            mask = batch.loss_mask[:, 1:]
+            total, count = total + float(likelihood[mask].sum()), count + int(mask.sum())
     return math.exp(-total / count)
 
 
-@torch.no_grad()
 def _expert_use(model: Qwen3_5MoeForCausalLM, buckets: Sequence[Bucket]) -> NDArray[np.float64]:
-    """Each layer's share of choices that fall on each expert."""
+    """Return the share of a layer's choices that each expert gets, ``[layers, experts]``."""
     use = np.zeros((model.config.num_hidden_layers, model.config.num_experts))
     for bucket in buckets:
-        for batch in in_order(bucket, _BATCH):
+        for batch in sequential_batches(bucket, _BATCH):
             tokens = torch.from_numpy(batch.tokens).to(model.device).long()
-            read = (tokens != model.config.pad_token_id).reshape(-1)
-            routed = model.model(tokens, use_cache=False, output_router_logits=True).router_logits
-            for layer, logits in enumerate(routed):
-                chosen = logits[read].topk(model.config.num_experts_per_tok).indices
+            is_text = (tokens != model.config.pad_token_id).reshape(-1)
+            with torch.no_grad():
+                router_logits = model.model(tokens, use_cache=False, output_router_logits=True).router_logits
+            for layer, logits in enumerate(router_logits):
+                chosen = logits[is_text].topk(model.config.num_experts_per_tok).indices
                 use[layer] += chosen.reshape(-1).bincount(minlength=use.shape[1]).cpu().numpy()
     shares: NDArray[np.float64] = use / use.sum(axis=1, keepdims=True)
     return shares
@@ -131,6 +134,7 @@ def _expert_use(model: Qwen3_5MoeForCausalLM, buckets: Sequence[Bucket]) -> NDAr
 
 @contextmanager
 def _top_k(model: Qwen3_5MoeForCausalLM, count: int) -> Iterator[None]:
+    """Route each token to ``count`` experts for a while."""
     gates = [layer.mlp.gate for layer in model.model.layers]
     before = gates[0].top_k
     for gate in gates:

@@ -1,12 +1,13 @@
-"""What a tool is that the demo model is asked to use, and how people ask for it.
+"""Tools that the demo model learns to call, and how questions for them are phrased.
 
-A ``Tool`` can describe itself as a JSON schema, and make a ``Use`` of itself: what a person asks, the arguments of the
-call that answers it, what the tool returns, and the sentence that tells it. The words of a question name its arguments:
-"What is the weather in {city}?" makes a call with ``city`` alone. Brackets hold alternatives: "[Add|Sum] {a} and {b}."
-stands for two questions. Now and then words that the tool does not use itself are blurred, so that a question counts
-for what it has in common with the tool and not for how it is put. A question is then dressed: people greet and thank,
-and are careless with capitals and punctuation. Every value is drawn at random, so that it must be copied from the
-question or from the result and cannot be known.
+A ``Tool`` describes itself as a JSON schema and generates a ``ToolUse``: a question, the arguments of the call that
+answers it, the result, and the answer. A phrasing names its arguments in braces: "What is the weather in {city}?" makes
+a call with ``city`` alone. Brackets hold alternatives: "[Add|Sum] {a} and {b}." stands for two phrasings.
+
+Two augmentations keep the model from memorizing phrasings. Word noise replaces or drops words that the tool's
+description does not contain, so that a question is recognized by what it shares with the tool. Style variation adds
+greetings and thanks, and changes case and punctuation. Every value is random, so that it has to be copied from the
+question or from the result.
 """
 
 import random
@@ -15,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from demo.training.random_values import Pools
+from demo.training.random_values import ValueSampler
 
-Values = dict[str, Any]
+Arguments = dict[str, Any]
 Schema = dict[str, Any]
 
 OPENINGS = (
@@ -73,91 +74,122 @@ _CLOSINGS = (
     ", if possible.",
     ", would you?",
 )
-_NO_ORDER = re.compile(  # how a question begins that does not tell anyone to do something
+# First words of a phrasing that is not an imperative, which a request such as "Could you" cannot precede.
+_NOT_IMPERATIVE = re.compile(
     r"(what|how|is|are|will|which|do|does|when|where|should|i|we|my|on|from|at|in|for|it|has|there|to|with|given|after|"
     r"until|can|please|let)\b",
     re.IGNORECASE,
 )
 
-Fill = Callable[[Pools, random.Random], Any]
+DrawValue = Callable[[ValueSampler, random.Random], Any]
 
 
 @dataclass(frozen=True)
-class Use:
-    """One question that a tool answers, from asking to telling."""
+class ToolUse:
+    """One question that a tool answers, with the call, its result and the answer."""
 
     tool: "Tool"
     question: str
-    arguments: Values
-    result: Values
+    arguments: Arguments
+    result: Arguments
     answer: str
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model can call."""
+    """A function that a model can call.
+
+    Attributes:
+        name (str): The name of the function.
+        description (str): One sentence for the schema.
+        parameters (dict[str, Schema]): The JSON schema of each parameter.
+        argument_values (dict[str, DrawValue]): Draws a random argument for each parameter.
+        make_result (Callable): Makes the result of a call from its arguments.
+        answer_template (str): The answer, with names of arguments and results in braces. Empty: the answer lists the
+            results by name.
+        phrasings (tuple[str, ...]): Ways to ask for the tool in training.
+        held_out_phrasings (tuple[str, ...]): Ways to ask for it in evaluation. Default: none.
+        required (tuple[str, ...]): The parameters that a call must have. Default: none.
+        paired_phrasings (tuple[str, ...]): Ways to ask for two values of the first required parameter at once, with a
+            pair of braces for each value. Default: none.
+    """
 
     name: str
     description: str
     parameters: dict[str, Schema]
-    fills: dict[str, Fill]
-    returns: Callable[[random.Random, Pools, Values], Values]
-    answer: str  # with the names of arguments and results in braces; "" tells each result by its name
-    asks: tuple[str, ...]
-    held_out_asks: tuple[str, ...] = ()
-    needed: tuple[str, ...] = ()
-    both: tuple[str, ...] = ()  # ways to ask for two of its first argument at once, a pair of braces for each
+    argument_values: dict[str, DrawValue]
+    make_result: Callable[[ValueSampler, random.Random, Arguments], Arguments]
+    answer_template: str
+    phrasings: tuple[str, ...]
+    held_out_phrasings: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    paired_phrasings: tuple[str, ...] = ()
 
     def schema(self, rng: random.Random) -> Schema:
-        """How a client describes it, in more or less detail."""
+        """Return the tool's definition as a client sends it, in more or less detail."""
         detailed = rng.random() < 0.7
         properties = {
             name: {key: value for key, value in schema.items() if detailed or key != "description"}
             for name, schema in self.parameters.items()
         }
         parameters: Schema = {"type": "object", "properties": properties}
-        if self.needed and rng.random() < 0.85:
-            parameters["required"] = list(self.needed)
+        if self.required and rng.random() < 0.85:
+            parameters["required"] = list(self.required)
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
-    def use(self, rng: random.Random, pools: Pools, ask: str = "") -> Use:
-        """A question for it with its answer."""
-        if not ask:
-            ask = rng.choice(self.held_out_asks if pools.held_out and self.held_out_asks else self.asks)
-            ask = expanded(rng, ask)
-            if not pools.held_out and rng.random() < 0.25:
-                ask = self._blurred(rng, pools, ask)
-            ask = dressed(rng, ask)
-        values = {name: self.fills[name](pools, rng) for name in re.findall(r"{([^{}]+)}", ask)}
+    def sample_use(self, rng: random.Random, sampler: ValueSampler, phrasing: str = "") -> ToolUse:
+        """Generate a question for the tool with its call, result and answer.
+
+        Args:
+            rng (random.Random): The source of all random choices.
+            sampler (ValueSampler): Draws the values, and decides between training and held-out phrasings.
+            phrasing (str): The phrasing to use as it is. Default: a random one of the tool's, augmented.
+        """
+        if not phrasing:
+            held_out = sampler.held_out_phrasings and self.held_out_phrasings
+            phrasing = choose_alternatives(rng, rng.choice(self.held_out_phrasings if held_out else self.phrasings))
+            if not sampler.held_out_phrasings and rng.random() < 0.25:
+                phrasing = self._add_word_noise(rng, sampler, phrasing)
+            phrasing = vary_style(rng, phrasing)
+        values = {name: self.argument_values[name](sampler, rng) for name in re.findall(r"{([^{}]+)}", phrasing)}
         arguments = {name: values[name] for name in self.parameters if name in values}
-        quotes = {name: rng.choice("\"'") if _may_quote(rng, ask, value) else "" for name, value in values.items()}
-        question = re.sub(r"{([^{}]+)}", lambda n: quotes[n[1]] + spoken(values[n[1]]) + quotes[n[1]], ask)
+        quotes = {
+            name: rng.choice("\"'") if _should_quote(rng, phrasing, value) else "" for name, value in values.items()
+        }
+        question = re.sub(
+            r"{([^{}]+)}", lambda name: quotes[name[1]] + as_text(values[name[1]]) + quotes[name[1]], phrasing
+        )
         if rng.random() < 0.15:
-            result: Values = {"error": rng.choice(("not found", "no connection", "not allowed", "try again later"))}
-            return Use(self, question, arguments, result, f"That did not work: {result['error']}.")
-        result = self.returns(rng, pools, arguments)
-        told = {name: spoken(value) for name, value in (arguments | result).items()}
-        answer = self.answer.format(**told) if self.answer else _told(result)
-        return Use(self, question, arguments, result, answer)
+            error = rng.choice(("not found", "no connection", "not allowed", "try again later"))
+            return ToolUse(self, question, arguments, {"error": error}, f"That did not work: {error}.")
+        result = self.make_result(sampler, rng, arguments)
+        texts = {name: as_text(value) for name, value in (arguments | result).items()}
+        answer = self.answer_template.format(**texts) if self.answer_template else _list_results(result)
+        return ToolUse(self, question, arguments, result, answer)
 
-    def _blurred(self, rng: random.Random, pools: Pools, ask: str) -> str:
-        """A question in which some words are others or missing: none of the tool's own, and none beside an argument."""
+    def _add_word_noise(self, rng: random.Random, sampler: ValueSampler, phrasing: str) -> str:
+        """Replace or drop some words, but none of the tool's own and none next to an argument."""
         own = f"{self.name} {self.description} {' '.join(self.parameters)}".lower()
-        words = ask.split(" ")
-        beside = {near for place, word in enumerate(words) if "{" in word for near in (place - 1, place, place + 1)}
-        blurred = []
-        for place, word in enumerate(words):
+        words = phrasing.split(" ")
+        next_to_argument = {
+            neighbor
+            for position, word in enumerate(words)
+            if "{" in word
+            for neighbor in (position - 1, position, position + 1)
+        }
+        noisy = []
+        for position, word in enumerate(words):
             letters = word.strip('.,:;?!"').lower()
-            if place in beside or not letters.isalpha() or letters in own or rng.random() < 0.7:
-                blurred.append(word)
+            if position in next_to_argument or not letters.isalpha() or letters in own or rng.random() < 0.7:
+                noisy.append(word)
             elif rng.random() < 0.6:
-                blurred.append(word.lower().replace(letters, pools.word(rng)))
-        return " ".join(blurred)
+                noisy.append(word.lower().replace(letters, sampler.word(rng)))
+        return " ".join(noisy)
 
 
-def spoken(value: Any) -> str:
-    """A value as a person writes it."""
+def as_text(value: Any) -> str:
+    """Format a value as a person writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
@@ -165,34 +197,35 @@ def spoken(value: Any) -> str:
     return str(value)
 
 
-def expanded(rng: random.Random, ask: str) -> str:
-    """A question with one of the alternatives in each pair of brackets."""
-    while "[" in ask:
-        ask = re.sub(r"\[([^\[\]]*)\]", lambda found: rng.choice(found[1].split("|")), ask)
-    return ask
+def choose_alternatives(rng: random.Random, phrasing: str) -> str:
+    """Replace each pair of brackets by one of the alternatives in it, innermost first."""
+    while "[" in phrasing:
+        phrasing = re.sub(r"\[([^\[\]]*)\]", lambda found: rng.choice(found[1].split("|")), phrasing)
+    return phrasing
 
 
-def dressed(rng: random.Random, ask: str) -> str:
-    """A question as people write it: with a greeting or thanks, or careless; often as it is."""
+def vary_style(rng: random.Random, phrasing: str) -> str:
+    """Add a greeting or thanks, or change case and punctuation; return four of ten phrasings as they are."""
     if rng.random() < 0.4:
-        return ask
+        return phrasing
     if rng.random() < 0.4:
-        opening = rng.choice(OPENINGS + REQUESTS if ask.endswith(".") and not _NO_ORDER.match(ask) else OPENINGS)
-        ask = opening + (ask if ask.startswith("I ") else ask[:1].lower() + ask[1:])
+        imperative = phrasing.endswith(".") and not _NOT_IMPERATIVE.match(phrasing)
+        opening = rng.choice(OPENINGS + REQUESTS if imperative else OPENINGS)
+        phrasing = opening + (phrasing if phrasing.startswith("I ") else phrasing[:1].lower() + phrasing[1:])
     if rng.random() < 0.25:
-        ask = ask.rstrip(".?!") + rng.choice(_CLOSINGS)
+        phrasing = phrasing.rstrip(".?!") + rng.choice(_CLOSINGS)
     if rng.random() < 0.35:
-        ask = ask.rstrip(".?!") + rng.choice(("", "", "", ".", "?", "!", "!!", "??", "...", " ?", " !"))
+        phrasing = phrasing.rstrip(".?!") + rng.choice(("", "", "", ".", "?", "!", "!!", "??", "...", " ?", " !"))
     if rng.random() < 0.15:
-        ask = ask[:1].lower() + ask[1:]
-    return ask
+        phrasing = phrasing[:1].lower() + phrasing[1:]
+    return phrasing
 
 
-def _may_quote(rng: random.Random, ask: str, value: Any) -> bool:
-    return isinstance(value, str) and '"' not in ask and "(" not in ask and rng.random() < 0.12
+def _should_quote(rng: random.Random, phrasing: str, value: Any) -> bool:
+    return isinstance(value, str) and '"' not in phrasing and "(" not in phrasing and rng.random() < 0.12
 
 
-def _told(result: Values) -> str:
-    told = [f"the {name.replace('_', ' ')} is {spoken(value)}" for name, value in result.items()]
-    sentence = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+def _list_results(result: Arguments) -> str:
+    clauses = [f"the {name.replace('_', ' ')} is {as_text(value)}" for name, value in result.items()]
+    sentence = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
     return f"{sentence[0].upper()}{sentence[1:]}."
