@@ -1,6 +1,7 @@
 """The demo model's training data, generated from a WordNet of a few words."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -9,6 +10,7 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from demo import MODEL
+from demo.talk import TOOL
 from demo.training import tasks
 from demo.training.dataset import Dataset
 from demo.training.handwritten_tools import HANDWRITTEN_TOOLS
@@ -108,3 +110,8 @@ def test_held_out_phrasings_are_no_training_phrasings() -> None:
         held_out = {text for phrasing in tool.held_out_phrasings for text in expansions(phrasing)}
         assert held_out
         assert not held_out & {f"{opening}{text}" for opening in openings for text in trained}
+
+
+def test_talk_offers_a_tool_of_the_training_data() -> None:
+    trained = {json.dumps(HANDWRITTEN_TOOLS[0].schema(random.Random(seed))) for seed in range(20)}
+    assert json.dumps(TOOL) in trained
