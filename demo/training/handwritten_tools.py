@@ -1,53 +1,55 @@
-"""Tools written by hand, with many ways to ask for each.
+"""The 34 handwritten tools of the training data, each with the phrasings that ask for it.
 
-Those held out are for scores alone: training reads none of them, however dressed.
+Held-out phrasings are used for evaluation only. A test checks that no variation of style turns a training phrasing
+into one of them.
 """
 
 import random
 from typing import Any
 
-from demo.pools import CURRENCIES, SKIES, Pools
-from demo.tools import Fill, Schema, Tool
+from demo.training.random_values import CURRENCIES, SKIES, ValueSampler
+from demo.training.tools import DrawValue, Schema, Tool
 
 
-def _text(description: str, **more: Any) -> Schema:
+def _string(description: str, **more: Any) -> Schema:
     return {"type": "string", "description": description, **more}
 
 
-def _whole(description: str) -> Schema:
+def _integer(description: str) -> Schema:
     return {"type": "integer", "description": description}
 
 
-def _real(description: str) -> Schema:
+def _number(description: str) -> Schema:
     return {"type": "number", "description": description}
 
 
-def _celsius(pools: Pools, rng: random.Random) -> str:
+def _temperature_unit(sampler: ValueSampler, rng: random.Random) -> str:
     return rng.choice(("celsius", "fahrenheit"))
 
 
-def _one_of(*choices: str) -> Fill:
-    return lambda pools, rng: rng.choice(choices)
+def _one_of(*choices: str) -> DrawValue:
+    return lambda sampler, rng: rng.choice(choices)
 
 
-def _between(least: int, most: int) -> Fill:
-    return lambda pools, rng: rng.randint(least, most)
+def _integer_between(least: int, most: int) -> DrawValue:
+    return lambda sampler, rng: rng.randint(least, most)
 
 
 ROOMS = ("kitchen", "bedroom", "garden", "hall", "office", "bathroom", "garage", "cellar")
 
-WRITTEN = (  # similar ones side by side
+# Similar tools stand next to each other: some dialogues offer neighbors, so that the model has to tell them apart.
+HANDWRITTEN_TOOLS = (
     Tool(
-        "get_weather",
-        "The weather in a city.",
-        {
-            "city": _text("Name of the city"),
-            "unit": _text("Unit of the temperature", enum=["celsius", "fahrenheit"]),
+        name="get_weather",
+        description="The weather in a city.",
+        parameters={
+            "city": _string("Name of the city"),
+            "unit": _string("Unit of the temperature", enum=["celsius", "fahrenheit"]),
         },
-        {"city": Pools.city, "unit": _celsius},
-        lambda rng, pools, values: {"temperature": rng.randint(-25, 99), "sky": rng.choice(SKIES)},
-        "It is {temperature} degrees and {sky} in {city}.",
-        (
+        argument_values={"city": ValueSampler.city, "unit": _temperature_unit},
+        make_result=lambda sampler, rng, arguments: {"temperature": rng.randint(-25, 99), "sky": rng.choice(SKIES)},
+        answer_template="It is {temperature} degrees and {sky} in {city}.",
+        phrasings=(
             "[What is|What's|How is|How's] the weather [|like |now |today ]in {city}[|today|right now]?",
             "[Tell me|Give me|Find out|I want to know|Look up|Get] the [weather|temperature|forecast] [in|for] {city}.",
             "[weather|Weather|Current weather|Temperature|weather report|The weather] [in|for] {city}",
@@ -73,23 +75,27 @@ WRITTEN = (  # similar ones side by side
             "[Show|Print|Get|Say|Give] [|me ]the temperature [in|for|of] {city} in {unit}.",
             "[Show me|I need] the forecast for {city}, in {unit}.",
         ),
-        (
+        held_out_phrasings=(
             "Can you check the weather in {city}?",
             "How cold is it in {city} right now?",
             "Do I need an umbrella in {city}?",
             "Show me the weather for {city} in {unit}.",
         ),
-        ("city",),
-        ("What is the weather in {} and {}?", "How is the weather in {} and in {}?", "Weather in {} and {}?"),
+        required=("city",),
+        paired_phrasings=(
+            "What is the weather in {} and {}?",
+            "How is the weather in {} and in {}?",
+            "Weather in {} and {}?",
+        ),
     ),
     Tool(
-        "get_time",
-        "The local time in a city.",
-        {"city": _text("Name of the city")},
-        {"city": Pools.city},
-        lambda rng, pools, values: {"time": pools.clock(rng)},
-        "It is {time} in {city}.",
-        (
+        name="get_time",
+        description="The local time in a city.",
+        parameters={"city": _string("Name of the city")},
+        argument_values={"city": ValueSampler.city},
+        make_result=lambda sampler, rng, arguments: {"time": sampler.time_of_day(rng)},
+        answer_template="It is {time} in {city}.",
+        phrasings=(
             "[What time is it|What is the time|What's the time|What is the local time] [|now |right now ]in {city}?",
             "[Tell me|Give me|Get|Find out|Look up|I want to know] the [time|local time|hour] in {city}.",
             "[time|Time|Local time|The time|Clock|current time] [in|for] {city}",
@@ -108,22 +114,22 @@ WRITTEN = (  # similar ones side by side
             "Do they have [morning|night|evening] in {city}[| now]?",
             "[Is|Are] [people|they] [asleep|awake] in {city} [now|at this hour]?",
         ),
-        (
+        held_out_phrasings=(
             "What time do they have in {city}?",
             "Can you tell me what time it is in {city} now?",
             "What is the hour in {city}?",
         ),
-        ("city",),
-        ("What time is it in {} and in {}?", "Tell me the time in {} and {}."),
+        required=("city",),
+        paired_phrasings=("What time is it in {} and in {}?", "Tell me the time in {} and {}."),
     ),
     Tool(
-        "get_population",
-        "How many people live in a city.",
-        {"city": _text("Name of the city")},
-        {"city": Pools.city},
-        lambda rng, pools, values: {"population": pools.number(rng) * 1000},
-        "{population} people live in {city}.",
-        (
+        name="get_population",
+        description="How many people live in a city.",
+        parameters={"city": _string("Name of the city")},
+        argument_values={"city": ValueSampler.city},
+        make_result=lambda sampler, rng, arguments: {"population": sampler.integer(rng) * 1000},
+        answer_template="{population} people live in {city}.",
+        phrasings=(
             "How many [people|inhabitants|citizens] [live in|are in|are there in|has] {city}?",
             "[What is|Tell me|Give me|Look up|Get|Find] the [population|number of inhabitants|size] of {city}.",
             "[Population|population|Inhabitants|Number of people] [of|in] {city}",
@@ -140,22 +146,22 @@ WRITTEN = (  # similar ones side by side
             "[Are there|Live] many [people|inhabitants] in {city}?",
             "Can someone [tell me|look up] the population of {city}?",
         ),
-        (
+        held_out_phrasings=(
             "How many people does {city} have?",
             "Show me the population of {city}.",
             "Do many people live in {city}?",
         ),
-        ("city",),
-        ("How many people live in {} and in {}?",),
+        required=("city",),
+        paired_phrasings=("How many people live in {} and in {}?",),
     ),
     Tool(
-        "get_sunset",
-        "When the sun sets in a city.",
-        {"city": _text("Name of the city"), "date": _text("Which day")},
-        {"city": Pools.city, "date": Pools.date},
-        lambda rng, pools, values: {"sunset": pools.clock(rng)},
-        "The sun sets at {sunset} in {city}.",
-        (
+        name="get_sunset",
+        description="When the sun sets in a city.",
+        parameters={"city": _string("Name of the city"), "date": _string("Which day")},
+        argument_values={"city": ValueSampler.city, "date": ValueSampler.date},
+        make_result=lambda sampler, rng, arguments: {"sunset": sampler.time_of_day(rng)},
+        answer_template="The sun sets at {sunset} in {city}.",
+        phrasings=(
             "[When|At what time|What time] [does|will] the sun [set|go down] in {city}?",
             "[What time is|When is|Tell me|Get|Give me|Look up] [|the ]sunset in {city}[| on {date}].",
             "[Sunset|sunset|Sundown] [in|for] {city}[|, {date}| on {date}]",
@@ -172,26 +178,30 @@ WRITTEN = (  # similar ones side by side
             "I [need|want] [the sunset|the time of sunset] in {city}[| on {date}].",
             "Show me [when it is dark|the time of the sunset] in {city}.",
         ),
-        (
+        held_out_phrasings=(
             "Until when is the sun up in {city}?",
             "When will it be dark in {city} on {date}?",
             "Show me the sunset for {city}.",
         ),
-        ("city",),
-        ("When does the sun set in {} and {}?",),
+        required=("city",),
+        paired_phrasings=("When does the sun set in {} and {}?",),
     ),
     Tool(
-        "convert_currency",
-        "Change an amount of money into another currency.",
-        {
-            "amount": _real("How much money"),
-            "from_currency": _text("Code of the currency to change"),
-            "to_currency": _text("Code of the currency to get"),
+        name="convert_currency",
+        description="Change an amount of money into another currency.",
+        parameters={
+            "amount": _number("How much money"),
+            "from_currency": _string("Code of the currency to change"),
+            "to_currency": _string("Code of the currency to get"),
         },
-        {"amount": Pools.amount, "from_currency": Pools.currency, "to_currency": Pools.currency},
-        lambda rng, pools, values: {"amount_after": pools.decimal(rng)},
-        "{amount} {from_currency} is {amount_after} {to_currency}.",
-        (
+        argument_values={
+            "amount": ValueSampler.amount,
+            "from_currency": ValueSampler.currency,
+            "to_currency": ValueSampler.currency,
+        },
+        make_result=lambda sampler, rng, arguments: {"amount_after": sampler.decimal(rng)},
+        answer_template="{amount} {from_currency} is {amount_after} {to_currency}.",
+        phrasings=(
             "[Convert|Exchange|Turn|Swap] {amount} {from_currency} [to|into|for] {to_currency}.",
             "Change {amount} {from_currency} to {to_currency}.",
             "[How much|What] [is|are] {amount} {from_currency} [in|as] {to_currency}?",
@@ -212,25 +222,29 @@ WRITTEN = (  # similar ones side by side
             "I need {to_currency} for {amount} {from_currency}.",
             "[The worth|The value|Worth] of {amount} {from_currency} in {to_currency}",
         ),
-        (
+        held_out_phrasings=(
             "Change {amount} {from_currency} into {to_currency}, please.",
             "What are {amount} {from_currency} worth in {to_currency}?",
             "How much {to_currency} are {amount} {from_currency}?",
         ),
-        ("amount", "from_currency", "to_currency"),
+        required=("amount", "from_currency", "to_currency"),
     ),
     Tool(
-        "convert_length",
-        "Change a length into another unit.",
-        {"length": _real("Number"), "from_unit": _text("Unit to change"), "to_unit": _text("Unit to get")},
-        {
-            "length": Pools.amount,
+        name="convert_length",
+        description="Change a length into another unit.",
+        parameters={
+            "length": _number("Number"),
+            "from_unit": _string("Unit to change"),
+            "to_unit": _string("Unit to get"),
+        },
+        argument_values={
+            "length": ValueSampler.amount,
             "from_unit": _one_of("meters", "feet", "miles", "inches"),
             "to_unit": _one_of("kilometers", "yards", "centimeters", "furlongs"),
         },
-        lambda rng, pools, values: {"converted": pools.decimal(rng)},
-        "{length} {from_unit} are {converted} {to_unit}.",
-        (
+        make_result=lambda sampler, rng, arguments: {"converted": sampler.decimal(rng)},
+        answer_template="{length} {from_unit} are {converted} {to_unit}.",
+        phrasings=(
             "[Convert|Turn|Change] {length} {from_unit} [to|into] {to_unit}.",
             "[How much is|What is|What are|How long are] {length} {from_unit} in {to_unit}?",
             "{length} {from_unit} [to|in|into|as] {to_unit}",
@@ -246,21 +260,21 @@ WRITTEN = (  # similar ones side by side
             "Measured in {to_unit}, [what is|how long is] {length} {from_unit}?",
             "{length} {from_unit} come to how many {to_unit}?",
         ),
-        (
+        held_out_phrasings=(
             "What do {length} {from_unit} come to in {to_unit}?",
             "Can you express {length} {from_unit} in {to_unit}?",
             "I need {length} {from_unit} in {to_unit}.",
         ),
-        ("length", "from_unit", "to_unit"),
+        required=("length", "from_unit", "to_unit"),
     ),
     Tool(
-        "add",
-        "Add two numbers.",
-        {"a": _real("First number"), "b": _real("Second number")},
-        {"a": Pools.amount, "b": Pools.amount},
-        lambda rng, pools, values: {"sum": round(values["a"] + values["b"], 2)},
-        "{a} plus {b} is {sum}.",
-        (
+        name="add",
+        description="Add two numbers.",
+        parameters={"a": _number("First number"), "b": _number("Second number")},
+        argument_values={"a": ValueSampler.amount, "b": ValueSampler.amount},
+        make_result=lambda sampler, rng, arguments: {"sum": round(arguments["a"] + arguments["b"], 2)},
+        answer_template="{a} plus {b} is {sum}.",
+        phrasings=(
             "[What is|What's|How much is|Calculate|Compute|Tell me] {a} [plus|+|added to] {b}?",
             "[Add|Sum|Sum up|Add up|Total|Plus] {a} and {b}.",
             "[Add|Sum]: {a}, {b}",
@@ -282,22 +296,22 @@ WRITTEN = (  # similar ones side by side
             "What is [the total|the result] [of adding|if I add] {a} [to|and] {b}?",
             "[Show me|Get|Work out] the sum [of|for] {a} [and|plus] {b}.",
         ),
-        (
+        held_out_phrasings=(
             "Can you add {a} to {b}?",
             "What is the sum of {a} and {b}?",
             "How much are {a} and {b} together?",
             "I need the sum of {a} and {b}.",
         ),
-        ("a", "b"),
+        required=("a", "b"),
     ),
     Tool(
-        "subtract",
-        "Subtract one number from another.",
-        {"a": _real("What to subtract from"), "b": _real("What to subtract")},
-        {"a": Pools.amount, "b": Pools.amount},
-        lambda rng, pools, values: {"difference": round(values["a"] - values["b"], 2)},
-        "{a} minus {b} is {difference}.",
-        (
+        name="subtract",
+        description="Subtract one number from another.",
+        parameters={"a": _number("What to subtract from"), "b": _number("What to subtract")},
+        argument_values={"a": ValueSampler.amount, "b": ValueSampler.amount},
+        make_result=lambda sampler, rng, arguments: {"difference": round(arguments["a"] - arguments["b"], 2)},
+        answer_template="{a} minus {b} is {difference}.",
+        phrasings=(
             "[What is|What's|How much is|Calculate|Compute|Tell me] {a} [minus|-|less|without] {b}?",
             "[Subtract|Take|Take away|Deduct|Remove] {b} from {a}.",
             "{a} [-|minus|less] {b}[|=| =| is what?]",
@@ -314,21 +328,21 @@ WRITTEN = (  # similar ones side by side
             "[The difference|Difference] [of|between] {a} and {b}",
             "[After|Without] {b}, how much [remains|is left] of {a}?",
         ),
-        (
+        held_out_phrasings=(
             "What is the difference of {a} and {b}?",
             "Can you take {b} away from {a}?",
             "How much remains of {a} after {b}?",
         ),
-        ("a", "b"),
+        required=("a", "b"),
     ),
     Tool(
-        "multiply",
-        "Multiply two numbers.",
-        {"a": _real("First number"), "b": _real("Second number")},
-        {"a": Pools.amount, "b": Pools.amount},
-        lambda rng, pools, values: {"product": round(values["a"] * values["b"], 2)},
-        "{a} times {b} is {product}.",
-        (
+        name="multiply",
+        description="Multiply two numbers.",
+        parameters={"a": _number("First number"), "b": _number("Second number")},
+        argument_values={"a": ValueSampler.amount, "b": ValueSampler.amount},
+        make_result=lambda sampler, rng, arguments: {"product": round(arguments["a"] * arguments["b"], 2)},
+        answer_template="{a} times {b} is {product}.",
+        phrasings=(
             "[What is|What's|How much is|Calculate|Compute|Tell me] {a} [times|*|x|multiplied by] {b}?",
             "[Multiply|Times] {a} [by|and|with|times] {b}.",
             "{a} [*|x|times] {b}[|=| =| is what?]",
@@ -345,21 +359,21 @@ WRITTEN = (  # similar ones side by side
             "[Show me|Work out|Say] the product of {a} [and|with] {b}.",
             "I need the product of {a} and {b}.",
         ),
-        (
+        held_out_phrasings=(
             "What is the product of {a} and {b}?",
             "Can you multiply {a} by {b}?",
             "I need {a} times {b}.",
         ),
-        ("a", "b"),
+        required=("a", "b"),
     ),
     Tool(
-        "random_number",
-        "Draw a random number between two others.",
-        {"low": _whole("The least"), "high": _whole("The most")},
-        {"low": _between(0, 100), "high": _between(101, 9999)},
-        lambda rng, pools, values: {"number": rng.randint(values["low"], values["high"])},
-        "The number is {number}.",
-        (
+        name="random_number",
+        description="Draw a random number between two others.",
+        parameters={"low": _integer("The least"), "high": _integer("The most")},
+        argument_values={"low": _integer_between(0, 100), "high": _integer_between(101, 9999)},
+        make_result=lambda sampler, rng, arguments: {"number": rng.randint(arguments["low"], arguments["high"])},
+        answer_template="The number is {number}.",
+        phrasings=(
             "[Draw|Pick|Choose|Give me|Roll|Generate] a [|random |new ]number [between|from] {low} [and|to] {high}.",
             "[Random|random] number[|:|,] {low} [to|and|-] {high}",
             "[Tell me|Think of|Find] [a|any] number [between|from] {low} and {high}.",
@@ -373,20 +387,20 @@ WRITTEN = (  # similar ones side by side
             "Any number between {low} and {high}[|, please].",
             "Let [luck|chance] pick a number from {low} to {high}.",
         ),
-        (
+        held_out_phrasings=(
             "Can you pick a number from {low} to {high}?",
             "Surprise me with a number between {low} and {high}.",
         ),
-        ("low", "high"),
+        required=("low", "high"),
     ),
     Tool(
-        "set_timer",
-        "Start a timer.",
-        {"minutes": _whole("How long"), "label": _text("What the timer is for")},
-        {"minutes": _between(1, 180), "label": Pools.label},
-        lambda rng, pools, values: {"ends_at": pools.clock(rng)},
-        "The timer ends at {ends_at}.",
-        (
+        name="set_timer",
+        description="Start a timer.",
+        parameters={"minutes": _integer("How long"), "label": _string("What the timer is for")},
+        argument_values={"minutes": _integer_between(1, 180), "label": ValueSampler.label},
+        make_result=lambda sampler, rng, arguments: {"ends_at": sampler.time_of_day(rng)},
+        answer_template="The timer ends at {ends_at}.",
+        phrasings=(
             "[Set|Start|Make|Create|Begin|Run] a timer [for|of|with|over] {minutes} minutes.",
             "[Set|Start|Make|Create|Begin] a {minutes} minute timer[| called {label}| for {label}].",
             "[Set|Start|Create] a timer for {minutes} minutes [called|named|with the label|and call it] {label}.",
@@ -409,22 +423,22 @@ WRITTEN = (  # similar ones side by side
             "Can [we|someone] [start|have] a timer for {minutes} minutes?",
             "Set a timer for {minutes} minutes and name it {label}.",
         ),
-        (
+        held_out_phrasings=(
             "I need a timer for {minutes} minutes.",
             'Set a timer "{label}" that runs {minutes} minutes.',
             "Let a timer run for {minutes} minutes.",
             "Start a timer over {minutes} minutes and name it {label}.",
         ),
-        ("minutes",),
+        required=("minutes",),
     ),
     Tool(
-        "set_alarm",
-        "Set an alarm for a time of day.",
-        {"time": _text("Time of day"), "label": _text("What the alarm is for")},
-        {"time": Pools.clock, "label": Pools.label},
-        lambda rng, pools, values: {"alarm": pools.number(rng)},
-        "Alarm {alarm} is set for {time}.",
-        (
+        name="set_alarm",
+        description="Set an alarm for a time of day.",
+        parameters={"time": _string("Time of day"), "label": _string("What the alarm is for")},
+        argument_values={"time": ValueSampler.time_of_day, "label": ValueSampler.label},
+        make_result=lambda sampler, rng, arguments: {"alarm": sampler.integer(rng)},
+        answer_template="Alarm {alarm} is set for {time}.",
+        phrasings=(
             "[Set|Make|Create|Turn on|Add] an alarm [for|at] {time}[| called {label}| with the label {label}].",
             '[Set|Make|Create] an alarm [called|named|labelled] "{label}" [for|at] {time}.',
             "[Wake me|Wake me up|Ring|Get me up|Call me] at {time}.",
@@ -440,21 +454,21 @@ WRITTEN = (  # similar ones side by side
             "We need [the|an] alarm at {time}.",
             "Do not let me sleep [after|past] {time}.",
         ),
-        (
+        held_out_phrasings=(
             "I need an alarm at {time}.",
             "Can you wake me at {time}?",
             'Set an alarm "{label}" that rings at {time}.',
         ),
-        ("time",),
+        required=("time",),
     ),
     Tool(
-        "create_reminder",
-        "Remind someone of something on a day.",
-        {"text": _text("What to be reminded of"), "date": _text("Which day")},
-        {"text": Pools.phrase, "date": Pools.date},
-        lambda rng, pools, values: {"reminder": pools.number(rng)},
-        "Reminder {reminder} is set for {date}.",
-        (
+        name="create_reminder",
+        description="Remind someone of something on a day.",
+        parameters={"text": _string("What to be reminded of"), "date": _string("Which day")},
+        argument_values={"text": ValueSampler.phrase, "date": ValueSampler.date},
+        make_result=lambda sampler, rng, arguments: {"reminder": sampler.integer(rng)},
+        answer_template="Reminder {reminder} is set for {date}.",
+        phrasings=(
             '[Remind me|Tell me again] [of|about] "{text}" on {date}.',
             "[Remind me|Make me think] [of|about] {text} on {date}.",
             "[Create|Set|Add|Make] a reminder [for|on] {date}: {text}",
@@ -473,21 +487,25 @@ WRITTEN = (  # similar ones side by side
             "Help me [remember|think of] {text} on {date}.",
             'I have to [do|remember|think of] "{text}" on {date}.',
         ),
-        (
+        held_out_phrasings=(
             'I need a reminder for "{text}" on {date}.',
             'Do not let me forget "{text}" on {date}.',
             "Can you remind me of {text} on {date}?",
         ),
-        ("text", "date"),
+        required=("text", "date"),
     ),
     Tool(
-        "add_event",
-        "Put an event into the calendar.",
-        {"title": _text("Name of the event"), "date": _text("Which day"), "time": _text("Time of day")},
-        {"title": Pools.title, "date": Pools.date, "time": Pools.clock},
-        lambda rng, pools, values: {"event": pools.number(rng)},
-        "{title} is in the calendar as event {event}.",
-        (
+        name="add_event",
+        description="Put an event into the calendar.",
+        parameters={
+            "title": _string("Name of the event"),
+            "date": _string("Which day"),
+            "time": _string("Time of day"),
+        },
+        argument_values={"title": ValueSampler.title, "date": ValueSampler.date, "time": ValueSampler.time_of_day},
+        make_result=lambda sampler, rng, arguments: {"event": sampler.integer(rng)},
+        answer_template="{title} is in the calendar as event {event}.",
+        phrasings=(
             "[Add|Create|Enter|Schedule|Plan] [|an event |the event ]{title} on {date}[| at {time}].",
             "[Put|Write] {title} [in|into] [my|the] calendar [on|for] {date}[| at {time}].",
             "[On {date}|At {time} on {date}] I have {title}. [Add it|Put it in the calendar|Note the event].",
@@ -504,21 +522,23 @@ WRITTEN = (  # similar ones side by side
             "the calendar].",
             "An entry for {title} on {date}[| at {time}]",
         ),
-        (
+        held_out_phrasings=(
             "I need {title} in my calendar on {date}.",
             "Can you schedule {title} on {date} at {time}?",
             "Make an entry for {title} on {date} at {time}.",
         ),
-        ("title", "date"),
+        required=("title", "date"),
     ),
     Tool(
-        "translate",
-        "Translate a text.",
-        {"text": _text("What to translate"), "language": _text("Language to translate into")},
-        {"text": Pools.phrase, "language": Pools.language},
-        lambda rng, pools, values: {"translation": " ".join(pools.made_up(rng) for _ in values["text"].split())},
-        'In {language} that is "{translation}".',
-        (
+        name="translate",
+        description="Translate a text.",
+        parameters={"text": _string("What to translate"), "language": _string("Language to translate into")},
+        argument_values={"text": ValueSampler.phrase, "language": ValueSampler.language},
+        make_result=lambda sampler, rng, arguments: {
+            "translation": " ".join(sampler.pseudoword(rng) for _ in arguments["text"].split())
+        },
+        answer_template='In {language} that is "{translation}".',
+        phrasings=(
             '[Translate|Turn|Render|Convert] [{text}|"{text}"] [into|to] {language}.',
             "[Translate|Translation] [into|to] {language}: {text}",
             '[How do you|How do I|How would one|How does one] say "{text}" in {language}?',
@@ -538,22 +558,24 @@ WRITTEN = (  # similar ones side by side
             'Please [say|write] "{text}" in {language}.',
             'Please put this into {language}: "{text}"',
         ),
-        (
+        held_out_phrasings=(
             'Please put "{text}" into {language}.',
             'What would "{text}" be in {language}?',
             'I need "{text}" in {language}.',
             'Can you translate "{text}" into {language}?',
         ),
-        ("text", "language"),
+        required=("text", "language"),
     ),
     Tool(
-        "find_rhymes",
-        "Words that rhyme with a word.",
-        {"word": _text("The word"), "count": _whole("How many rhymes")},
-        {"word": Pools.word, "count": _between(1, 12)},
-        lambda rng, pools, values: {"rhymes": [pools.made_up(rng) for _ in range(rng.randint(1, 3))]},
-        "These rhyme with {word}: {rhymes}.",
-        (
+        name="find_rhymes",
+        description="Words that rhyme with a word.",
+        parameters={"word": _string("The word"), "count": _integer("How many rhymes")},
+        argument_values={"word": ValueSampler.word, "count": _integer_between(1, 12)},
+        make_result=lambda sampler, rng, arguments: {
+            "rhymes": [sampler.pseudoword(rng) for _ in range(rng.randint(1, 3))]
+        },
+        answer_template="These rhyme with {word}: {rhymes}.",
+        phrasings=(
             "[What|Which words|What words|Which word] [rhymes|rhyme] [with|on] {word}?",
             "[Find|Give me|Get|Look up|List|Search] [|some |a few ][rhymes|words that rhyme] [for|with] {word}.",
             "[Give me|Find|Get|List|I want] {count} [rhymes for|words that rhyme with|rhymes on] {word}.",
@@ -571,22 +593,22 @@ WRITTEN = (  # similar ones side by side
             "[Show|Say|Name|Tell] [|me |us ][a rhyme|rhymes] [of|for|on|with] {word}.",
             "Can [we|someone] [rhyme|find a rhyme for] {word}?",
         ),
-        (
+        held_out_phrasings=(
             "I need a rhyme for {word}.",
             "Tell me {count} rhymes of {word}.",
             "Do you know rhymes for {word}?",
             "Show me words that rhyme with {word}.",
         ),
-        ("word",),
+        required=("word",),
     ),
     Tool(
-        "spell",
-        "Spell a word.",
-        {"word": _text("The word")},
-        {"word": Pools.word},
-        lambda rng, pools, values: {"letters": "-".join(values["word"].upper())},
-        "{word} is spelled {letters}.",
-        (
+        name="spell",
+        description="Spell a word.",
+        parameters={"word": _string("The word")},
+        argument_values={"word": ValueSampler.word},
+        make_result=lambda sampler, rng, arguments: {"letters": "-".join(arguments["word"].upper())},
+        answer_template="{word} is spelled {letters}.",
+        phrasings=(
             "[Spell|Spell out] [|the word |me ]{word}.",
             "[How do you|How do I|How does one] [spell|write] {word}?",
             "How is {word} [spelled|written]?",
@@ -601,17 +623,17 @@ WRITTEN = (  # similar ones side by side
             "How [should|must|do] I [spell|write] the word {word}?",
             "What is {word} letter by letter?",
         ),
-        ("Can you spell {word}?", "What is the spelling of {word}?", "Show me how to spell {word}."),
-        ("word",),
+        held_out_phrasings=("Can you spell {word}?", "What is the spelling of {word}?", "Show me how to spell {word}."),
+        required=("word",),
     ),
     Tool(
-        "play_music",
-        "Play a song.",
-        {"title": _text("Title of the song"), "artist": _text("Who plays it")},
-        {"title": Pools.title, "artist": Pools.person},
-        lambda rng, pools, values: {"room": rng.choice(ROOMS)},
-        "Now playing {title} in the {room}.",
-        (
+        name="play_music",
+        description="Play a song.",
+        parameters={"title": _string("Title of the song"), "artist": _string("Who plays it")},
+        argument_values={"title": ValueSampler.title, "artist": ValueSampler.person},
+        make_result=lambda sampler, rng, arguments: {"room": rng.choice(ROOMS)},
+        answer_template="Now playing {title} in the {room}.",
+        phrasings=(
             "[Play|Start|Put on|Turn on] [|the song |some music: ]{title}.",
             "[Play|Start|Put on] [|the song |the track ]{title} [by|from|of] {artist}.",
             "I [want|would like|wish] to [hear|listen to] {title}[| by {artist}].",
@@ -631,22 +653,22 @@ WRITTEN = (  # similar ones side by side
             "[Can I|May I] [hear|listen to] {title}[| by {artist}]?",
             "Now {title} by {artist}.",
         ),
-        (
+        held_out_phrasings=(
             "Let me listen to {title} by {artist}.",
             "Please play {title} for me.",
             "Can you put on {title} by {artist}?",
             "I feel like hearing {title}.",
         ),
-        ("title",),
+        required=("title",),
     ),
     Tool(
-        "set_light",
-        "Make the light in a room brighter or darker.",
-        {"room": _text("Which room"), "percent": _whole("How bright")},
-        {"room": _one_of(*ROOMS), "percent": _between(0, 100)},
-        lambda rng, pools, values: {"watts": pools.few(rng)},
-        "The {room} is lit at {percent} percent and uses {watts} watts.",
-        (
+        name="set_light",
+        description="Make the light in a room brighter or darker.",
+        parameters={"room": _string("Which room"), "percent": _integer("How bright")},
+        argument_values={"room": _one_of(*ROOMS), "percent": _integer_between(0, 100)},
+        make_result=lambda sampler, rng, arguments: {"watts": sampler.small_integer(rng)},
+        answer_template="The {room} is lit at {percent} percent and uses {watts} watts.",
+        phrasings=(
             "[Set|Turn|Put|Change|Dim] the [light|lights|lamp|lamps] in the {room} to {percent} percent.",
             "[Set|Turn|Put|Dim] the {room} [light|lights|lamp] [to|at] {percent} percent.",
             "[Light|Lamp|Lights] in the {room}: {percent} percent",
@@ -660,20 +682,23 @@ WRITTEN = (  # similar ones side by side
             "I [need|would like] {percent} percent [of light|brightness|light] in the {room}.",
             "The {room} [should be|needs] {percent} percent [bright|light].",
         ),
-        (
+        held_out_phrasings=(
             "Can you dim the {room} to {percent} percent?",
             "Give me {percent} percent of light in the {room}.",
         ),
-        ("room", "percent"),
+        required=("room", "percent"),
     ),
     Tool(
-        "set_heating",
-        "Heat a room.",
-        {"room": _text("Which room"), "degrees": _real("How warm it should be")},
-        {"room": _one_of(*ROOMS), "degrees": lambda pools, rng: rng.choice((rng.randint(10, 30), 21.5, 18.5))},
-        lambda rng, pools, values: {"minutes": pools.few(rng)},
-        "The {room} will have {degrees} degrees in {minutes} minutes.",
-        (
+        name="set_heating",
+        description="Heat a room.",
+        parameters={"room": _string("Which room"), "degrees": _number("How warm it should be")},
+        argument_values={
+            "room": _one_of(*ROOMS),
+            "degrees": lambda sampler, rng: rng.choice((rng.randint(10, 30), 21.5, 18.5)),
+        },
+        make_result=lambda sampler, rng, arguments: {"minutes": sampler.small_integer(rng)},
+        answer_template="The {room} will have {degrees} degrees in {minutes} minutes.",
+        phrasings=(
             "[Heat|Warm|Warm up|Cool] the {room} to {degrees} degrees.",
             "[Set|Turn|Put] the [heating|heater|thermostat|temperature] in the {room} to {degrees}[| degrees].",
             "[Set|Put] the {room} [heating|heater] [to|at] {degrees}[| degrees].",
@@ -689,20 +714,20 @@ WRITTEN = (  # similar ones side by side
             "{degrees} degrees in the {room}[|, please].",
             "Let the {room} be {degrees} degrees warm.",
         ),
-        (
+        held_out_phrasings=(
             "Can you make the {room} {degrees} degrees warm?",
             "I would like to have {degrees} degrees in the {room}.",
         ),
-        ("room", "degrees"),
+        required=("room", "degrees"),
     ),
     Tool(
-        "send_message",
-        "Send someone a message.",
-        {"recipient": _text("Who gets it"), "text": _text("What it says")},
-        {"recipient": Pools.person, "text": Pools.sentence},
-        lambda rng, pools, values: {"sent_at": pools.clock(rng)},
-        "The message to {recipient} went out at {sent_at}.",
-        (
+        name="send_message",
+        description="Send someone a message.",
+        parameters={"recipient": _string("Who gets it"), "text": _string("What it says")},
+        argument_values={"recipient": ValueSampler.person, "text": ValueSampler.sentence},
+        make_result=lambda sampler, rng, arguments: {"sent_at": sampler.time_of_day(rng)},
+        answer_template="The message to {recipient} went out at {sent_at}.",
+        phrasings=(
             "[Send|Write|Give] {recipient} [the|this|a] message: {text}",
             '[Send|Write|Text|Message] "{text}" to {recipient}.',
             '[Send|Write] [a|the] message [to|for] {recipient}: [{text}|"{text}"]',
@@ -725,22 +750,30 @@ WRITTEN = (  # similar ones side by side
             'Let them know: "{text}", and send it to {recipient}.',
             'I have a message for {recipient}: "{text}"',
         ),
-        (
+        held_out_phrasings=(
             'Let {recipient} know: "{text}".',
             'Please send {recipient} a message saying "{text}".',
             'Can you text {recipient} "{text}"?',
             'Drop {recipient} a line: "{text}"',
         ),
-        ("recipient", "text"),
+        required=("recipient", "text"),
     ),
     Tool(
-        "send_email",
-        "Send someone an email.",
-        {"recipient": _text("Who gets it"), "subject": _text("What it is about"), "body": _text("What it says")},
-        {"recipient": Pools.person, "subject": Pools.label, "body": Pools.sentence},
-        lambda rng, pools, values: {"email": pools.number(rng)},
-        "Email {email} to {recipient} is out.",
-        (
+        name="send_email",
+        description="Send someone an email.",
+        parameters={
+            "recipient": _string("Who gets it"),
+            "subject": _string("What it is about"),
+            "body": _string("What it says"),
+        },
+        argument_values={
+            "recipient": ValueSampler.person,
+            "subject": ValueSampler.label,
+            "body": ValueSampler.sentence,
+        },
+        make_result=lambda sampler, rng, arguments: {"email": sampler.integer(rng)},
+        answer_template="Email {email} to {recipient} is out.",
+        phrasings=(
             '[Email|Mail] {recipient}[| about {subject}]: "{body}"',
             '[Send|Write] [an email|an e-mail|a mail] to {recipient} about "{subject}"[|: "{body}"].',
             '[Send|Write] {recipient} an email with the subject "{subject}" and the [text|body] "{body}".',
@@ -756,20 +789,20 @@ WRITTEN = (  # similar ones side by side
             'I need an email to {recipient} about "{subject}"[| saying "{body}"].',
             '{recipient} needs an email about "{subject}"[| that says "{body}"].',
         ),
-        (
+        held_out_phrasings=(
             'Can you email {recipient} about "{subject}"?',
             'Compose an email to {recipient} about "{subject}" saying "{body}".',
         ),
-        ("recipient",),
+        required=("recipient",),
     ),
     Tool(
-        "call_person",
-        "Call someone on the phone.",
-        {"name": _text("Whom to call")},
-        {"name": Pools.person},
-        lambda rng, pools, values: {"line": pools.few(rng)},
-        "Calling {name} on line {line}.",
-        (
+        name="call_person",
+        description="Call someone on the phone.",
+        parameters={"name": _string("Whom to call")},
+        argument_values={"name": ValueSampler.person},
+        make_result=lambda sampler, rng, arguments: {"line": sampler.small_integer(rng)},
+        answer_template="Calling {name} on line {line}.",
+        phrasings=(
             "[Call|Phone|Ring|Dial|Ring up|Telephone] {name}[|| now| on the phone].",
             "[I want|I have|I wish] to [call|phone|talk to|speak to|speak with] {name}.",
             "[Get|Give] me {name} on the [phone|line].",
@@ -787,18 +820,18 @@ WRITTEN = (  # similar ones side by side
             "Give {name} a [call|ring].",
             "Dial the number of {name}.",
         ),
-        ("Can you call {name}?", "Put me through to {name}.", "Let me talk to {name}."),
-        ("name",),
-        ("Call {} and {}.", "Phone {} and then {}."),
+        held_out_phrasings=("Can you call {name}?", "Put me through to {name}.", "Let me talk to {name}."),
+        required=("name",),
+        paired_phrasings=("Call {} and {}.", "Phone {} and then {}."),
     ),
     Tool(
-        "save_note",
-        "Keep a note.",
-        {"text": _text("What to note")},
-        {"text": Pools.sentence},
-        lambda rng, pools, values: {"note": pools.number(rng)},
-        "That is note {note}.",
-        (
+        name="save_note",
+        description="Keep a note.",
+        parameters={"text": _string("What to note")},
+        argument_values={"text": ValueSampler.sentence},
+        make_result=lambda sampler, rng, arguments: {"note": sampler.integer(rng)},
+        answer_template="That is note {note}.",
+        phrasings=(
             '[Note|Note down|Write down|Save|Keep|Jot down|Record][|:] "{text}".',
             "[Note|New note|Write down|Take a note|Note down|Save a note]: {text}",
             '[Make|Take|Save|Keep|Create|Add] a note [saying|that says|of|with the text|with] "{text}".',
@@ -815,17 +848,21 @@ WRITTEN = (  # similar ones side by side
             'Keep in mind: "{text}"',
             'Do not lose this: "{text}"',
         ),
-        ('Please make a note: "{text}"', 'Can you write down "{text}"?', 'Put "{text}" in my notes.'),
-        ("text",),
+        held_out_phrasings=(
+            'Please make a note: "{text}"',
+            'Can you write down "{text}"?',
+            'Put "{text}" in my notes.',
+        ),
+        required=("text",),
     ),
     Tool(
-        "add_to_list",
-        "Put things on a list.",
-        {"list": _text("Name of the list"), "items": {"type": "array", "items": {"type": "string"}}},
-        {"list": Pools.word, "items": Pools.several},
-        lambda rng, pools, values: {"length": pools.few(rng)},
-        "The list {list} now has {length} entries.",
-        (
+        name="add_to_list",
+        description="Put things on a list.",
+        parameters={"list": _string("Name of the list"), "items": {"type": "array", "items": {"type": "string"}}},
+        argument_values={"list": ValueSampler.word, "items": ValueSampler.word_list},
+        make_result=lambda sampler, rng, arguments: {"length": sampler.small_integer(rng)},
+        answer_template="The list {list} now has {length} entries.",
+        phrasings=(
             "[Add|Put|Write|Append] {items} [to|on|onto] [the|my] {list} list.",
             "[Add|Put|Write|Append] {items} [to|on|onto] the list {list}.",
             "[List|On the list|To the list|My list] {list}: [add |]{items}",
@@ -839,20 +876,20 @@ WRITTEN = (  # similar ones side by side
             "[Get|Have] {items} [on|onto|added to] my {list} list.",
             "There is a list {list}. [Add|Put on it] {items}.",
         ),
-        ("Can you put {items} on my {list} list?", "Extend the list {list} by {items}."),
-        ("list", "items"),
+        held_out_phrasings=("Can you put {items} on my {list} list?", "Extend the list {list} by {items}."),
+        required=("list", "items"),
     ),
     Tool(
-        "search_flights",
-        "Find flights between two cities.",
-        {"origin": _text("Where from"), "destination": _text("Where to"), "date": _text("Which day")},
-        {"origin": Pools.city, "destination": Pools.city, "date": Pools.date},
-        lambda rng, pools, values: {
-            "flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{pools.number(rng)}",
-            "price": pools.number(rng),
+        name="search_flights",
+        description="Find flights between two cities.",
+        parameters={"origin": _string("Where from"), "destination": _string("Where to"), "date": _string("Which day")},
+        argument_values={"origin": ValueSampler.city, "destination": ValueSampler.city, "date": ValueSampler.date},
+        make_result=lambda sampler, rng, arguments: {
+            "flight": f"{rng.choice('ABKLS')}{rng.choice('AFKQY')}{sampler.integer(rng)}",
+            "price": sampler.integer(rng),
         },
-        "Flight {flight} from {origin} to {destination} costs {price}.",
-        (
+        answer_template="Flight {flight} from {origin} to {destination} costs {price}.",
+        phrasings=(
             "[Find|Search|Get|List|Look for] [flights|a flight] from {origin} to {destination}[,| on] {date}.",
             "[Find|Search|Look for] [flights|a flight] to {destination} from {origin} on {date}.",
             "I [want|have|need] to fly [from {origin} to {destination}|to {destination} from {origin}] on {date}.",
@@ -871,21 +908,29 @@ WRITTEN = (  # similar ones side by side
             "Show me [flights|planes] from {origin} to {destination} on {date}.",
             "Which flight goes to {destination} from {origin} on {date}?",
         ),
-        (
+        held_out_phrasings=(
             "Which flights go from {origin} to {destination} on {date}?",
             "Get me from {origin} to {destination} by plane on {date}.",
             "Can I fly from {origin} to {destination} on {date}?",
         ),
-        ("origin", "destination", "date"),
+        required=("origin", "destination", "date"),
     ),
     Tool(
-        "search_trains",
-        "Find trains between two cities.",
-        {"origin": _text("Where from"), "destination": _text("Where to"), "time": _text("Leaving after")},
-        {"origin": Pools.city, "destination": Pools.city, "time": Pools.clock},
-        lambda rng, pools, values: {"train": pools.number(rng), "leaves": pools.clock(rng)},
-        "Train {train} from {origin} to {destination} leaves at {leaves}.",
-        (
+        name="search_trains",
+        description="Find trains between two cities.",
+        parameters={
+            "origin": _string("Where from"),
+            "destination": _string("Where to"),
+            "time": _string("Leaving after"),
+        },
+        argument_values={
+            "origin": ValueSampler.city,
+            "destination": ValueSampler.city,
+            "time": ValueSampler.time_of_day,
+        },
+        make_result=lambda sampler, rng, arguments: {"train": sampler.integer(rng), "leaves": sampler.time_of_day(rng)},
+        answer_template="Train {train} from {origin} to {destination} leaves at {leaves}.",
+        phrasings=(
             "[Find|Search|Get|List|Look for] [|me ][trains|a train] from {origin} to {destination}[| after {time}].",
             "[When|At what time] [does|is] the [next |]train from {origin} to {destination}[| after {time}]?",
             "[Trains|trains|Train|Railway] from {origin} to {destination}[|, after {time}]",
@@ -903,21 +948,21 @@ WRITTEN = (  # similar ones side by side
             "I need a train from {origin} to {destination}[| after {time}].",
             "Show me trains from {origin} to {destination}[| after {time}].",
         ),
-        (
+        held_out_phrasings=(
             "Which trains go from {origin} to {destination} after {time}?",
             "Can I take a train from {origin} to {destination}?",
             "Get me from {origin} to {destination} by rail.",
         ),
-        ("origin", "destination"),
+        required=("origin", "destination"),
     ),
     Tool(
-        "book_hotel",
-        "Book a room in a hotel.",
-        {"city": _text("Where"), "nights": _whole("How many nights"), "date": _text("First day")},
-        {"city": Pools.city, "nights": Pools.few, "date": Pools.date},
-        lambda rng, pools, values: {"hotel": pools.title(rng), "room": pools.number(rng)},
-        "Room {room} at {hotel} in {city} is yours.",
-        (
+        name="book_hotel",
+        description="Book a room in a hotel.",
+        parameters={"city": _string("Where"), "nights": _integer("How many nights"), "date": _string("First day")},
+        argument_values={"city": ValueSampler.city, "nights": ValueSampler.small_integer, "date": ValueSampler.date},
+        make_result=lambda sampler, rng, arguments: {"hotel": sampler.title(rng), "room": sampler.integer(rng)},
+        answer_template="Room {room} at {hotel} in {city} is yours.",
+        phrasings=(
             "[Book|Reserve|Find|Get] [|me ]a [hotel|room|hotel room] in {city} for {nights} nights[| from {date}].",
             "[Book|Reserve] {nights} nights in [|a hotel in ]{city}[| from {date}| starting {date}].",
             "I [want|have] to [stay|sleep] in {city} for {nights} nights[| from {date}].",
@@ -934,24 +979,28 @@ WRITTEN = (  # similar ones side by side
             "[Get|Find] us [somewhere|a place] to [stay|sleep] in {city} for {nights} nights.",
             "Is there a [room|hotel] in {city} for {nights} nights[| from {date}]?",
         ),
-        (
+        held_out_phrasings=(
             "Can you get me a room in {city} for {nights} nights?",
             "I need a hotel in {city} from {date} for {nights} nights.",
         ),
-        ("city", "nights"),
+        required=("city", "nights"),
     ),
     Tool(
-        "book_table",
-        "Book a table at a restaurant.",
-        {
-            "restaurant": _text("Name of the restaurant"),
-            "people": _whole("How many guests"),
-            "time": _text("Time of day"),
+        name="book_table",
+        description="Book a table at a restaurant.",
+        parameters={
+            "restaurant": _string("Name of the restaurant"),
+            "people": _integer("How many guests"),
+            "time": _string("Time of day"),
         },
-        {"restaurant": Pools.title, "people": Pools.few, "time": Pools.clock},
-        lambda rng, pools, values: {"table": rng.randint(1, 99)},
-        "Table {table} at {restaurant} is yours at {time}.",
-        (
+        argument_values={
+            "restaurant": ValueSampler.title,
+            "people": ValueSampler.small_integer,
+            "time": ValueSampler.time_of_day,
+        },
+        make_result=lambda sampler, rng, arguments: {"table": rng.randint(1, 99)},
+        answer_template="Table {table} at {restaurant} is yours at {time}.",
+        phrasings=(
             "[Book|Reserve|Get|Order] [|us |me ]a table at {restaurant} for {people}[| people| guests] at {time}.",
             "[Book|Reserve] a table for {people}[| people| guests] at {restaurant}[,| at] {time}.",
             "[Book|Reserve] a table for {people}[| people] at {time} at {restaurant}.",
@@ -972,21 +1021,29 @@ WRITTEN = (  # similar ones side by side
             "{people} of us [want|would like] a table at {restaurant} at {time}.",
             "We need a table [at|in] {restaurant} for {people} at {time}.",
         ),
-        (
+        held_out_phrasings=(
             "Can we get a table for {people} at {restaurant} at {time}?",
             "Please reserve {restaurant} for {people} guests at {time}.",
             "There are {people} of us for {restaurant} at {time}, book a table.",
         ),
-        ("restaurant", "people", "time"),
+        required=("restaurant", "people", "time"),
     ),
     Tool(
-        "order_taxi",
-        "Order a taxi.",
-        {"pickup": _text("Where to be met"), "people": _whole("How many passengers"), "time": _text("When")},
-        {"pickup": Pools.title, "people": Pools.few, "time": Pools.clock},
-        lambda rng, pools, values: {"taxi": pools.number(rng)},
-        "Taxi {taxi} comes to {pickup}.",
-        (
+        name="order_taxi",
+        description="Order a taxi.",
+        parameters={
+            "pickup": _string("Where to be met"),
+            "people": _integer("How many passengers"),
+            "time": _string("When"),
+        },
+        argument_values={
+            "pickup": ValueSampler.title,
+            "people": ValueSampler.small_integer,
+            "time": ValueSampler.time_of_day,
+        },
+        make_result=lambda sampler, rng, arguments: {"taxi": sampler.integer(rng)},
+        answer_template="Taxi {taxi} comes to {pickup}.",
+        phrasings=(
             "[Order|Call|Get|Send|Book] [|me |us ]a [taxi|cab] [to|at] {pickup} for {people}[| people][| at {time}].",
             "[Taxi|taxi|Cab] [to|at] {pickup}[|, {people} people][|, {time}]",
             "I [want|would like] a [taxi|cab] at {pickup}[| at {time}].",
@@ -1001,17 +1058,17 @@ WRITTEN = (  # similar ones side by side
             "Bring a cab to {pickup}[| for {people}].",
             "Is there a taxi for {people} at {pickup}?",
         ),
-        ("I need a taxi at {pickup} at {time}.", "Can you get us a cab to {pickup} for {people}?"),
-        ("pickup",),
+        held_out_phrasings=("I need a taxi at {pickup} at {time}.", "Can you get us a cab to {pickup} for {people}?"),
+        required=("pickup",),
     ),
     Tool(
-        "get_stock_price",
-        "The price of a share.",
-        {"symbol": _text("Symbol of the share")},
-        {"symbol": Pools.symbol},
-        lambda rng, pools, values: {"price": pools.decimal(rng), "currency": rng.choice(CURRENCIES)},
-        "{symbol} is at {price} {currency}.",
-        (
+        name="get_stock_price",
+        description="The price of a share.",
+        parameters={"symbol": _string("Symbol of the share")},
+        argument_values={"symbol": ValueSampler.symbol},
+        make_result=lambda sampler, rng, arguments: {"price": sampler.decimal(rng), "currency": rng.choice(CURRENCIES)},
+        answer_template="{symbol} is at {price} {currency}.",
+        phrasings=(
             "[What is|What's|Tell me|Give me|Get|Find|Look up|Check] the [|share |stock |current ]price of {symbol}.",
             "How is [|the share |the stock ]{symbol} doing[| today]?",
             "[Stock price|Share price|Price|Stock|Share|price|Quote] [of|for] {symbol}",
@@ -1031,22 +1088,22 @@ WRITTEN = (  # similar ones side by side
             "What does {symbol} [cost|trade at|stand at]?",
             "How high is {symbol}[| today]?",
         ),
-        (
+        held_out_phrasings=(
             "What does a share of {symbol} cost?",
             "Look up the stock {symbol}.",
             "Can you check {symbol} for me?",
         ),
-        ("symbol",),
-        ("What is the price of {} and {}?", "How are {} and {} doing?"),
+        required=("symbol",),
+        paired_phrasings=("What is the price of {} and {}?", "How are {} and {} doing?"),
     ),
     Tool(
-        "track_package",
-        "Where a package is.",
-        {"code": _text("Code of the package")},
-        {"code": Pools.code},
-        lambda rng, pools, values: {"place": pools.city(rng), "days": pools.few(rng)},
-        "Package {code} is in {place} and needs {days} more days.",
-        (
+        name="track_package",
+        description="Where a package is.",
+        parameters={"code": _string("Code of the package")},
+        argument_values={"code": ValueSampler.code},
+        make_result=lambda sampler, rng, arguments: {"place": sampler.city(rng), "days": sampler.small_integer(rng)},
+        answer_template="Package {code} is in {place} and needs {days} more days.",
+        phrasings=(
             "[Where is|Track|Find|Follow|Locate|Look up] [|my |the |a ][package|parcel|shipment] {code}.",
             "[When|On which day] [does|will] [|the |my ][package|parcel] {code} [arrive|come]?",
             "[Package|package|Parcel|Track|Tracking]: {code}",
@@ -1061,17 +1118,17 @@ WRITTEN = (  # similar ones side by side
             "Where [did|has] {code} [go|gone]?",
             "Show us {code} on its way.",
         ),
-        ("Can you track {code}?", "Has package {code} arrived?", "Show me where parcel {code} is."),
-        ("code",),
+        held_out_phrasings=("Can you track {code}?", "Has package {code} arrived?", "Show me where parcel {code} is."),
+        required=("code",),
     ),
     Tool(
-        "read_file",
-        "Read a file.",
-        {"path": _text("Which file"), "lines": _whole("How many lines")},
-        {"path": Pools.code, "lines": Pools.number},
-        lambda rng, pools, values: {"content": pools.sentence(rng)},
-        "It says: {content}",
-        (
+        name="read_file",
+        description="Read a file.",
+        parameters={"path": _string("Which file"), "lines": _integer("How many lines")},
+        argument_values={"path": ValueSampler.code, "lines": ValueSampler.integer},
+        make_result=lambda sampler, rng, arguments: {"content": sampler.sentence(rng)},
+        answer_template="It says: {content}",
+        phrasings=(
             "[Read|Open|Print|Show|Display|Load] [|me ][|the |my ]file {path}.",
             "[Read|Print|Show|Give me|Get] [|the ][first |top |]{lines} lines of [|the file ]{path}.",
             "[What is|What's|What stands] in [|the file ]{path}?",
@@ -1087,17 +1144,21 @@ WRITTEN = (  # similar ones side by side
             "The first {lines} lines of {path}[|, please].",
             "What is written in {path}?",
         ),
-        ("Can you read {path}?", "Show me what is in {path}.", "I need the first {lines} lines of {path}."),
-        ("path",),
+        held_out_phrasings=(
+            "Can you read {path}?",
+            "Show me what is in {path}.",
+            "I need the first {lines} lines of {path}.",
+        ),
+        required=("path",),
     ),
     Tool(
-        "search_web",
-        "Search the web.",
-        {"query": _text("What to look for"), "count": _whole("How many results")},
-        {"query": Pools.phrase, "count": Pools.few},
-        lambda rng, pools, values: {"best": pools.title(rng), "hits": pools.number(rng)},
-        "There are {hits} hits; the best is {best}.",
-        (
+        name="search_web",
+        description="Search the web.",
+        parameters={"query": _string("What to look for"), "count": _integer("How many results")},
+        argument_values={"query": ValueSampler.phrase, "count": ValueSampler.small_integer},
+        make_result=lambda sampler, rng, arguments: {"best": sampler.title(rng), "hits": sampler.integer(rng)},
+        answer_template="There are {hits} hits; the best is {best}.",
+        phrasings=(
             '[Search|Search the web|Search online|Google|Look on the web|Look online] for "{query}".',
             "[Search|Search for|Web search|Google|Search the internet for]: {query}",
             '[Find|Get|Give me] [|{count} ][results|pages|sites|articles] [about|on|for] "{query}"[| on the web].',
@@ -1113,11 +1174,11 @@ WRITTEN = (  # similar ones side by side
             '[Show|Get|Bring] [me|us] {count} web pages [about|on] "{query}".',
             'Is there anything [on the web|online] about "{query}"?',
         ),
-        (
+        held_out_phrasings=(
             'Can you search for "{query}"?',
             "See what the web has on {query}.",
             'I need {count} web pages about "{query}".',
         ),
-        ("query",),
+        required=("query",),
     ),
 )

