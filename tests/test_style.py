@@ -34,7 +34,7 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 def comments(source: str) -> Iterator[tuple[int, bool]]:
     r"""Yield the line of each comment in prose, and whether it trails code.
 
-    >>> list(comments("# above\nx = 1  # beside\ny = 2  # [rows, columns]\nimport z  # noqa: F401\n"))
+    >>> list(comments("# above\nx = 1  # trailing\ny = 2  # [rows, columns]\nimport z  # noqa: F401\n"))
     [(1, False), (2, True)]
     """
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
