@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
-from demo.talk import TOOL
 from demo import MODEL
+from demo.talk import TOOL
 from tests.serving.test_server import CHAT, HERON
 from tests.support.serving import Running, serve
 
