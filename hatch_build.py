@@ -20,7 +20,8 @@ class NativeBuildHook(BuildHookInterface):
         root = Path(self.root)
         library = root / "flashmoe_mlx" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
         build = root / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        made_of = build / "made_of"  # pip builds in a new folder each time, from which CMake would start anew
+        # pip builds in a new folder each time, where CMake alone would build everything again.
+        made_of = build / "made_of"
         current = library.exists() and made_of.exists() and made_of.read_text() == _inputs(root)
         if not current and not self._build(root, build, library):
             return
@@ -43,7 +44,7 @@ class NativeBuildHook(BuildHookInterface):
 
 
 def _inputs(root: Path) -> str:
-    """What the library is made of."""
+    """Return the versions and a digest of the sources that the library is built from."""
     text = b"".join(file.read_bytes() for file in sorted((root / "native").rglob("*")) if file.is_file())
     versions = " ".join(f"{name} {installed(name)}" for name in ("mlx", "nanobind"))
     return f"{versions} {hashlib.sha256(text).hexdigest()}"
