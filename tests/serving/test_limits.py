@@ -221,7 +221,7 @@ def test_a_context_is_reckoned_as_it_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("busy", [False, True])
 def test_sigterm(busy: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An answer that takes too long is cancelled and told so; the process ends well."""
-    monkeypatch.setattr(server, "_PATIENCE", 0.2)
+    monkeypatch.setattr(server, "_SHUTDOWN_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     told: list[str] = []
@@ -257,12 +257,15 @@ def test_sigterm(busy: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--host", "0.0.0.0"], "needs --api-key-file"),
+        (["--host", "0.0.0.0"], "set --api-key-file"),
         (["--host", "0.0.0.0", "--api-key-file", "SHORT"], "16 ASCII characters"),
         (["--api-key-file", "nowhere"], "No such file"),
-        (["--port", "70000"], "port is 70000"),
-        (["--temp", "-1"], "temp is -1"),
-        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--temp", "-1"], "--temp is -1"),
+        (["--max-tokens", "0"], "--max-tokens is 0: it must be a positive integer"),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens is 0: it must be a positive integer"),
+        (["--max-completion-tokens", "0"], "--max-completion-tokens is 0: it must be a positive integer"),
+        (["--max-queue", "-1"], "--max-queue is -1: it must not be negative"),
         (["--model", "./nowhere"], "no such folder"),
         (["--chat-template-args", "[]"], "must be a JSON object"),
         (["--port", "TAKEN"], "Address already in use"),
