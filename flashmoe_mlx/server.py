@@ -33,6 +33,7 @@ from flashmoe_mlx.generation.prompt_cache import cache_settings
 from flashmoe_mlx.generation.worker import Generations
 from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
+from flashmoe_mlx.serving.routes import Handler
 from flashmoe_mlx.serving.service import Limits, Service
 
 EPILOG = """examples:
@@ -147,7 +148,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
     key = None if args.api_key_file is None else _read_key(Path(args.api_key_file).expanduser())
     metrics = Metrics()
-    with Server((args.host, args.port), key, args.allowed_host) as server:
+    with Server((args.host, args.port), Handler, key, args.allowed_host) as server:
         load = streamed_load(args, config)
         kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
         generations = Generations(

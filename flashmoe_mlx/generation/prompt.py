@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest
 
 _CHUNK = 512  # tokens: a shorter beginning costs little to read again together with what follows it
@@ -41,14 +41,14 @@ class Prompt:
             options: for the template.
 
         Raises:
-            Refusal: the model has no template, or it does not take this conversation.
+            ApiError: the model has no template, or it does not take this conversation.
         """
         if not tokenizer.has_chat_template:
-            raise Refusal(400, "This model has no chat template: use /v1/completions.")
+            raise ApiError(400, "This model has no chat template: use /v1/completions.")
         options = {**options, **_thinking(request, tokenizer)}
         tools = request.tools if request.tool_choice != "none" else []
         if tools and not tokenizer.has_tool_calling:
-            raise Refusal(400, "mlx-lm knows no tool calls of this model.", "tools")
+            raise ApiError(400, "mlx-lm knows no tool calls of this model.", "tools")
         messages = request.conversation()
 
         def render(messages: Sequence[dict[str, Any]], start: bool) -> list[int]:
@@ -57,7 +57,7 @@ class Prompt:
                     list(messages), tools=tools or None, add_generation_prompt=start, **options
                 )
             except Exception as error:  # templates refuse in many ways, most of them by an error of their own
-                raise Refusal(400, f"The chat template does not take these messages: {error}", "messages") from error
+                raise ApiError(400, f"The chat template does not take these messages: {error}", "messages") from error
             return tokens
 
         tokens = render(messages, True)
@@ -79,14 +79,14 @@ class Prompt:
         """Encode a text, or take the tokens as they are.
 
         Raises:
-            Refusal: it is empty, or a token is not of the vocabulary.
+            ApiError: it is empty, or a token is not of the vocabulary.
         """
         prompt = request.prompt
         tokens = tokenizer.encode(prompt, verbose=False) if isinstance(prompt, str) else prompt
         if not tokens:
-            raise Refusal(400, "The prompt is empty.", "prompt")
+            raise ApiError(400, "The prompt is empty.", "prompt")
         if max(tokens) >= len(tokenizer):
-            raise Refusal(400, f"{max(tokens)} is no token: the vocabulary has {len(tokenizer)}.", "prompt")
+            raise ApiError(400, f"{max(tokens)} is no token: the vocabulary has {len(tokenizer)}.", "prompt")
         return cls(tokens)
 
 
@@ -94,22 +94,22 @@ def _thinking(request: ChatRequest, tokenizer: TokenizerWrapper) -> dict[str, An
     """What the template is told about thinking.
 
     Raises:
-        Refusal: something that the model or its template does not know.
+        ApiError: something that the model or its template does not know.
     """
     options: dict[str, Any] = {}
     wanted = request.chat_template_kwargs.enable_thinking
     if request.reasoning_effort == "none":
         if wanted:
-            raise Refusal(400, "enable_thinking and reasoning_effort contradict each other.", "reasoning_effort")
+            raise ApiError(400, "enable_thinking and reasoning_effort contradict each other.", "reasoning_effort")
         wanted = False
     elif request.reasoning_effort is not None:
         if "reasoning_effort" not in str(tokenizer.chat_template):
-            raise Refusal(
+            raise ApiError(
                 400, 'This model can think or, with "none", not think: it knows no degrees.', "reasoning_effort"
             )
         options["reasoning_effort"] = request.reasoning_effort
     if wanted and not tokenizer.has_thinking:
-        raise Refusal(400, "This model does not think.", "chat_template_kwargs.enable_thinking")
+        raise ApiError(400, "This model does not think.", "chat_template_kwargs.enable_thinking")
     if wanted is not None:
         options["enable_thinking"] = wanted
     return options

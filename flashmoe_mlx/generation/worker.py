@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.generation.job import Generation, Order, Token
 from flashmoe_mlx.generation.prefix_store import Prefixes
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.system.daemon_threads import Threads
 
@@ -78,13 +78,13 @@ class Generations:
         """Queue an order.
 
         Raises:
-            Refusal: too many wait already, or it is closed.
+            ApiError: too many wait already, or it is closed.
         """
         with self._lock:
             if self.closed:
-                raise Refusal(503, "The server is shutting down.")
+                raise ApiError(503, "The server is shutting down.")
             if self._wanted() > self._most_waiting:
-                raise Refusal(429, f"{self._most_waiting} requests are waiting already.", code="rate_limit_exceeded")
+                raise ApiError(429, f"{self._most_waiting} requests are waiting already.", code="rate_limit_exceeded")
             generation = Generation(order)
             self._accepted.append(generation)
         self._thread.submit(lambda: self._run(generation))
@@ -121,13 +121,13 @@ class Generations:
             self.closed = True
             running, waiting = self._accepted[:1], self._accepted[1:]
         for generation in waiting:
-            generation.put(Refusal(503, "The server is shutting down."))
+            generation.put(ApiError(503, "The server is shutting down."))
             generation.cancel()
         deadline = time.perf_counter() + patience
         while self._accepted and time.perf_counter() < deadline:
             time.sleep(0.02)
         for generation in running:
-            generation.put(Refusal(503, "The server is shutting down."))
+            generation.put(ApiError(503, "The server is shutting down."))
             generation.cancel()
         self._thread.close(deadline + 2)
 

@@ -13,9 +13,8 @@ from flashmoe_mlx import constrain
 from flashmoe_mlx.generation.job import Generation, Order
 from flashmoe_mlx.generation.prompt import Prompt
 from flashmoe_mlx.generation.worker import Generations
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.metrics import Metrics
-from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.schema import ChatRequest, JsonFormat, Request, Sampling, SchemaFormat
 
 
@@ -56,22 +55,22 @@ class Service:
         self.name = name
         self.defaults = defaults
         self._generations = generations
-        self._metrics = metrics
+        self.metrics = metrics
         self._limits = limits
         self._template_options = dict(template_options)
-        self._tokenizer = generations.tokenizer
-        self._always_sampled = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
-        self._vocabulary = constrain.vocabulary_of(self._tokenizer)
-        if self._tokenizer.has_tool_calling and not constrain.can_constrain_calls(self._tokenizer):
+        self.tokenizer = generations.tokenizer
+        self._always_sampled = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
+        self._vocabulary = constrain.vocabulary_of(self.tokenizer)
+        if self.tokenizer.has_tool_calling and not constrain.can_constrain_calls(self.tokenizer):
             logging.warning("this model's tool calls are in a format that is not constrained here: they may not parse")
         self._created = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
 
-    def start(self, request: Request) -> tuple[Reply, Generation]:
+    def start(self, request: Request) -> tuple[Prompt, Generation]:
         """Queue a request.
 
         Raises:
-            Refusal: it cannot be answered.
+            ApiError: it cannot be answered.
         """
         with self._tokenizing:
             prompt = self._prompt(request)
@@ -90,7 +89,7 @@ class Service:
                 prompt.preamble,
             )
         )
-        return Reply(request, prompt, generation, self._tokenizer, self.name), generation
+        return prompt, generation
 
     @property
     def healthy(self) -> bool:
@@ -101,34 +100,30 @@ class Service:
         """What OpenAI's API says about a model."""
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "local"}
 
-    def count(self, route: str, status: int) -> None:
-        """Count an answer of HTTP."""
-        self._metrics.request(route, status)
-
-    def metrics(self) -> str:
-        """What has happened so far, in Prometheus' text format."""
-        return self._metrics.text(self._generations.model.streaming.counters, self._generations.gauges())
+    def metrics_text(self) -> str:
+        """Return the metrics in Prometheus' text format."""
+        return self.metrics.text(self._generations.model.streaming.counters, self._generations.gauges())
 
     def _prompt(self, request: Request) -> Prompt:
         if isinstance(request, ChatRequest):
-            return Prompt.of_chat(request, self._tokenizer, self._template_options)
-        return Prompt.of_completion(request, self._tokenizer)
+            return Prompt.of_chat(request, self.tokenizer, self._template_options)
+        return Prompt.of_completion(request, self.tokenizer)
 
     def _refuse_excess(self, request: Request, prompt: Prompt) -> None:
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         tokens, most = len(prompt.tokens), self._limits.prompt_tokens
         if tokens > most:
             message = f"The prompt has {tokens:,} tokens, and this server takes {most:,}: shorten it."
-            raise Refusal(400, message, where, "context_length_exceeded")
+            raise ApiError(400, message, where, "context_length_exceeded")
         if request.max_tokens > self._limits.max_tokens:
             message = f"max_tokens is {request.max_tokens:,}, and this server generates {self._limits.max_tokens:,}."
-            raise Refusal(400, message, "max_tokens")
-        if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self._tokenizer):
-            raise Refusal(400, f"The vocabulary has {len(self._tokenizer)} tokens, from 0 on.", "logit_bias")
+            raise ApiError(400, message, "max_tokens")
+        if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self.tokenizer):
+            raise ApiError(400, f"The vocabulary has {len(self.tokenizer)} tokens, from 0 on.", "logit_bias")
         try:
             self._generations.refuse_context(tokens + request.max_tokens)
         except MemoryError as error:
-            raise Refusal(400, f"{error}.", where, "context_length_exceeded") from error
+            raise ApiError(400, f"{error}.", where, "context_length_exceeded") from error
 
     def _constraints(self, request: Request, prompt: Prompt) -> Sequence[constrain.Processor]:
         """What holds tool calls and JSON to their schemas."""
@@ -138,15 +133,15 @@ class Service:
         try:
             if isinstance(wanted, JsonFormat | SchemaFormat):
                 schema = wanted.json_schema.schema if isinstance(wanted, SchemaFormat) else {"type": "object"}
-                return [constrain.json(self._tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
+                return [constrain.json(self.tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
             if request.tools and request.tool_choice != "none":
                 choice = request.tool_choice
-                if choice == "auto" and not constrain.can_constrain_calls(self._tokenizer):
+                if choice == "auto" and not constrain.can_constrain_calls(self.tokenizer):
                     return []  # its log has said so
                 choice = choice if isinstance(choice, str) else msgspec.to_builtins(choice)
                 return [
                     constrain.constrained(
-                        self._tokenizer,
+                        self.tokenizer,
                         tools=request.tools,
                         tool_choice=choice,
                         thinking=prompt.thinks,
@@ -154,14 +149,14 @@ class Service:
                     )
                 ]
         except ValueError as error:
-            raise Refusal(400, str(error)) from error
+            raise ApiError(400, str(error)) from error
         return []
 
     def _sampling(self, request: Sampling) -> dict[str, Any]:
         return {
             "temp": request.temperature,
             "top_p": request.top_p,
-            "top_k": request.top_k if request.top_k < len(self._tokenizer) else 0,
+            "top_k": request.top_k if request.top_k < len(self.tokenizer) else 0,
             "min_p": request.min_p,
             "xtc_probability": request.xtc_probability,
             "xtc_threshold": request.xtc_threshold,

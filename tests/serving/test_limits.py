@@ -18,7 +18,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 from flashmoe_mlx import server
 from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.model.info import Streaming
-from flashmoe_mlx.serving import http as handler
+from flashmoe_mlx.serving import http, routes
 from tests.serving.test_server import CHAT, DEFINITION, HERON
 from tests.support.faults import faults
 from tests.support.serving import Running, serve
@@ -98,7 +98,7 @@ def test_a_slow_reader_holds_up_nobody(running: Running) -> None:
 
 def test_silence_is_filled(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a prompt is read, comments tell a stream's client that the server is there."""
-    monkeypatch.setattr(handler, "_KEEPALIVE", 0)
+    monkeypatch.setattr(routes, "_KEEPALIVE_INTERVAL", 0)
     long = [{"role": "user", "content": "heron " * 60}]
     with connected(running, endless(running, messages=long, stream=True, max_tokens=1)) as connection:
         text = connection.makefile("rb").read().decode()
@@ -121,14 +121,14 @@ def test_a_read_that_fails(running: Running, stream: bool) -> None:
 
 
 def test_a_body_that_never_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handler, "_PATIENCE", 0.3)
+    monkeypatch.setattr(http, "_REQUEST_TIMEOUT", 0.3)
     with socket.create_connection(("127.0.0.1", running.server.server_port), timeout=10) as connection:
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
         assert connection.makefile("rb").read().startswith(b"HTTP/1.1 408")
 
 
 def test_a_request_that_drips(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handler, "_PATIENCE", 0.3)
+    monkeypatch.setattr(http, "_REQUEST_TIMEOUT", 0.3)
     with socket.create_connection(("127.0.0.1", running.server.server_port), timeout=10) as connection:
         begin = time.monotonic()
         with pytest.raises(OSError):

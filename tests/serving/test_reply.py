@@ -15,7 +15,7 @@ from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.generation.job import Generation, Order, Token
 from flashmoe_mlx.generation.output_parser import Piece, Pieces
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.request import read_request
 from flashmoe_mlx.serving.openai.schema import ChatRequest
@@ -165,7 +165,7 @@ def test_thinking_on_and_off(thinker: TokenizerWrapper) -> None:
     assert not Prompt.of_chat(chat(), thinker, {"enable_thinking": False}).thinks
     on = chat(chat_template_kwargs={"enable_thinking": True})
     assert Prompt.of_chat(on, thinker, {"enable_thinking": False}).thinks
-    with pytest.raises(Refusal, match="no degrees"):
+    with pytest.raises(ApiError, match="no degrees"):
         Prompt.of_chat(chat(reasoning_effort="high"), thinker, {})
 
 

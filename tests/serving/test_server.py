@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from demo.talk import TOOL
 from flashmoe_mlx import generate
-from flashmoe_mlx.serving import http as handler
+from flashmoe_mlx.serving import http
 from tests.support.serving import Running, serve
 
 Messages = list[ChatCompletionMessageParam]
@@ -330,4 +330,4 @@ def test_strangers_are_refused(running: Running, method: str, path: str, headers
 
 
 def test_a_body_that_is_too_large_gets_its_reason(running: Running) -> None:
-    assert running.ask("POST", CHAT, bytes(handler.MOST_BODY + 1))[0] == 413
+    assert running.ask("POST", CHAT, bytes(http.MAX_BODY_BYTES + 1))[0] == 413

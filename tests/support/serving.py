@@ -15,6 +15,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.generation.worker import Generations
 from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
+from flashmoe_mlx.serving.routes import Handler
 from flashmoe_mlx.serving.service import Limits, Service
 
 DEFAULTS = {"max_tokens": 40, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -76,7 +77,7 @@ def serve(
         prefix_bytes,
         **options,
     )
-    with Server(("127.0.0.1", 0), key, hosts) as server:
+    with Server(("127.0.0.1", 0), Handler, key, hosts) as server:
         server.service = Service("demo", generations, metrics, Limits(most, most), DEFAULTS, {})
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:

@@ -1,7 +1,9 @@
 """Answers as OpenAI's API shapes them, whole or in chunks."""
 
+import json
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -11,6 +13,7 @@ from flashmoe_mlx.constrain import readable
 from flashmoe_mlx.generation.job import Generation, Token
 from flashmoe_mlx.generation.output_parser import Piece, Pieces
 from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.schema import ChatRequest, Request
 
 
@@ -35,6 +38,7 @@ class Reply:
         self._chat = chat
         self._generation = generation
         self._tokenizer = tokenizer
+        self._include_usage = request.stream_options is not None and request.stream_options.include_usage
         self._tells_logprobs = request.logprobs not in (None, False)
         if isinstance(request, ChatRequest):
             tools = [] if request.tool_choice == "none" else readable(request.tools)
@@ -91,6 +95,19 @@ class Reply:
             message |= {"content": self._all.content or None, "tool_calls": self._all.tool_calls}
         content = {"message": message} if self._chat else {"text": self._all.content}
         return {**self._head, "choices": [self._choice(content)], "usage": self._usage()}
+
+    def events(self) -> Iterator[bytes]:
+        """Yield the server-sent events that are due now: what is new, and at the end the marker of the end."""
+        if chunk := self.chunk():
+            yield _event(json.dumps(chunk))
+        if self.finished:
+            if self._include_usage:
+                yield _event(json.dumps(self.usage_chunk()))
+            yield _event("[DONE]")
+
+    def error_event(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream with an error."""
+        return _event(json.dumps(error.content()))
 
     def chunk(self) -> dict[str, Any] | None:
         """What has come since the last chunk; ``None`` if there is nothing to tell yet."""
@@ -149,3 +166,7 @@ class Reply:
             "total_tokens": prompt + self._tokens,
             "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
         }
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()

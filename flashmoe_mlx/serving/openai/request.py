@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.schema import ChatRequest, NamedTool, Request, TextFormat, Tool
 
 _T = TypeVar("_T")
@@ -21,14 +21,14 @@ def read_request(kind: type[_Request], body: bytes, defaults: Mapping[str, Any])
         defaults: for fields that it leaves out or sets to null.
 
     Raises:
-        Refusal: it is no JSON, or a field is wrong, missing or unknown.
+        ApiError: it is no JSON, or a field is wrong, missing or unknown.
     """
     try:
         fields = msgspec.json.decode(body)
     except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
-        raise Refusal(400, f"The body is not JSON: {error}.") from error
+        raise ApiError(400, f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
-        raise Refusal(400, "The body is not a JSON object.")
+        raise ApiError(400, "The body is not a JSON object.")
     fields = _without_nulls(fields)
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [_without_nulls(message) for message in fields["messages"]]
@@ -38,7 +38,7 @@ def read_request(kind: type[_Request], body: bytes, defaults: Mapping[str, Any])
     if isinstance(request, ChatRequest):
         _refuse_contradictions(request, _convert(request.tools, list[Tool], "tools"))
     if request.stream_options is not None and not request.stream:
-        raise Refusal(400, "stream_options is for streams: set stream to true.", "stream_options")
+        raise ApiError(400, "stream_options is for streams: set stream to true.", "stream_options")
     return request
 
 
@@ -48,23 +48,23 @@ def _convert(value: Any, kind: type[_T], where: str = "") -> _T:
     except (msgspec.ValidationError, RecursionError) as error:
         message, _, place = str(error).partition(" - at ")  # such as `$.stop[0]`, or `key` in `$.logit_bias`
         param = (where + place.rpartition("$")[2].strip("`")).removeprefix(".") or None
-        raise Refusal(400, f"{param or 'The request'}: {message}.", param) from error
+        raise ApiError(400, f"{param or 'The request'}: {message}.", param) from error
 
 
 def _refuse_contradictions(request: ChatRequest, tools: list[Tool]) -> None:
     names = [tool.function.name for tool in tools]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Refusal(400, f"tools: {twice[0]} is there twice.", "tools")
+        raise ApiError(400, f"tools: {twice[0]} is there twice.", "tools")
     if request.max_completion_tokens not in (None, request.max_tokens):
-        raise Refusal(400, "max_tokens and max_completion_tokens differ: give one of them.", "max_completion_tokens")
+        raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", "max_completion_tokens")
     if request.top_logprobs and not request.logprobs:
-        raise Refusal(400, "top_logprobs needs logprobs: true.", "top_logprobs")
+        raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
     if tools and request.tool_choice != "none" and not isinstance(request.response_format, TextFormat):
-        raise Refusal(400, "A response_format of JSON leaves no room for calls: leave out one of them.", "tools")
+        raise ApiError(400, "A response_format of JSON leaves no room for calls: leave out one of them.", "tools")
     if not tools and request.tool_choice not in ("auto", "none"):
-        raise Refusal(400, "tool_choice asks for a call, and there are no tools.", "tool_choice")
+        raise ApiError(400, "tool_choice asks for a call, and there are no tools.", "tool_choice")
     if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
-        raise Refusal(400, f"tool_choice: no tool is called {request.tool_choice.function.name!r}.", "tool_choice")
+        raise ApiError(400, f"tool_choice: no tool is called {request.tool_choice.function.name!r}.", "tool_choice")
 
 
 def _without_nulls(value: Any) -> Any:

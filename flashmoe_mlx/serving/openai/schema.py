@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 
 MOST_MESSAGES = 1024
 
@@ -208,7 +208,7 @@ class ChatRequest(Sampling, kw_only=True):
         """The messages as chat templates take them, results of calls in the order of the calls.
 
         Raises:
-            Refusal: a call's arguments are not a JSON object, or a result belongs to no call.
+            ApiError: a call's arguments are not a JSON object, or a result belongs to no call.
         """
         conversation: list[dict[str, Any]] = []
         order: dict[str, int] = {}  # of the calls that may have results now
@@ -217,7 +217,7 @@ class ChatRequest(Sampling, kw_only=True):
             where = f"messages[{index}]"
             if isinstance(message, ToolMessage):
                 if message.tool_call_id not in order:
-                    raise Refusal(400, f"No call before has the id {message.tool_call_id!r}.", f"{where}.tool_call_id")
+                    raise ApiError(400, f"No call before has the id {message.tool_call_id!r}.", f"{where}.tool_call_id")
                 results.append((order[message.tool_call_id], _plain(message, where)))
                 continue
             conversation += [result for _, result in sorted(results, key=lambda pair: pair[0])]
@@ -269,7 +269,7 @@ def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
         if isinstance(arguments, str):
             arguments = msgspec.json.decode(arguments or "{}")
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The arguments are not JSON: {error}.", f"{where}.function.arguments") from error
+        raise ApiError(400, f"The arguments are not JSON: {error}.", f"{where}.function.arguments") from error
     if not isinstance(arguments, dict):
-        raise Refusal(400, "The arguments are not a JSON object.", f"{where}.function.arguments")
+        raise ApiError(400, "The arguments are not a JSON object.", f"{where}.function.arguments")
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
