@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from flashmoe_mlx.generation.job import Generation, Token
+from flashmoe_mlx.generation.job import Answer, Token
+from flashmoe_mlx.generation.worker import WorkerClosed
 from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.request import read_request
@@ -172,25 +173,25 @@ class Handler(BaseHTTPRequestHandler):
     def _complete(self, kind: type[Request]) -> None:
         service = self.server.service
         request = read_request(kind, self._body(), service.defaults)
-        reply, generation = service.start(request)
+        reply, answer = service.start(request)
         try:
             if request.stream:
-                self._stream(request, reply, generation)
+                self._stream(request, reply, answer)
             else:
-                for token in self._tokens(generation):
+                for token in self._tokens(answer):
                     if token is not None:
                         reply.add(token)
                     if reply.finished:
                         break
                 self._send(200, reply.whole())
         finally:
-            generation.cancel()
+            answer.cancel()
 
-    def _stream(self, request: Request, reply: Reply, generation: Generation) -> None:
+    def _stream(self, request: Request, reply: Reply, answer: Answer) -> None:
         """Send chunks as server-sent events. The status is chosen when the first one comes."""
         last = time.monotonic()
         try:
-            for token in self._tokens(generation):
+            for token in self._tokens(answer):
                 if token is not None:
                     reply.add(token)
                     if chunk := reply.chunk():
@@ -224,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
         self.wfile.write(event)
 
-    def _tokens(self, generation: Generation) -> Iterator[Token | None]:
+    def _tokens(self, answer: Answer) -> Iterator[Token | None]:
         """The tokens as they come, and ``None`` now and then, while the client is there.
 
         Raises:
@@ -232,11 +233,13 @@ class Handler(BaseHTTPRequestHandler):
             Refusal: the model failed.
         """
         try:
-            for token in generation.tokens(_TICK):
+            for token in answer.tokens(_TICK):
                 self._refuse_gone()
                 yield token
-        except (Refusal, ConnectionError):
+        except ConnectionError:
             raise
+        except WorkerClosed as error:
+            raise Refusal(503, "The server is shutting down.") from error
         except Exception as error:
             logging.error("a generation failed: %s", error, exc_info=not isinstance(error, OSError | MemoryError))
             raise Refusal(500, f"The model failed: {' '.join(str(error).split())}") from error

@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 
 from flashmoe_mlx import constrain
-from flashmoe_mlx.generation.job import Generation, Order
+from flashmoe_mlx.generation.job import Answer, Job
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.generation.worker import QueueFull, Worker, WorkerClosed
 from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.openai.reply import Reply
+from flashmoe_mlx.serving.openai.request import thinking_options
 from flashmoe_mlx.serving.openai.schema import ChatRequest, JsonFormat, Request, Sampling, SchemaFormat
 
 
@@ -37,7 +38,7 @@ class Service:
 
     Args:
         name (str): what the model is called.
-        generations: the model's thread.
+        worker: the model's thread.
         metrics: what is counted.
         limits: what a request may ask for.
         defaults (Mapping): of a request's fields that have no default of OpenAI's.
@@ -47,7 +48,7 @@ class Service:
     def __init__(
         self,
         name: str,
-        generations: Generations,
+        worker: Worker,
         metrics: Metrics,
         limits: Limits,
         defaults: Mapping[str, Any],
@@ -55,11 +56,11 @@ class Service:
     ):
         self.name = name
         self.defaults = defaults
-        self._generations = generations
+        self._worker = worker
         self._metrics = metrics
         self._limits = limits
         self._template_options = dict(template_options)
-        self._tokenizer = generations.tokenizer
+        self._tokenizer = worker.tokenizer
         self._always_sampled = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
         self._vocabulary = constrain.vocabulary_of(self._tokenizer)
         if self._tokenizer.has_tool_calling and not constrain.can_constrain_calls(self._tokenizer):
@@ -67,7 +68,7 @@ class Service:
         self._created = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
 
-    def start(self, request: Request) -> tuple[Reply, Generation]:
+    def start(self, request: Request) -> tuple[Reply, Answer]:
         """Queue a request.
 
         Raises:
@@ -77,25 +78,28 @@ class Service:
             prompt = self._prompt(request)
             constraints = self._constraints(request, prompt)
         self._refuse_excess(request, prompt)
-        generation = self._generations.submit(
-            Order(
-                prompt.tokens,
-                request.max_tokens,
-                prompt.beginnings,
-                self._sampling(request),
-                _penalties(request),
-                constraints,
-                request.seed,
-                _top_logprobs(request),
-                prompt.preamble,
-            )
+        job = Job(
+            prompt,
+            request.max_tokens,
+            self._sampling(request),
+            _penalties(request),
+            constraints,
+            request.seed,
+            _top_logprobs(request),
         )
-        return Reply(request, prompt, generation, self._tokenizer, self.name), generation
+        try:
+            answer = self._worker.submit(job)
+        except QueueFull as error:
+            message = f"{error.max_queue} requests are waiting already."
+            raise Refusal(429, message, code="rate_limit_exceeded") from error
+        except WorkerClosed as error:
+            raise Refusal(503, "The server is shutting down.") from error
+        return Reply(request, prompt, answer, self._tokenizer, self.name), answer
 
     @property
     def healthy(self) -> bool:
         """Whether it takes requests."""
-        return not self._generations.closed
+        return not self._worker.closed
 
     def model(self) -> dict[str, Any]:
         """What OpenAI's API says about a model."""
@@ -107,12 +111,21 @@ class Service:
 
     def metrics(self) -> str:
         """What has happened so far, in Prometheus' text format."""
-        return self._metrics.text(self._generations.model.streaming.counters, self._generations.gauges())
+        return self._metrics.text(self._worker.model.streaming.counters, self._worker.gauges())
 
     def _prompt(self, request: Request) -> Prompt:
-        if isinstance(request, ChatRequest):
-            return Prompt.of_chat(request, self._tokenizer, self._template_options)
-        return Prompt.of_completion(request, self._tokenizer)
+        if not isinstance(request, ChatRequest):
+            try:
+                return Prompt.from_text(request.prompt, self._tokenizer)
+            except ValueError as error:
+                raise Refusal(400, f"{error}.", "prompt") from error
+        options = self._template_options | thinking_options(request, self._tokenizer)
+        tools = request.tools if request.tool_choice != "none" else []
+        try:
+            return Prompt.from_messages(request.conversation(), self._tokenizer, tools, options)
+        except ValueError as error:
+            param = "tools" if tools and not self._tokenizer.has_tool_calling else "messages"
+            raise Refusal(400, f"{error}.", param) from error
 
     def _refuse_excess(self, request: Request, prompt: Prompt) -> None:
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -126,7 +139,7 @@ class Service:
         if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self._tokenizer):
             raise Refusal(400, f"The vocabulary has {len(self._tokenizer)} tokens, from 0 on.", "logit_bias")
         try:
-            self._generations.refuse_context(tokens + request.max_tokens)
+            self._worker.refuse_context(tokens + request.max_tokens)
         except MemoryError as error:
             raise Refusal(400, f"{error}.", where, "context_length_exceeded") from error
 
@@ -138,7 +151,9 @@ class Service:
         try:
             if isinstance(wanted, JsonFormat | SchemaFormat):
                 schema = wanted.json_schema.schema if isinstance(wanted, SchemaFormat) else {"type": "object"}
-                return [constrain.json(self._tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
+                return [
+                    constrain.json(self._tokenizer, schema, thinking=prompt.in_thought, vocabulary=self._vocabulary)
+                ]
             if request.tools and request.tool_choice != "none":
                 choice = request.tool_choice
                 if choice == "auto" and not constrain.can_constrain_calls(self._tokenizer):
@@ -149,7 +164,7 @@ class Service:
                         self._tokenizer,
                         tools=request.tools,
                         tool_choice=choice,
-                        thinking=prompt.thinks,
+                        thinking=prompt.in_thought,
                         vocabulary=self._vocabulary,
                     )
                 ]
