@@ -28,9 +28,9 @@ from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.generation.prefix_store import Prefixes
+from flashmoe_mlx.generation.prefix_store import PrefixStore
 from flashmoe_mlx.generation.prompt_cache import cache_settings
-from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.generation.worker import Worker
 from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.routes import Handler
@@ -151,9 +151,9 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     with Server((args.host, args.port), Handler, key, args.allowed_host) as server:
         load = streamed_load(args, config)
         kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
-        generations = Generations(
+        worker = Worker(
             lambda: load(args.model, **_load_options(args)),
-            metrics,
+            metrics.add,
             args.max_queue,
             args.prompt_cache_bytes,
             args.prefill_step_size,
@@ -162,7 +162,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         )
         server.service = Service(
             _name(args.model),
-            generations,
+            worker,
             metrics,
             Limits(args.max_prompt_tokens, max(args.max_completion_tokens, args.max_tokens)),
             _defaults(args),
@@ -175,9 +175,9 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         try:
             server.serve_forever(poll_interval=0.1)
         finally:
-            generations.close(_SHUTDOWN_TIMEOUT)
+            worker.close(_SHUTDOWN_TIMEOUT)
             server.wait_for_answers(_SHUTDOWN_TIMEOUT)
-            finish(generations.model.streaming, config)
+            finish(worker.model.streaming, config)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -212,10 +212,10 @@ def _read_key(path: Path) -> str:
     return key
 
 
-def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str, Any]) -> Prefixes:
+def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str, Any]) -> PrefixStore:
     settings = cache_settings(model, args.adapter_path) | {name: str(value) for name, value in kv_cache.items()}
     identity = model_identity(find_folder(args.model), settings, args.trust_remote_code)
-    return Prefixes(Path(args.prefix_cache_dir).expanduser(), args.prefix_cache_dir_bytes, identity)
+    return PrefixStore(Path(args.prefix_cache_dir).expanduser(), args.prefix_cache_dir_bytes, identity)
 
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from flashmoe_mlx.generation.job import Generation, Token
+from flashmoe_mlx.generation.job import Answer, Token
+from flashmoe_mlx.generation.worker import WorkerClosed
 from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.http import BaseHandler
 from flashmoe_mlx.serving.openai.reply import Reply
@@ -33,12 +34,12 @@ class Handler(BaseHandler):
         """Answer a POST request."""
         self.answer(self._dispatch)
 
-    def complete(self, reply: Reply, generation: Generation, stream: bool) -> None:
+    def complete(self, reply: Reply, answer: Answer, stream: bool) -> None:
         """Send what is generated, as one answer or as an event stream.
 
         Args:
             reply: shapes the answer.
-            generation: yields its tokens.
+            answer: yields its tokens.
             stream (bool): send each part as soon as there is one.
 
         Raises:
@@ -46,9 +47,9 @@ class Handler(BaseHandler):
             ConnectionError: the client has disconnected.
         """
         if stream:
-            self._stream(reply, generation)
+            self._stream(reply, answer)
             return
-        for token in self._tokens(generation):
+        for token in self._tokens(answer):
             if token is not None:
                 reply.add(token)
             if reply.finished:
@@ -70,11 +71,11 @@ class Handler(BaseHandler):
             return Route("GET", send_model)
         return ROUTES.get(path)
 
-    def _stream(self, reply: Reply, generation: Generation) -> None:
+    def _stream(self, reply: Reply, answer: Answer) -> None:
         """Send server-sent events. An error before the first one has a status of its own, a later one is an event."""
         last = time.monotonic()
         try:
-            for token in self._tokens(generation):
+            for token in self._tokens(answer):
                 if token is not None:
                     reply.add(token)
                     for event in reply.events():
@@ -90,7 +91,7 @@ class Handler(BaseHandler):
                 raise
             self.send_event(reply.error_event(error))
 
-    def _tokens(self, generation: Generation) -> Iterator[Token | None]:
+    def _tokens(self, answer: Answer) -> Iterator[Token | None]:
         """Yield tokens as they come, and ``None`` at least every ``_POLL_INTERVAL`` seconds.
 
         Raises:
@@ -98,11 +99,13 @@ class Handler(BaseHandler):
             ConnectionError: the client has disconnected.
         """
         try:
-            for token in generation.tokens(_POLL_INTERVAL):
+            for token in answer.tokens(_POLL_INTERVAL):
                 self.check_connection()
                 yield token
-        except (ApiError, ConnectionError):
+        except ConnectionError:
             raise
+        except WorkerClosed as error:
+            raise ApiError(503, "The server is shutting down.") from error
         except Exception as error:
             logging.error("a generation failed: %s", error, exc_info=not isinstance(error, OSError | MemoryError))
             raise ApiError(500, f"The model failed: {' '.join(str(error).split())}") from error
@@ -135,12 +138,12 @@ def complete_openai(handler: Handler, kind: type[Request]) -> None:
     """Generate the answer to a request of OpenAI's API."""
     service = handler.server.service
     request = read_request(kind, handler.body(), service.defaults)
-    prompt, generation = service.start(request)
+    answer = service.start(request)
     try:
-        reply = Reply(request, prompt, generation, service.tokenizer, service.name)
-        handler.complete(reply, generation, request.stream)
+        reply = Reply(request, answer, service.tokenizer, service.name)
+        handler.complete(reply, answer, request.stream)
     finally:
-        generation.cancel()
+        answer.cancel()
 
 
 class Route(NamedTuple):

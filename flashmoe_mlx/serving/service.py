@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from flashmoe_mlx import constrain
-from flashmoe_mlx.generation.job import Generation, Order
+from flashmoe_mlx.generation.job import Answer, Job
 from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.generation.worker import QueueFull, Worker, WorkerClosed
 from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.metrics import Metrics
+from flashmoe_mlx.serving.openai.request import thinking_options
 from flashmoe_mlx.serving.openai.schema import ChatRequest, JsonFormat, Request, Sampling, SchemaFormat
 
 
@@ -36,7 +37,7 @@ class Service:
 
     Args:
         name (str): what the model is called.
-        generations: the model's thread.
+        worker: the model's thread.
         metrics: what is counted.
         limits: what a request may ask for.
         defaults (Mapping): of a request's fields that have no default of OpenAI's.
@@ -46,7 +47,7 @@ class Service:
     def __init__(
         self,
         name: str,
-        generations: Generations,
+        worker: Worker,
         metrics: Metrics,
         limits: Limits,
         defaults: Mapping[str, Any],
@@ -54,11 +55,11 @@ class Service:
     ):
         self.name = name
         self.defaults = defaults
-        self._generations = generations
+        self._worker = worker
         self.metrics = metrics
         self._limits = limits
         self._template_options = dict(template_options)
-        self.tokenizer = generations.tokenizer
+        self.tokenizer = worker.tokenizer
         self._always_sampled = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         self._vocabulary = constrain.vocabulary_of(self.tokenizer)
         if self.tokenizer.has_tool_calling and not constrain.can_constrain_calls(self.tokenizer):
@@ -66,7 +67,7 @@ class Service:
         self._created = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
 
-    def start(self, request: Request) -> tuple[Prompt, Generation]:
+    def start(self, request: Request) -> Answer:
         """Queue a request.
 
         Raises:
@@ -76,25 +77,27 @@ class Service:
             prompt = self._prompt(request)
             constraints = self._constraints(request, prompt)
         self._refuse_excess(request, prompt)
-        generation = self._generations.submit(
-            Order(
-                prompt.tokens,
-                request.max_tokens,
-                prompt.beginnings,
-                self._sampling(request),
-                _penalties(request),
-                constraints,
-                request.seed,
-                _top_logprobs(request),
-                prompt.preamble,
-            )
+        job = Job(
+            prompt,
+            request.max_tokens,
+            self._sampling(request),
+            _penalties(request),
+            constraints,
+            request.seed,
+            _top_logprobs(request),
         )
-        return prompt, generation
+        try:
+            return self._worker.submit(job)
+        except QueueFull as error:
+            message = f"{error.max_queue} requests are waiting already."
+            raise ApiError(429, message, code="rate_limit_exceeded") from error
+        except WorkerClosed as error:
+            raise ApiError(503, "The server is shutting down.") from error
 
     @property
     def healthy(self) -> bool:
         """Whether it takes requests."""
-        return not self._generations.closed
+        return not self._worker.closed
 
     def model(self) -> dict[str, Any]:
         """What OpenAI's API says about a model."""
@@ -102,12 +105,21 @@ class Service:
 
     def metrics_text(self) -> str:
         """Return the metrics in Prometheus' text format."""
-        return self.metrics.text(self._generations.model.streaming.counters, self._generations.gauges())
+        return self.metrics.text(self._worker.model.streaming.counters, self._worker.gauges())
 
     def _prompt(self, request: Request) -> Prompt:
-        if isinstance(request, ChatRequest):
-            return Prompt.of_chat(request, self.tokenizer, self._template_options)
-        return Prompt.of_completion(request, self.tokenizer)
+        if not isinstance(request, ChatRequest):
+            try:
+                return Prompt.from_text(request.prompt, self.tokenizer)
+            except ValueError as error:
+                raise ApiError(400, f"{error}.", "prompt") from error
+        options = self._template_options | thinking_options(request, self.tokenizer)
+        tools = request.tools if request.tool_choice != "none" else []
+        try:
+            return Prompt.from_messages(request.conversation(), self.tokenizer, tools, options)
+        except ValueError as error:
+            param = "tools" if tools and not self.tokenizer.has_tool_calling else "messages"
+            raise ApiError(400, f"{error}.", param) from error
 
     def _refuse_excess(self, request: Request, prompt: Prompt) -> None:
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -121,7 +133,7 @@ class Service:
         if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self.tokenizer):
             raise ApiError(400, f"The vocabulary has {len(self.tokenizer)} tokens, from 0 on.", "logit_bias")
         try:
-            self._generations.refuse_context(tokens + request.max_tokens)
+            self._worker.refuse_context(tokens + request.max_tokens)
         except MemoryError as error:
             raise ApiError(400, f"{error}.", where, "context_length_exceeded") from error
 
@@ -133,7 +145,7 @@ class Service:
         try:
             if isinstance(wanted, JsonFormat | SchemaFormat):
                 schema = wanted.json_schema.schema if isinstance(wanted, SchemaFormat) else {"type": "object"}
-                return [constrain.json(self.tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
+                return [constrain.json(self.tokenizer, schema, thinking=prompt.in_thought, vocabulary=self._vocabulary)]
             if request.tools and request.tool_choice != "none":
                 choice = request.tool_choice
                 if choice == "auto" and not constrain.can_constrain_calls(self.tokenizer):
@@ -144,7 +156,7 @@ class Service:
                         self.tokenizer,
                         tools=request.tools,
                         tool_choice=choice,
-                        thinking=prompt.thinks,
+                        thinking=prompt.in_thought,
                         vocabulary=self._vocabulary,
                     )
                 ]

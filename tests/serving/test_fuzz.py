@@ -156,7 +156,7 @@ def test_no_request_is_a_fault_of_the_server(running: Running, count: int) -> No
     ask()
     print(dict(outcomes))
     assert outcomes[200] and outcomes[400]
-    assert running.generations.gauges()["running_requests"] == 0
+    assert running.worker.gauges()["running_requests"] == 0
     assert running.chat(messages=HERON, max_tokens=1)[0] == 200
 
 

@@ -29,13 +29,13 @@ KEY = "0123456789abcdef"
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     """Few may wait; prompts are read in small chunks."""
-    with serve(most_waiting=1, prefill_step_size=64, ram_budget="0") as running:
+    with serve(max_queue=1, prefill_step_size=64, ram_budget="0") as running:
         yield running
 
 
 def endless(running: Running, **fields: Any) -> bytes:
     """The body of a request whose answer does not end by itself."""
-    ends = {str(token): -100 for token in running.generations.tokenizer.eos_token_ids}
+    ends = {str(token): -100 for token in running.worker.tokenizer.eos_token_ids}
     return json.dumps({"messages": HERON, "max_tokens": 8000, "logit_bias": ends} | fields).encode()
 
 
@@ -56,11 +56,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def is_idle(running: Running) -> bool:
-    return not running.generations._accepted
+    return running.worker.idle
 
 
 def runs(running: Running, requests: int) -> Callable[[], bool]:
-    gauges = running.generations.gauges
+    gauges = running.worker.gauges
     return lambda: gauges()["running_requests"] + gauges()["waiting_requests"] == requests
 
 
@@ -176,9 +176,9 @@ def test_a_key_covers_every_route() -> None:
 
 def test_a_preamble_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is said does not depend on it."""
-    monkeypatch.setattr(prompt, "_CHUNK", 32)
+    monkeypatch.setattr(prompt, "_MIN_PREFIX", 32)
     preamble = {"role": "system", "content": "You are a pocket dictionary. " * 6}
-    with serve() as running, serve(prefix_bytes=0) as forgetful:
+    with serve() as running, serve(prefix_cache_bytes=0) as forgetful:
         for word in ("heron", "sofa"):
             question = {"messages": [preamble, {"role": "user", "content": f"What is a {word}?"}], "max_tokens": 3}
             answer, expected = running.chat(**question)[1], forgetful.chat(**question)[1]
@@ -202,10 +202,10 @@ def test_a_quantised_cache() -> None:
     cache = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
     with serve(kv_cache=cache) as running:
         assert running.chat(messages=HERON)[1]["choices"][0]["message"]["content"] == DEFINITION
-        prefixes = running.generations._prefixes
+        prefixes = running.worker._prefixes
         kept, _ = prefixes.fetch_nearest_cache(*prefixes._lru._lrus["assistant"][-1])
         assert any(isinstance(layer, QuantizedKVCache) for layer in kept)
-        running.generations.close(0)
+        running.worker.close(0)
         assert running.ask("GET", "/health")[::2] == (503, {"status": "unavailable"})
         assert running.ask("POST", CHAT, {"messages": HERON})[0] == 503
 

@@ -134,7 +134,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 def test_json_object(client: openai.OpenAI, running: Running) -> None:
     # The model would never end by itself: first a string, then the object.
-    ends = {str(running.generations.tokenizer.encode(end)[0]): bias for end, bias in (('"', 100), ("}", 50))}
+    ends = {str(running.worker.tokenizer.encode(end)[0]): bias for end, bias in (('"', 100), ("}", 50))}
     answer = client.chat.completions.create(
         model="any",
         messages=HERON,
@@ -177,7 +177,7 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert choice.finish_reason == "length" and choice.logprobs and answer.usage.completion_tokens == 8
     assert choice.logprobs.tokens and len(choice.logprobs.tokens) == 8
     assert choice.logprobs.text_offset and choice.logprobs.text_offset[0] == 0
-    tokens = running.generations.tokenizer.encode(text)
+    tokens = running.worker.tokenizer.encode(text)
     again = client.completions.create(model="any", prompt=tokens, max_tokens=8, stream=True)
     assert "".join(chunk.choices[0].text for chunk in again) == choice.text
 
@@ -198,7 +198,7 @@ def test_seed(client: openai.OpenAI) -> None:
 
 
 def test_penalties_and_biases(client: openai.OpenAI, running: Running) -> None:
-    token = running.generations.tokenizer.encode("heron")[0]
+    token = running.worker.tokenizer.encode("heron")[0]
     answer = client.chat.completions.create(model="any", messages=HERON, max_tokens=5, logit_bias={str(token): -100})
     assert not (answer.choices[0].message.content or "").startswith("heron")
     answer = client.chat.completions.create(model="any", messages=HERON, extra_body={"repetition_penalty": 9})

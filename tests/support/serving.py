@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from demo.tokenizer import MODEL
 from flashmoe_mlx import load
-from flashmoe_mlx.generation.worker import Generations
+from flashmoe_mlx.generation.worker import Worker
 from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.routes import Handler
@@ -25,13 +25,13 @@ class Running:
     """A server, and ways to ask it.
 
     Attributes:
-        generations: the model's thread.
+        worker: the model's thread.
         address (str): of the server.
     """
 
-    def __init__(self, server: Server, generations: Generations):
+    def __init__(self, server: Server, worker: Worker):
         self.server = server
-        self.generations = generations
+        self.worker = worker
         self.address = f"http://127.0.0.1:{server.server_port}"
 
     def client(self, key: str = "none") -> OpenAI:
@@ -63,25 +63,25 @@ def serve(
     key: str | None = None,
     hosts: tuple[str, ...] = (),
     most: int = 8192,
-    most_waiting: int = 16,
-    prefix_bytes: int = 10**9,
+    max_queue: int = 16,
+    prefix_cache_bytes: int = 10**9,
     ram_budget: str = "1GB",
     **options: Any,
 ) -> Iterator[Running]:
     """Load a model and serve it on a free port."""
     metrics = Metrics()
-    generations = Generations(
+    worker = Worker(
         lambda: load(str(folder), ram_budget=ram_budget),
-        metrics,
-        most_waiting,
-        prefix_bytes,
+        metrics.add,
+        max_queue,
+        prefix_cache_bytes,
         **options,
     )
     with Server(("127.0.0.1", 0), Handler, key, hosts) as server:
-        server.service = Service("demo", generations, metrics, Limits(most, most), DEFAULTS, {})
+        server.service = Service("demo", worker, metrics, Limits(most, most), DEFAULTS, {})
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
-            yield Running(server, generations)
+            yield Running(server, worker)
         finally:
             server.shutdown()
-            generations.close(0)
+            worker.close(0)

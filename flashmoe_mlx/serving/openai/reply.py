@@ -10,9 +10,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx import __version__
 from flashmoe_mlx.constrain import readable
-from flashmoe_mlx.generation.job import Generation, Token
-from flashmoe_mlx.generation.output_parser import Piece, Pieces
-from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.generation.job import Answer, Token
+from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.schema import ChatRequest, Request
 
@@ -22,8 +21,7 @@ class Reply:
 
     Args:
         request: what it answers.
-        prompt: of the request.
-        generation: where its tokens come from.
+        answer: where its tokens come from.
         tokenizer: mlx-lm's.
         model (str): what the model is called.
 
@@ -31,21 +29,19 @@ class Reply:
         finished (bool): there is no more to come.
     """
 
-    def __init__(
-        self, request: Request, prompt: Prompt, generation: Generation, tokenizer: TokenizerWrapper, model: str
-    ):
+    def __init__(self, request: Request, answer: Answer, tokenizer: TokenizerWrapper, model: str):
         chat = isinstance(request, ChatRequest)
         self._chat = chat
-        self._generation = generation
+        self._answer = answer
         self._tokenizer = tokenizer
         self._include_usage = request.stream_options is not None and request.stream_options.include_usage
         self._tells_logprobs = request.logprobs not in (None, False)
         if isinstance(request, ChatRequest):
             tools = [] if request.tool_choice == "none" else readable(request.tools)
-            self._pieces = Pieces(tokenizer, request.stops, prompt.thinks, tools)
+            self._parser = OutputParser(tokenizer, request.stops, answer.job.prompt.in_thought, tools)
             self._one_call = not request.parallel_tool_calls
         else:
-            self._pieces = Pieces(None, request.stops)
+            self._parser = OutputParser(None, request.stops)
             self._one_call = False
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -55,8 +51,8 @@ class Reply:
             "model": model,
             "system_fingerprint": f"flashmoe_mlx-{__version__}",
         }
-        self._all = Piece()
-        self._new = Piece()
+        self._all = Delta()
+        self._new = Delta()
         self._begun = False
         self._logprobs: list[tuple[int, Token]] = []  # that have not been told, with the length of the text before
         self._tokens = 0
@@ -71,19 +67,17 @@ class Reply:
     def add(self, token: Token) -> None:
         """Let it grow by a token."""
         self._tokens += 1
-        piece = self._pieces.read(token.text, token.finish_reason is not None)
-        if token.token not in self._tokenizer.eos_token_ids:
+        piece = self._parser.feed(token.text, token.finish_reason is not None)
+        if token.id not in self._tokenizer.eos_token_ids:
             self._logprobs.append((self._text_length, token))
         self._text_length += len(token.text)
         if self._one_call:
             piece.tool_calls = piece.tool_calls[:1]
-        for each in (self._all, self._new):
-            each.content += piece.content
-            each.reasoning += piece.reasoning
-            each.tool_calls += piece.tool_calls
-        enough = self._pieces.stopped or (self._one_call and self._pieces.called)
+        self._all += piece
+        self._new += piece
+        enough = self._parser.stopped or (self._one_call and self._parser.called)
         self._finish_reason = "stop" if enough else token.finish_reason
-        if self._finish_reason == "stop" and self._pieces.called:
+        if self._finish_reason == "stop" and self._parser.called:
             self._finish_reason = "tool_calls"
 
     def whole(self) -> dict[str, Any]:
@@ -111,8 +105,8 @@ class Reply:
 
     def chunk(self) -> dict[str, Any] | None:
         """What has come since the last chunk; ``None`` if there is nothing to tell yet."""
-        piece, self._new = self._new, Piece()
-        if piece == Piece() and not self.finished:
+        piece, self._new = self._new, Delta()
+        if piece == Delta() and not self.finished:
             return None
         delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         if piece.content:
@@ -144,7 +138,7 @@ class Reply:
 
         return {
             "content": [
-                {**entry(token.token, token.logprob), "top_logprobs": [entry(*each) for each in token.top]}
+                {**entry(token.id, token.logprob), "top_logprobs": [entry(*each) for each in token.top_logprobs]}
                 for _, token in tokens
             ]
         }
@@ -152,19 +146,19 @@ class Reply:
     def _text_logprobs(self, tokens: list[tuple[int, Token]]) -> dict[str, Any]:
         decode = self._tokenizer.decode
         return {
-            "tokens": [decode([token.token]) for _, token in tokens],
+            "tokens": [decode([token.id]) for _, token in tokens],
             "token_logprobs": [token.logprob for _, token in tokens],
-            "top_logprobs": [{decode([each]): logprob for each, logprob in token.top} for _, token in tokens],
+            "top_logprobs": [{decode([each]): logprob for each, logprob in token.top_logprobs} for _, token in tokens],
             "text_offset": [offset for offset, _ in tokens],
         }
 
     def _usage(self) -> dict[str, Any]:
-        prompt = len(self._generation.order.prompt)
+        prompt = len(self._answer.job.prompt.tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._tokens,
             "total_tokens": prompt + self._tokens,
-            "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self._answer.cached_tokens},
         }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.openai.schema import ChatRequest, NamedTool, Request, TextFormat, Tool
@@ -40,6 +41,30 @@ def read_request(kind: type[_Request], body: bytes, defaults: Mapping[str, Any])
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true.", "stream_options")
     return request
+
+
+def thinking_options(request: ChatRequest, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """Return what the chat template is told about thinking.
+
+    Raises:
+        ApiError: The request asks for something that the model or its template does not have.
+    """
+    options: dict[str, Any] = {}
+    wanted = request.chat_template_kwargs.enable_thinking
+    if request.reasoning_effort == "none":
+        if wanted:
+            raise ApiError(400, "enable_thinking and reasoning_effort contradict each other.", "reasoning_effort")
+        wanted = False
+    elif request.reasoning_effort is not None:
+        if "reasoning_effort" not in str(tokenizer.chat_template):
+            message = 'This model has no reasoning levels: use reasoning_effort "none" or leave it out.'
+            raise ApiError(400, message, "reasoning_effort")
+        options["reasoning_effort"] = request.reasoning_effort
+    if wanted and not tokenizer.has_thinking:
+        raise ApiError(400, "This model does not think.", "chat_template_kwargs.enable_thinking")
+    if wanted is not None:
+        options["enable_thinking"] = wanted
+    return options
 
 
 def _convert(value: Any, kind: type[_T], where: str = "") -> _T:
