@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        argv (Sequence[str], optional): the command line without the program's name. Default: ``sys.argv[1:]``.
+        argv (Sequence[str], optional): The command line without the program's name. Default: ``sys.argv[1:]``.
     """
     with one_line_errors():
         _serve(setup_arg_parser(), argv)

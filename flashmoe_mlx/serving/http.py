@@ -33,16 +33,16 @@ class Server(ThreadingHTTPServer):
     """Listens on one address, with a thread per connection.
 
     Args:
-        address (tuple[str, int]): host and port; port 0 takes any free one.
-        handler (type[BaseHandler]): answers the requests of one connection.
-        key (str, optional): the API key that every request must send. Default: ``None``, no key.
-        hosts (Collection[str]): names that the Host header may give besides the server's address.
+        address (tuple[str, int]): Host and port; port 0 takes any free one.
+        handler (type[BaseHandler]): Answers the requests of one connection.
+        key (str, optional): The API key that every request must send. Default: ``None``, no key.
+        hosts (Collection[str]): Names that the Host header may give besides the server's address.
 
     Attributes:
-        service (Service): the model that answers; set it before the first request.
+        service (Service): The model that answers; set it before the first request.
 
     Raises:
-        OSError: the address cannot be bound.
+        OSError: The address cannot be bound.
     """
 
     daemon_threads = True
@@ -109,8 +109,8 @@ class BaseHandler(BaseHTTPRequestHandler):
     """Admits the requests of one connection and sends their answers; a subclass has the routes.
 
     Attributes:
-        route (str): label of the request in the metrics; ``"other"`` until its path is known.
-        streaming (bool): the answer is an event stream that has begun, so its status can no longer change.
+        route (str): Label of the request in the metrics; ``"other"`` until its path is known.
+        streaming (bool): The answer is an event stream that has begun, so its status can no longer change.
     """
 
     protocol_version = "HTTP/1.1"
@@ -146,13 +146,13 @@ class BaseHandler(BaseHTTPRequestHandler):
         """Log a line, with the client's characters escaped."""
         logging.info("%s %r", self.client_address[0], format % args)
 
-    def answer(self, respond: Callable[[], None]) -> None:
-        """Admit a request and call ``respond``; on any error, tell the client the reason."""
+    def respond(self, dispatch: Callable[[], None]) -> None:
+        """Admit a request and call ``dispatch``; on any error, tell the client the reason."""
         self._body_is_read = not {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}
         with self.server.answering():
             try:
                 self._admit()
-                respond()
+                dispatch()
             except ApiError as error:
                 self.refuse(error)
             except (ConnectionError, TimeoutError):
@@ -169,7 +169,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         """Return the body of the request.
 
         Raises:
-            ApiError: it is too large, its length is not given, or it did not arrive in time.
+            ApiError: It is too large, its length is not given, or it did not arrive in time.
         """
         lengths = self.headers.get_all("Content-Length", [])
         if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]) or "Transfer-Encoding" in self.headers:
@@ -191,10 +191,10 @@ class BaseHandler(BaseHTTPRequestHandler):
         """Send a whole answer.
 
         Args:
-            status (int): of HTTP.
-            content (Any): text, or what :func:`json.dumps` takes.
-            kind (str): its media type.
-            headers (Mapping, optional): sent besides. Default: ``None``.
+            status (int): HTTP status.
+            content (Any): Text, or what :func:`json.dumps` takes.
+            kind (str): Its media type.
+            headers (Mapping, optional): Further headers. Default: ``None``.
         """
         self._count(status)
         body = (content if isinstance(content, str) else json.dumps(content, allow_nan=False)).encode()

@@ -50,8 +50,8 @@ class Metrics:
         """Return all metrics in Prometheus' text format.
 
         Args:
-            counters (Counters): the model's, of its experts.
-            gauges (Mapping[str, float]): current values by name.
+            counters (Counters): The model's expert counters.
+            gauges (Mapping[str, float]): Current values by name.
         """
         with self._lock:
             requests, totals = dict(self._requests), dict(self._totals)

@@ -10,8 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from flashmoe_mlx.generation.job import Answer, Token
-from flashmoe_mlx.generation.worker import WorkerClosed
-from flashmoe_mlx.serving.errors import ApiError
+from flashmoe_mlx.serving.errors import ApiError, worker_errors
 from flashmoe_mlx.serving.http import BaseHandler
 from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.request import read_request
@@ -28,23 +27,23 @@ class Handler(BaseHandler):
 
     def do_GET(self) -> None:
         """Answer a GET request."""
-        self.answer(self._dispatch)
+        self.respond(self._dispatch)
 
     def do_POST(self) -> None:
         """Answer a POST request."""
-        self.answer(self._dispatch)
+        self.respond(self._dispatch)
 
     def complete(self, reply: Reply, answer: Answer, stream: bool) -> None:
         """Send what is generated, as one answer or as an event stream.
 
         Args:
-            reply: shapes the answer.
-            answer: yields its tokens.
-            stream (bool): send each part as soon as there is one.
+            reply (Reply): Gives the answer the shape of an API.
+            answer (Answer): Yields the tokens.
+            stream (bool): Send each part as soon as there is one.
 
         Raises:
-            ApiError: the generation failed before anything was sent.
-            ConnectionError: the client has disconnected.
+            ApiError: The generation failed, or the server is shutting down, before anything was sent.
+            ConnectionError: The client has disconnected.
         """
         if stream:
             self._stream(reply, answer)
@@ -64,7 +63,7 @@ class Handler(BaseHandler):
         if route.method != self.command:
             raise ApiError(405, f"{path} takes {route.method}, not {self.command}.", headers={"Allow": route.method})
         self.route = path
-        route.respond(self)
+        route.function(self)
 
     def _find_route(self, path: str) -> "Route | None":
         if self.command == "GET" and path == f"/v1/models/{self.server.service.name}":
@@ -95,17 +94,16 @@ class Handler(BaseHandler):
         """Yield tokens as they come, and ``None`` at least every ``_POLL_INTERVAL`` seconds.
 
         Raises:
-            ApiError: the generation failed, or the server is shutting down.
-            ConnectionError: the client has disconnected.
+            ApiError: The generation failed, or the server is shutting down.
+            ConnectionError: The client has disconnected.
         """
         try:
-            for token in answer.tokens(_POLL_INTERVAL):
-                self.check_connection()
-                yield token
-        except ConnectionError:
+            with worker_errors():
+                for token in answer.tokens(_POLL_INTERVAL):
+                    self.check_connection()
+                    yield token
+        except (ApiError, ConnectionError):
             raise
-        except WorkerClosed as error:
-            raise ApiError(503, "The server is shutting down.") from error
         except Exception as error:
             logging.error("a generation failed: %s", error, exc_info=not isinstance(error, OSError | MemoryError))
             raise ApiError(500, f"The model failed: {' '.join(str(error).split())}") from error
@@ -142,6 +140,9 @@ def complete_openai(handler: Handler, kind: type[Request]) -> None:
     try:
         reply = Reply(request, answer, service.tokenizer, service.name)
         handler.complete(reply, answer, request.stream)
+    except (ConnectionError, TimeoutError):
+        service.metrics.add(cancelled=1)
+        raise
     finally:
         answer.cancel()
 
@@ -150,7 +151,7 @@ class Route(NamedTuple):
     """A method and the function that answers it."""
 
     method: str
-    respond: Callable[[Handler], None]
+    function: Callable[[Handler], None]
 
 
 ROUTES = {

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API shapes them, whole or in chunks."""
+"""Answers in the shape of OpenAI's API, whole or as a stream of chunks."""
 
 import json
 import time
@@ -17,16 +17,13 @@ from flashmoe_mlx.serving.openai.schema import ChatRequest, Request
 
 
 class Reply:
-    """The answer to one request, which grows by tokens.
+    """The reply to one request, built token by token.
 
     Args:
-        request: what it answers.
-        answer: where its tokens come from.
-        tokenizer: mlx-lm's.
-        model (str): what the model is called.
-
-    Attributes:
-        finished (bool): there is no more to come.
+        request (Request): The request.
+        answer (Answer): Yields the tokens.
+        tokenizer (TokenizerWrapper): mlx-lm's tokenizer of the model.
+        model (str): The model's name in the reply.
     """
 
     def __init__(self, request: Request, answer: Answer, tokenizer: TokenizerWrapper, model: str):
@@ -35,9 +32,9 @@ class Reply:
         self._answer = answer
         self._tokenizer = tokenizer
         self._include_usage = request.stream_options is not None and request.stream_options.include_usage
-        self._tells_logprobs = request.logprobs not in (None, False)
+        self._include_logprobs = request.logprobs not in (None, False)
         if isinstance(request, ChatRequest):
-            tools = [] if request.tool_choice == "none" else readable(request.tools)
+            tools = readable(request.offered_tools)
             self._parser = OutputParser(tokenizer, request.stops, answer.job.prompt.in_thought, tools)
             self._one_call = not request.parallel_tool_calls
         else:
@@ -52,36 +49,38 @@ class Reply:
             "system_fingerprint": f"flashmoe_mlx-{__version__}",
         }
         self._all = Delta()
+        # Added since the last chunk.
         self._new = Delta()
         self._begun = False
-        self._logprobs: list[tuple[int, Token]] = []  # that have not been told, with the length of the text before
+        # Tokens whose logprobs are not sent yet, each with the length of the text before it.
+        self._unsent: list[tuple[int, Token]] = []
         self._tokens = 0
         self._text_length = 0
         self._finish_reason: str | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether there is no more to come."""
+        """The reply is complete."""
         return self._finish_reason is not None
 
     def add(self, token: Token) -> None:
-        """Let it grow by a token."""
+        """Add a token of the answer."""
         self._tokens += 1
-        piece = self._parser.feed(token.text, token.finish_reason is not None)
+        delta = self._parser.feed(token.text, token.finish_reason is not None)
         if token.id not in self._tokenizer.eos_token_ids:
-            self._logprobs.append((self._text_length, token))
+            self._unsent.append((self._text_length, token))
         self._text_length += len(token.text)
         if self._one_call:
-            piece.tool_calls = piece.tool_calls[:1]
-        self._all += piece
-        self._new += piece
+            delta.tool_calls = delta.tool_calls[:1]
+        self._all += delta
+        self._new += delta
         enough = self._parser.stopped or (self._one_call and self._parser.called)
         self._finish_reason = "stop" if enough else token.finish_reason
         if self._finish_reason == "stop" and self._parser.called:
             self._finish_reason = "tool_calls"
 
     def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole reply."""
         message: dict[str, Any] = {"role": "assistant", "content": self._all.content}
         if self._all.reasoning:
             message["reasoning"] = self._all.reasoning
@@ -91,7 +90,7 @@ class Reply:
         return {**self._head, "choices": [self._choice(content)], "usage": self._usage()}
 
     def events(self) -> Iterator[bytes]:
-        """Yield the server-sent events that are due now: what is new, and at the end the marker of the end."""
+        """Yield the server-sent events of all that is new, and of the end once the reply is complete."""
         if chunk := self.chunk():
             yield _event(json.dumps(chunk))
         if self.finished:
@@ -104,36 +103,36 @@ class Reply:
         return _event(json.dumps(error.content()))
 
     def chunk(self) -> dict[str, Any] | None:
-        """What has come since the last chunk; ``None`` if there is nothing to tell yet."""
-        piece, self._new = self._new, Delta()
-        if piece == Delta() and not self.finished:
+        """Return the chunk with all that is new since the last one; ``None`` if nothing is."""
+        new, self._new = self._new, Delta()
+        if new == Delta() and not self.finished:
             return None
         delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
-        if piece.content:
-            delta["content"] = piece.content
-        if piece.reasoning:
-            delta["reasoning"] = piece.reasoning
-        if piece.tool_calls:
-            first = len(self._all.tool_calls) - len(piece.tool_calls)
-            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(piece.tool_calls)]
+        if new.content:
+            delta["content"] = new.content
+        if new.reasoning:
+            delta["reasoning"] = new.reasoning
+        if new.tool_calls:
+            first = len(self._all.tool_calls) - len(new.tool_calls)
+            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(new.tool_calls)]
         self._begun = True
-        return {**self._head, "choices": [self._choice({"delta": delta} if self._chat else {"text": piece.content})]}
+        return {**self._head, "choices": [self._choice({"delta": delta} if self._chat else {"text": new.content})]}
 
     def usage_chunk(self) -> dict[str, Any]:
-        """What a stream ends with if the client wants to know the numbers of tokens."""
+        """Return the chunk with the token counts, which ends a stream when the client asks for it."""
         return {**self._head, "choices": [], "usage": self._usage()}
 
     def _choice(self, content: dict[str, Any]) -> dict[str, Any]:
-        tokens, self._logprobs = self._logprobs, []
-        logprobs = (
-            (self._chat_logprobs if self._chat else self._text_logprobs)(tokens) if self._tells_logprobs else None
-        )
+        tokens, self._unsent = self._unsent, []
+        logprobs = None
+        if self._include_logprobs:
+            logprobs = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": self._finish_reason}
 
     def _chat_logprobs(self, tokens: list[tuple[int, Token]]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.decode([token])
-            # A part of a character has no text of its own.
+            # A token with a part of a character has no text of its own.
             return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
         return {
