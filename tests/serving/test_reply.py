@@ -40,7 +40,7 @@ def chat(**fields: Any) -> ChatRequest:
     return read_request(ChatRequest, json.dumps(fields).encode(), DEFAULTS)
 
 
-def test_a_thought_is_told_apart(thinker: TokenizerWrapper) -> None:
+def test_reasoning_is_separate_from_content(thinker: TokenizerWrapper) -> None:
     request = chat(stream=True)
     made = Prompt.from_messages(request.conversation(), thinker)
     assert made.in_thought and thinker.decode(made.tokens).endswith("<think>\n")
@@ -56,7 +56,7 @@ def test_a_thought_is_told_apart(thinker: TokenizerWrapper) -> None:
     assert deltas == [{"role": "assistant", "reasoning": "A"}, {"reasoning": " bird"}, {"content": "Bird"}, {}]
 
 
-def test_thinking_on_and_off(thinker: TokenizerWrapper) -> None:
+def test_thinking_options_follow_the_request(thinker: TokenizerWrapper) -> None:
     for off in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
         assert thinking_options(chat(**off), thinker) == {"enable_thinking": False}
     assert thinking_options(chat(), thinker) == {}
@@ -77,7 +77,7 @@ def test_results_come_in_the_order_of_their_calls() -> None:
     assert said == ["?", "", "a", "b", "c", "!"]
 
 
-def test_chunks_are_the_whole(tokenizer: TokenizerWrapper) -> None:
+def test_chunks_add_up_to_the_whole(tokenizer: TokenizerWrapper) -> None:
     request = chat(stream=True, logprobs=True, stop="!")
     reply = Reply(request, Answer(Job(Prompt([1]), 9)), tokenizer, "demo")
     chunks = []
