@@ -110,7 +110,7 @@ class Handler(BaseHandler):
 
 
 def send_health(handler: Handler) -> None:
-    """Send whether the server takes requests."""
+    """Send the health of the server: status 200 while it accepts requests, else 503."""
     if handler.server.service.healthy:
         handler.send(200, {"status": "ok"})
     else:

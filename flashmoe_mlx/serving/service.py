@@ -71,7 +71,7 @@ class Service:
         """Queue a request.
 
         Raises:
-            ApiError: It exceeds a limit, the model cannot do what it asks for, or the worker does not take it.
+            ApiError: It exceeds a limit, the model does not support it, or the queue is full or closed.
         """
         with self._tokenizing:
             job = make_job(request, self.tokenizer, self._vocabulary, self._template_options)

@@ -68,7 +68,7 @@ def make_job(
         template_options (Mapping): Variables of the chat template, unless the request sets them.
 
     Raises:
-        ApiError: The model cannot do what the request asks for.
+        ApiError: The model does not support what the request asks for.
     """
     if isinstance(request, ChatRequest):
         prompt = _chat_prompt(request, tokenizer, template_options)
