@@ -11,7 +11,7 @@ from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops.dispatch import Backend
-from flashmoe_mlx.ops.products import MAX_PAIRS, MAX_TOP_K, gate_up, gpu_serves, matvec, swiglu_experts
+from flashmoe_mlx.ops.products import MAX_PAIRS, gate_up, gpu_serves, matvec, swiglu_experts
 from tests.conftest import WriteFamily
 from tests.support.kernel_checks import PRODUCT_ERROR, check_products
 from tests.support.operands import BITS, error, float64, quantized
@@ -26,7 +26,7 @@ ON_METAL = pytest.mark.parametrize("backend", [Backend.METAL], ids=["metal"], in
     bits=st.sampled_from(BITS),
     group_size=st.sampled_from([32, 64, 128]),
     tokens=st.integers(1, 8),
-    top_k=st.integers(1, MAX_TOP_K),
+    top_k=st.integers(1, 20),
     rows=st.integers(2, 40),
     groups=st.integers(1, 12),
     seed=st.integers(0, 2**20),
@@ -70,7 +70,6 @@ def test_the_reference_computes_what_a_gpu_kernel_cannot(emulated: None) -> None
     x, slots = mx.ones((1, 128)), mx.zeros((1, 2), mx.uint32)
     assert gpu_serves(x, slots, gate, up)
     assert not gpu_serves(x, mx.zeros((1, 0), mx.uint32), gate)
-    assert not gpu_serves(x, mx.zeros((1, MAX_TOP_K + 1), mx.uint32), gate)
     assert not gpu_serves(x, mx.zeros((MAX_PAIRS + 1, 1), mx.uint32), gate)
     assert not gpu_serves(x.astype(mx.bfloat16), slots, gate)
     assert not gpu_serves(x, slots, quantized(1, 3, 128, 64, 4, mx.float32, 1))

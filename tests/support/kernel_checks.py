@@ -12,7 +12,7 @@ from flashmoe_mlx.ops.gated_delta import GatedDelta, Layout, gated_delta
 from flashmoe_mlx.ops.norm import Norm, add_norm, combine
 from flashmoe_mlx.ops.products import gate_up, linear, matvec
 from flashmoe_mlx.ops.routing import route, router_and_shared
-from flashmoe_mlx.streaming.slab import NO_SLOT
+from flashmoe_mlx.streaming.slot_map import NO_SLOT
 from tests.support.operands import dequantized, error, float64, normal, one, quantized, widened
 
 FUSED_FAMILIES = ("qwen3_5_moe", "qwen3_next")
