@@ -4,7 +4,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from demo.tokenizer import MODEL
+from demo import MODEL
 from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.generation.prompt import Prompt
 
