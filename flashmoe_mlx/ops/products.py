@@ -30,9 +30,8 @@ def gpu_serves(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one per product.
         matrices (Quantized): What they are multiplied with.
     """
-    return (
-        0 < slots.size <= MAX_PAIRS
-        and all(matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices)
+    return 0 < slots.size <= MAX_PAIRS and all(
+        matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices
     )
 
 
