@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.streaming.pool import slot_nbytes
 from flashmoe_mlx.system.memory import free_memory
 
 # Slots of a pool that serves many layers: room for a few tokens' experts of one layer.
@@ -27,7 +26,7 @@ class PoolPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the slots."""
-        return self.slots * slot_nbytes(self.tables[0])
+        return self.slots * self.tables[0].slot_nbytes
 
     @property
     def all_resident(self) -> bool:
@@ -62,7 +61,7 @@ def plan_pools(tables: Sequence[ExpertTable], ram_budget: int, top_k: int) -> li
 
 def experts_nbytes(tables: Sequence[ExpertTable]) -> int:
     """Return the bytes of all experts in memory."""
-    return sum(table.experts * slot_nbytes(table) for table in tables)
+    return sum(table.experts * table.slot_nbytes for table in tables)
 
 
 def auto_budget(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:

@@ -28,7 +28,7 @@ from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.memory_pressure import Pressure
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
-from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
+from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
 from flashmoe_mlx.system.memory import free_memory, limit_cache
@@ -69,7 +69,7 @@ def stream_experts(
     streamed = [plan for plan in plans if not plan.all_resident]
     pinned_nbytes = 0
     if streamed and needs_pinned_memory():
-        pinned_nbytes = max(slot_nbytes(plan.tables[0]) for plan in streamed)
+        pinned_nbytes = max(plan.tables[0].slot_nbytes for plan in streamed)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _PINNED_EXPERTS * pinned_nbytes)
     value_nbytes = itemsize(model)
     token_nbytes = _prefill_token_nbytes(checkpoint, switches, top_k, value_nbytes)
