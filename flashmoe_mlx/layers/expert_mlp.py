@@ -53,7 +53,7 @@ class ExpertMLP:
             mx.array, optional: ``[..., top_k, hidden]``, zero for experts in no slot; ``None`` if no kernel computes
             this call.
         """
-        if self.implementation(x, indices) is not self._kernels:
+        if not self.has_kernels or self.implementation(x, indices) is not self._kernels:
             return None
         return self._kernels(x, slots[indices])
 
