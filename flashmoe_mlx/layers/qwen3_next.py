@@ -209,9 +209,7 @@ def _router_step(block: _Block, backend: Backend) -> Callable[[mx.array, mx.arra
     return finish
 
 
-def _layer_end(
-    norm: Norm, backend: Backend
-) -> Callable[[mx.array, mx.array, mx.array, mx.array], Sequence[mx.array]]:
+def _layer_end(norm: Norm, backend: Backend) -> Callable[[mx.array, mx.array, mx.array, mx.array], Sequence[mx.array]]:
     merge = combine.on(backend)
 
     @mx.compile

@@ -28,8 +28,8 @@ def refuse_context(tokens: int, token_nbytes: float) -> None:
     free = free_memory()
     if tokens * token_nbytes > free:
         raise MemoryError(
-            f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)} and {gigabytes(free)} are free: "
-            "shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size), or quantize them (--kv-bits 8)"
+            f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)}, and {gigabytes(free)} are "
+            "free: shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size), or quantize them (--kv-bits 8)"
         )
 
 

@@ -138,16 +138,12 @@ def decode_attention(
 @decode_attention.kernel(
     Backend.NATIVE, serves=lambda queries, *_: queries.shape[-1] % 16 == 0 and queries.dtype == mx.float32
 )
-def _(
-    queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float
-) -> mx.array:
+def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
     return native.require().decode_attention(queries, keys, values, position, x, scale)
 
 
 @decode_attention.kernel(*GPUS, serves=_decode_attention_on_gpu)
-def _(
-    queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float
-) -> mx.array:
+def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
     _, heads, tokens, head_dim = queries.shape
     _, key_heads, capacity, _ = keys.shape
     share = heads // key_heads

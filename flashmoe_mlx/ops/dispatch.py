@@ -63,7 +63,8 @@ class Operation(Generic[P, R]):
     def __init__(self, reference: Callable[P, R]):
         self.reference = reference
         self._kernels: dict[Backend, _Kernel] = {}
-        update_wrapper(self, reference)
+        self.__name__ = reference.__name__
+        self.__doc__ = reference.__doc__
 
     def kernel(
         self, *backends: Backend, serves: Callable[..., bool] | None = None

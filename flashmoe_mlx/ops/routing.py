@@ -34,9 +34,7 @@ def router_and_shared(x: mx.array, router: Quantized, gate: Quantized, up: Quant
 def _(x: mx.array, router: Quantized, gate: Quantized, up: Quantized) -> tuple[mx.array, mx.array]:
     kernels = native.require()
     if gate.format == up.format:
-        return kernels.router_and_shared(
-            x, *router.arrays, *router.format, *gate.arrays, *up.arrays, *gate.format
-        )
+        return kernels.router_and_shared(x, *router.arrays, *router.format, *gate.arrays, *up.arrays, *gate.format)
     return kernels.linear(x, *router), nn.silu(kernels.linear(x, *gate)) * kernels.linear(x, *up)
 
 

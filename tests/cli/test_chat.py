@@ -19,7 +19,7 @@ from mlx_lm.utils import load_tokenizer
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
-from demo.tokenizer import MODEL
+from demo import MODEL
 from flashmoe_mlx import chat
 from flashmoe_mlx.generation.conversation import Conversation
 from flashmoe_mlx.generation.output_parser import Piece

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from demo.talk import TOOL
-from demo.tokenizer import MODEL
+from demo import MODEL
 from tests.serving.test_server import CHAT, HERON
 from tests.support.serving import Running, serve
 

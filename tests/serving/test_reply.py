@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.tool_parsers import json_tools, mistral
 
 from demo.talk import TOOL
-from demo.tokenizer import MODEL
+from demo import MODEL
 from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.generation.job import Generation, Order, Token
 from flashmoe_mlx.generation.output_parser import Piece, Pieces

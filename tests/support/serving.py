@@ -10,7 +10,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from demo.tokenizer import MODEL
+from demo import MODEL
 from flashmoe_mlx import load
 from flashmoe_mlx.generation.worker import Generations
 from flashmoe_mlx.serving.http import Server
