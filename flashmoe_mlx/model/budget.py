@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.system.memory import free_memory
+from flashmoe_mlx.system.memory import available_memory
 
 # Slots of a pool that serves many layers: room for a few tokens' experts of one layer.
 _SHARED_SLOTS = 32
@@ -70,7 +70,7 @@ def auto_budget(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:
     All experts, if a tenth of the free memory is left over then. Otherwise half of what the trunk leaves: the other
     half serves misses as OS page cache, and throughput falls when that starves.
     """
-    free = free_memory()
+    free = available_memory()
     room = free - trunk_nbytes
     total = experts_nbytes(tables)
     return total if total <= room - free // 10 else max(0, room // 2)
@@ -82,7 +82,7 @@ def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
     Raises:
         MemoryError: Trunk and slots are larger than the free memory.
     """
-    free = free_memory()
+    free = available_memory()
     if trunk_nbytes > free:
         raise MemoryError(
             f"the trunk needs {gigabytes(trunk_nbytes)} and {gigabytes(free)} are free: it does not fit at any budget. "
