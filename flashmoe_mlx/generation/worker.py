@@ -22,7 +22,7 @@ from flashmoe_mlx.generation.job import Generation, Order, Token
 from flashmoe_mlx.generation.prefix_store import Prefixes
 from flashmoe_mlx.serving.errors import Refusal
 from flashmoe_mlx.serving.metrics import Metrics
-from flashmoe_mlx.system.daemon_threads import Threads
+from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
 
 class Generations:
@@ -65,7 +65,7 @@ class Generations:
         self._accepted: list[Generation] = []  # the first one runs
         self.closed = False
         self._prefixes = LRUPromptCache(max_size=1024, max_bytes=prefix_bytes)
-        self._thread = Threads(1, "generation")
+        self._thread = DaemonThreads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
         self._thread.submit(lambda: _settle(loaded, load))
         self.model: nn.Module
