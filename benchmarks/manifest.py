@@ -27,6 +27,7 @@ from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.model.families import find_experts
 from flashmoe_mlx.model.load import load_lazily
+from flashmoe_mlx.ops.dispatch import choose_backend
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pool import Pool
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results/manifest.csv")
     args = parser.parse_args()
     checkpoint = Checkpoint(find_folder(args.model))
-    tables = find_experts(load_lazily(checkpoint, {}, False)[0], checkpoint)[1]
+    tables = find_experts(load_lazily(checkpoint, {}, False)[0], checkpoint, choose_backend())[1]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "manifest.json"
         verify.main([args.model, "--sample", "0", "--write-manifest", str(file)])

@@ -25,6 +25,7 @@ from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import bytes_read
 from flashmoe_mlx.model.families import find_experts
 from flashmoe_mlx.model.load import load_lazily
+from flashmoe_mlx.ops.dispatch import choose_backend
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 
@@ -95,7 +96,7 @@ def _verify(args: argparse.Namespace) -> None:
     size = tqdm.format_sizeof(sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()), "B")
     print(f"headers: {len(checkpoint.tensors)} tensors, {size} in {len(checkpoint.files)} files, are sound")
     model, _ = load_lazily(checkpoint, {}, args.trust_remote_code)
-    switches, tables = find_experts(model, checkpoint)
+    switches, tables = find_experts(model, checkpoint, choose_backend())
     print(f"experts: {sum(table.experts for table in tables)} in {len(tables)} layers are all there")
     if args.quick:
         return

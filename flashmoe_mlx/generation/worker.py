@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.generation.job import Answer, Job, Token
 from flashmoe_mlx.generation.prefix_store import PrefixStore
-from flashmoe_mlx.system.daemon_threads import Threads
+from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
 
 class QueueFull(Exception):
@@ -87,7 +87,7 @@ class Worker:
         self._accepted: list[Answer] = []
         self.closed = False
         self._prefixes = LRUPromptCache(max_size=1024, max_bytes=prefix_cache_bytes)
-        self._thread = Threads(1, "generation")
+        self._thread = DaemonThreads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
         self._thread.submit(lambda: _settle(loaded, load))
         self.model: nn.Module

@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.ops.matrices import Quantized
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
 def matrix_of(linear: nn.Module) -> Quantized:
@@ -26,7 +26,7 @@ def merge_rows(linears: list[nn.Module]) -> Quantized:
         # Row ranges of a contiguous array share its memory.
         parts = mx.split(merged[name], ends)
         mx.eval(parts, merged[name])
-        use_large_pages(merged[name])
+        use_huge_pages(merged[name])
         for linear, part in zip(linears, parts, strict=True):
             linear[name] = part
     return Quantized(**merged, group_size=linears[0].group_size, bits=linears[0].bits)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.streaming.pool import slot_nbytes
-from flashmoe_mlx.system.memory import free_memory
+from flashmoe_mlx.system.memory import available_memory
 
 # Slots of a pool that serves many layers: room for a few tokens' experts of one layer.
 _SHARED_SLOTS = 32
@@ -27,7 +26,7 @@ class PoolPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the slots."""
-        return self.slots * slot_nbytes(self.tables[0])
+        return self.slots * self.tables[0].slot_nbytes
 
     @property
     def all_resident(self) -> bool:
@@ -62,7 +61,7 @@ def plan_pools(tables: Sequence[ExpertTable], ram_budget: int, top_k: int) -> li
 
 def experts_nbytes(tables: Sequence[ExpertTable]) -> int:
     """Return the bytes of all experts in memory."""
-    return sum(table.experts * slot_nbytes(table) for table in tables)
+    return sum(table.experts * table.slot_nbytes for table in tables)
 
 
 def auto_budget(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:
@@ -71,7 +70,7 @@ def auto_budget(trunk_nbytes: int, tables: Sequence[ExpertTable]) -> int:
     All experts, if a tenth of the free memory is left over then. Otherwise half of what the trunk leaves: the other
     half serves misses as OS page cache, and throughput falls when that starves.
     """
-    free = free_memory()
+    free = available_memory()
     room = free - trunk_nbytes
     total = experts_nbytes(tables)
     return total if total <= room - free // 10 else max(0, room // 2)
@@ -83,7 +82,7 @@ def refuse_excess(trunk_nbytes: int, slots_nbytes: int) -> None:
     Raises:
         MemoryError: Trunk and slots are larger than the free memory.
     """
-    free = free_memory()
+    free = available_memory()
     if trunk_nbytes > free:
         raise MemoryError(
             f"the trunk needs {gigabytes(trunk_nbytes)} and {gigabytes(free)} are free: it does not fit at any budget. "

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from flashmoe_mlx.model.budget import gigabytes
-from flashmoe_mlx.system.memory import free_memory
+from flashmoe_mlx.system.memory import available_memory
 
 # Fewest and most tokens of a prefill chunk.
 _CHUNKS = (512, 8192)
@@ -25,7 +25,7 @@ def refuse_context(tokens: int, token_nbytes: float) -> None:
     Raises:
         MemoryError: The KV cache is larger than the free memory.
     """
-    free = free_memory()
+    free = available_memory()
     if tokens * token_nbytes > free:
         raise MemoryError(
             f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)}, and {gigabytes(free)} are "

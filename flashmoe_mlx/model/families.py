@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -10,6 +11,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint
+from flashmoe_mlx.model.precision import computed_dtype
 from flashmoe_mlx.ops.dispatch import Backend
 
 # Keys of config.json with the number of routed experts per token.
@@ -48,8 +50,9 @@ def find_experts(
             f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
             "stream. Run it with mlx_lm.generate"
         )
+    computed = partial(computed_dtype, backend=backend)
     tables = [
-        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())))
+        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())), computed)
         for path, switch in switches.items()
     ]
     return switches, tables

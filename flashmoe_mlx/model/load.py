@@ -15,7 +15,7 @@ from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
 from flashmoe_mlx.model.families import top_k_settings
 from flashmoe_mlx.model.swap import stream_experts
 from flashmoe_mlx.ops.dispatch import Backend, choose_backend
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
 def load(
@@ -81,7 +81,7 @@ def load(
         # One at a time, so that converting them needs no room for two trunks.
         for _, parameter in tree_flatten(model.parameters()):
             mx.eval(parameter)
-            use_large_pages(parameter)
+            use_huge_pages(parameter)
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()

@@ -26,12 +26,12 @@ from flashmoe_mlx.model.precision import compute_in_float32, itemsize
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
-from flashmoe_mlx.streaming.memory_pressure import Pressure
+from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
-from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
+from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
-from flashmoe_mlx.system.memory import free_memory, limit_cache
+from flashmoe_mlx.system.memory import available_memory, limit_cache
 
 # Experts in pinned buffers at once: those a token needs, and those prefetched.
 _PINNED_EXPERTS = 32
@@ -69,11 +69,11 @@ def stream_experts(
     streamed = [plan for plan in plans if not plan.all_resident]
     pinned_nbytes = 0
     if streamed and needs_pinned_memory():
-        pinned_nbytes = max(slot_nbytes(plan.tables[0]) for plan in streamed)
+        pinned_nbytes = max(plan.tables[0].slot_nbytes for plan in streamed)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _PINNED_EXPERTS * pinned_nbytes)
     value_nbytes = itemsize(model)
     token_nbytes = _prefill_token_nbytes(checkpoint, switches, top_k, value_nbytes)
-    prefill_tokens = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
+    prefill_tokens = prefill_step_size(available_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     limit_cache()
     counters = Counters()
@@ -153,7 +153,7 @@ def _memory_pressure(
     if needs_pinned_memory():
         return {}
     own = [plan.tables[0].layer for plan in plans if len(plan.tables) == 1]
-    pressure = Pressure([pools[path] for path in own], max(1, top_k))
+    pressure = MemoryPressure([pools[path] for path in own], max(1, top_k))
     return dict.fromkeys(own, pressure.slots)
 
 

@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.ops import native
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from flashmoe_mlx.streaming.reader import Reader
-from flashmoe_mlx.streaming.slab import Slab, row_nbytes
+from flashmoe_mlx.streaming.slab import Slab
 from flashmoe_mlx.streaming.slot_map import Key, SlotMap
 from flashmoe_mlx.streaming.slot_writer import PinnedSlotWriter, SlotWriter
 
@@ -69,9 +68,9 @@ class Pool:
         check: ManifestCheck | None = None,
     ):
         self.planned = slots
-        self.slot_nbytes = slot_nbytes(table)
+        self.slot_nbytes = table.slot_nbytes
         self.expert_nbytes = table.expert_nbytes
-        slabs = {part.name: Slab(slots, part.shape, part.dtype, _kept(part)) for part in table.parts}
+        slabs = {part.name: Slab(slots, part.shape, part.stored, part.computed) for part in table.parts}
         writer = SlotWriter(slabs, reader, check) if pinned is None else PinnedSlotWriter(slabs, reader, pinned, check)
         self._memory = _Memory(SlotMap(slots), writer, {}, 0)
         self._counters = counters
@@ -272,13 +271,3 @@ class Pool:
 
     def _recover(self) -> None:
         self._memory.slot_map.release(self._memory.writer.recover())
-
-
-def slot_nbytes(table: ExpertTable) -> int:
-    """Return the bytes of one slot for an expert of this layer."""
-    return sum(row_nbytes(part.shape, part.dtype, _kept(part)) for part in table.parts)
-
-
-def _kept(part: ExpertPart) -> bool:
-    """Whether kernels compute with a part as it is stored: the native ones widen scales themselves."""
-    return part.name.endswith((".scales", ".biases")) and native.kernels() is not None

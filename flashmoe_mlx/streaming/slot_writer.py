@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
-from flashmoe_mlx.streaming.read_error import OnFilled
+from flashmoe_mlx.streaming.read import OnFilled
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
 

@@ -8,8 +8,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.tool_parsers import json_tools, mistral
 
-from demo.talk import TOOL
 from demo import MODEL
+from demo.talk import TOOL
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 
 CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\n{}\n</parameter>\n</function>\n</tool_call>"

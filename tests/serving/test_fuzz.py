@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
-from demo.talk import TOOL
 from demo import MODEL
+from demo.talk import TOOL
 from tests.support.serving import CHAT, HERON, Running, serve
 
 numbers = st.one_of(st.integers(-3, 30), st.integers(), st.floats(allow_nan=False, allow_infinity=False))

@@ -262,7 +262,7 @@ def test_slot_of_a_stuck_read_waits_for_it(
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
-    with pytest.raises(ReadError, match=r"no answer for 0.1 s .* of .*experts.bin"):
+    with pytest.raises(ReadError, match=r"no progress for 0.1 s .* of .*experts.bin"):
         pool.fetch(tables[1], [3])
     assert pool.slots == (3 if pinned else 2)
     assert buffers is None or buffers.free == 4

@@ -10,7 +10,10 @@ from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.pool import Pool
 
-PARTS = (ExpertPart("up.weight", (2, 3), mx.uint32), ExpertPart("up.scales", (5,), mx.float32))
+PARTS = (
+    ExpertPart("up.weight", (2, 3), mx.uint32, mx.uint32),
+    ExpertPart("up.scales", (5,), mx.float32, mx.float32),
+)
 _WORDS = 2 * 3 + 5
 
 
