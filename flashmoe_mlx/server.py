@@ -23,7 +23,7 @@ from typing import Any
 import mlx.nn as nn
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.checkpoint.identity import model_identity
+from flashmoe_mlx.checkpoint.identity import model_identity, numeric_settings
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.run import finish, streamed_load
@@ -214,7 +214,7 @@ def _read_key(path: Path) -> str:
 
 def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str, Any]) -> PrefixStore:
     settings = cache_settings(model, args.adapter_path) | {name: str(value) for name, value in kv_cache.items()}
-    identity = model_identity(find_folder(args.model), settings, args.trust_remote_code)
+    identity = model_identity(find_folder(args.model), settings | numeric_settings(), args.trust_remote_code)
     return PrefixStore(Path(args.prefix_cache_dir).expanduser(), args.prefix_cache_dir_bytes, identity)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
-from flashmoe_mlx.checkpoint.hub_digests import differing, downloaded_digests, hub_digests
+from flashmoe_mlx.checkpoint.hub_digests import downloaded_digests, hub_digests, mismatched_files
 from flashmoe_mlx.checkpoint.manifest import Manifest, digest
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import bytes_read
@@ -135,7 +135,7 @@ def _check_published(folder: Path, repo: str | None, revision: str | None) -> No
         )
     total = sum((folder / name).stat().st_size for name in digests)
     with bytes_read(total, "SHA-256") as bar:
-        wrong = differing(folder, digests, bar.update)
+        wrong = mismatched_files(folder, digests, bar.update)
     if wrong:
         raise ValueError(f"{folder}: {', '.join(sorted(wrong))} differ from what the hub published. Download again")
     print(f"SHA-256: {len(digests)} files are what the hub published")

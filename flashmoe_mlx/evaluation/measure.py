@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
-from flashmoe_mlx.checkpoint.identity import fingerprint
+from flashmoe_mlx.checkpoint.identity import model_identity
 from flashmoe_mlx.evaluation.logprobs import LogprobsFile, logprobs
 from flashmoe_mlx.evaluation.metrics import Quality, compare
 from flashmoe_mlx.evaluation.tasks import Marks, Task, answer
@@ -98,7 +98,7 @@ def open_reference(folder: Path, text: Text, path: Path) -> LogprobsFile:
         OSError: it cannot be written.
     """
     identity = {
-        "checkpoint": fingerprint(folder),
+        "checkpoint": model_identity(folder),
         "text": hashlib.sha256(str(list(text.tokens)).encode()).hexdigest(),
         "context": str(text.context),
         "device": str(mx.default_device()),

@@ -115,7 +115,7 @@ def test_malformed_hub_name() -> None:
 
 def test_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    assert "no config.json" in refusal(FileNotFoundError, folder)
+    assert "has no config.json" in refusal(FileNotFoundError, folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": ', "[]", "7", "null", "{}", '{"model_type": 7}', "\xff"])
@@ -132,7 +132,7 @@ def test_unknown_model_type(folder: Path) -> None:
 def test_no_weights(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    assert "no model*.safetensors" in refusal(FileNotFoundError, folder)
+    assert "has no model*.safetensors" in refusal(FileNotFoundError, folder)
 
 
 def test_dense_model(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_manifest(folder: Path, run: Run, tmp_path: Path) -> None:
     flip(*expert_offset(folder))
     code, _, err = run(folder, "--manifest", file)
     assert code == 1
-    assert "is not what the manifest has: the file was damaged or changed" in err
+    assert "differs from the manifest: the file was damaged or changed" in err
 
 
 def test_interrupted_manifest_goes_on(folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_manifest_of_a_file_that_was_replaced(folder: Path, run: Run, tmp_path: 
     for flag in ("--manifest", "--write-manifest"):
         code, _, err = run(folder, flag, file)
         assert code == 1
-        assert f"{shards(folder)[0].name} is another file" in err
+        assert f"{shards(folder)[0].name} differs" in err
 
 
 def test_model_with_code(folder: Path, run: Run) -> None:

@@ -145,14 +145,14 @@ FILES = {
         shard({"a": GOOD, "b": entry("U8", [0], 1, 1)}),
         "'a' and 'b' overlap by 1 bytes",
     ),
-    "hole at the beginning": (one("U8", [2], 1, 3, b"123"), "no tensor has bytes 0 to 1 of those after its header"),
+    "hole at the beginning": (one("U8", [2], 1, 3, b"123"), "no tensor has bytes 0 to 1 after its header"),
     "hole in the middle": (
         shard({"a": GOOD, "b": entry("U8", [1], 3, 4)}, b"1234"),
-        "no tensor has bytes 2 to 3 of those after its header",
+        "no tensor has bytes 2 to 3 after its header",
     ),
     "bytes after the last tensor": (
         one("U8", [2], 0, 2, b"123"),
-        "no tensor has bytes 2 to 3 of those after its header",
+        "no tensor has bytes 2 to 3 after its header",
     ),
     "cut off": (one("U8", [2], 0, 2, b"1"), "'a' has bytes 0 to 2, and the file has 1 after its header"),
 }
