@@ -16,7 +16,6 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 from flashmoe_mlx import server
-from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.serving import http as handler
 from tests.serving.test_server import CHAT, DEFINITION, HERON
@@ -174,11 +173,10 @@ def test_a_key_covers_every_route() -> None:
             assert running.ask("GET", "/health", headers={"Host": host, "Authorization": f"Bearer {KEY}"})[0] == status
 
 
-def test_a_preamble_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preamble_is_read_once() -> None:
     """And what is said does not depend on it."""
-    monkeypatch.setattr(prompt, "_MIN_PREFIX", 32)
     preamble = {"role": "system", "content": "You are a pocket dictionary. " * 6}
-    with serve() as running, serve(prefix_cache_bytes=0) as forgetful:
+    with serve(min_prefix=32) as running, serve(min_prefix=32, prefix_cache_bytes=0) as forgetful:
         for word in ("heron", "sofa"):
             question = {"messages": [preamble, {"role": "user", "content": f"What is a {word}?"}], "max_tokens": 3}
             answer, expected = running.chat(**question)[1], forgetful.chat(**question)[1]
@@ -202,9 +200,9 @@ def test_a_quantised_cache() -> None:
     cache = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
     with serve(kv_cache=cache) as running:
         assert running.chat(messages=HERON)[1]["choices"][0]["message"]["content"] == DEFINITION
-        prefixes = running.worker._prefixes
-        kept, _ = prefixes.fetch_nearest_cache(*prefixes._lru._lrus["assistant"][-1])
-        assert any(isinstance(layer, QuantizedKVCache) for layer in kept)
+        turns = [*HERON, {"role": "assistant", "content": DEFINITION}]
+        kept, _ = running.worker.prefixes.nearest(running.worker.tokenizer.apply_chat_template(turns))
+        assert kept and any(isinstance(layer, QuantizedKVCache) for layer in kept)
         running.worker.close(0)
         assert running.ask("GET", "/health")[::2] == (503, {"status": "unavailable"})
         assert running.ask("POST", CHAT, {"messages": HERON})[0] == 503
