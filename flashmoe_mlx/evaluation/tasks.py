@@ -11,6 +11,7 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.evaluation.metrics import Estimate, share
+from flashmoe_mlx.generation.output_parser import OutputParser
 
 _KINDS = {"recall": str, "tool": dict}
 _FIELDS = {"kind", "messages", "tools", "expect"}
@@ -123,27 +124,25 @@ def final(text: str, tokenizer: TokenizerWrapper) -> str:
 
 
 def tool_calls(text: str, tools: list[dict[str, Any]] | None, tokenizer: TokenizerWrapper) -> list[dict[str, Any]]:
-    """The calls in an answer, each ``{"name": ..., "arguments": {...}}``; none if one is broken or of no known tool.
+    """Return the calls in an answer, or an empty list if one of them does not parse or names an unknown tool.
 
     Args:
-        text (str): the answer.
-        tools (list[dict], optional): the tools that there are.
-        tokenizer (TokenizerWrapper): has mlx-lm's parser for the model's way to call.
+        text (str): The answer.
+        tools (list[dict], optional): Known tools, in OpenAI's format.
+        tokenizer (TokenizerWrapper): Has mlx-lm's parser of the model's call format.
+
+    Returns:
+        list[dict]: Calls as ``{"name": ..., "arguments": {...}}``.
     """
+    if not tokenizer.has_tool_calling:
+        return []
+    delta = OutputParser(tokenizer, tools=tools or ()).feed(final(text, tokenizer), last=True)
+    functions = [call["function"] for call in delta.tool_calls]
     known = {tool["function"]["name"] for tool in tools or []}
-    calls: list[dict[str, Any]] = []
-    for part in final(text, tokenizer).split(tokenizer.tool_call_start)[1:]:
-        # Where a call ends with the answer, the mark of its end is empty.
-        body, closed, _ = part.partition(tokenizer.tool_call_end) if tokenizer.tool_call_end else (part, "end", "")
-        try:
-            found = tokenizer.tool_parser(body.strip(), tools)
-        except Exception:  # each parser stumbles in its own way over what is no call
-            return []
-        found = found if isinstance(found, list) else [found]
-        if not closed or any(call["name"] not in known for call in found):
-            return []
-        calls += [{"name": call["name"], "arguments": call["arguments"]} for call in found]
-    return calls
+    # A call that does not parse stays in the content.
+    if tokenizer.tool_call_start in delta.content or any(function["name"] not in known for function in functions):
+        return []
+    return [{"name": function["name"], "arguments": json.loads(function["arguments"])} for function in functions]
 
 
 def _share(successes: list[bool]) -> Estimate | None:

@@ -10,8 +10,7 @@ from flashmoe_mlx.model.info import Streaming
 from tests.support.serving import DEFINITION, HERON, Running, serve
 
 
-def test_a_shared_system_message_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt, "_MIN_PREFIX", 32)
+def test_a_shared_system_message_is_prefilled_once() -> None:
     system = {"role": "system", "content": "You are a pocket dictionary. " * 6}
     with serve() as running, serve(prefix_cache_bytes=0) as forgetful:
         for word in ("heron", "sofa"):
