@@ -4,9 +4,9 @@ python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we kno
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import os
@@ -79,7 +79,3 @@ def _cache_prompt(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     ):
         mlx_cache_prompt.main()
     finish(models[0].streaming, config)
-
-
-if __name__ == "__main__":
-    main()

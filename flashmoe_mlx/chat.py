@@ -4,9 +4,9 @@ python -m flashmoe_mlx.chat --model FOLDER_OR_REPO --tools my_tools.py
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import signal
@@ -308,7 +308,3 @@ def _write(file: TextIO, text: str, dimmed: bool = False) -> None:
         text = f"\x1b[2m{text}\x1b[0m" if dimmed else text
     file.write(text)
     file.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,9 @@ python -m flashmoe_mlx.evaluate --model FOLDER_OR_REPO --text FILE --experts-per
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import importlib.util
@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from flashmoe_mlx.checkpoint.folder import find_folder
+from flashmoe_mlx.cli.arguments import command_parser
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.evaluation.measure import Row, Setting, Text, measure, open_reference
@@ -46,11 +47,9 @@ A task is a line of JSON: {"messages": [...], "expect": "the answer"}, or with t
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's own parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flashmoe_mlx.evaluate",
-        description="Measure what fewer experts, fewer bits or another checkpoint cost in quality.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "Measure what fewer experts, fewer bits or another checkpoint cost in quality.",
+        EPILOG,
     )
     parser.add_argument("--model", required=True, help="The path of a model folder, or a Hugging Face repo")
     parser.add_argument("--reference", metavar="MODEL", help="What to compare with (default: the model itself)")
@@ -197,7 +196,3 @@ def _read_text(args: argparse.Namespace, tokenizer: TokenizerWrapper, reference:
             f"the text has {len(tokens)} tokens: there must be two at least, one to show and one to predict"
         )
     return Text(tokens, args.context)
-
-
-if __name__ == "__main__":
-    main()

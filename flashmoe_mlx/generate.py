@@ -4,9 +4,9 @@ python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import importlib
@@ -98,7 +98,3 @@ def _generate_silently(model: Any, tokenizer: Any, prompt: Any, *, verbose: bool
 def _mlx_generate() -> ModuleType:
     # As an attribute, mlx_lm.generate is the function.
     return importlib.import_module("mlx_lm.generate")
-
-
-if __name__ == "__main__":
-    main()

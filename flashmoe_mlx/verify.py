@@ -4,9 +4,9 @@ python -m flashmoe_mlx.verify FOLDER_OR_REPO
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
 from flashmoe_mlx.checkpoint.hub_digests import differing, downloaded_digests, hub_digests
 from flashmoe_mlx.checkpoint.manifest import Manifest, digest
+from flashmoe_mlx.cli.arguments import command_parser
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import bytes_read
 from flashmoe_mlx.model.families import find_experts
@@ -41,12 +42,10 @@ _AT_ONCE = 1 << 26  # bytes of experts that are read before they are digested
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flashmoe_mlx.verify",
-        description="Check a model's files. Without flags: every header, the index, that all experts can be found, and "
+    parser = command_parser(
+        "Check a model's files. Without flags: every header, the index, that all experts can be found, and "
         "that a sample of them is read as MLX itself would read it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     parser.add_argument("model", help="The path of a model folder, or a Hugging Face repo")
     parser.add_argument("--quick", action="store_true", help="Only headers, index and where the experts are")
@@ -182,7 +181,3 @@ def _groups(table: ExpertTable) -> list[range]:
 
 def _nbytes(table: ExpertTable) -> int:
     return table.expert_nbytes * table.experts
-
-
-if __name__ == "__main__":
-    main()
