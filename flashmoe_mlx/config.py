@@ -14,7 +14,9 @@ SAMPLING = ("temp", "top_p", "top_k", "min_p")
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 _UNITS |= {"TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
 _LONGEST_TIMEOUT = 86400
+"""Seconds. Python's clocks overflow at some larger number."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ def versions() -> str:
 
 
 def backend() -> str:
-    """Return the device that MLX computes on by default, and for a CPU if its native kernels are available."""
+    """Return the device that MLX computes on by default, and for a CPU whether the native kernels are used."""
+    name = mx.device_info().get("device_name", "unknown device")
     if mx.default_device().type == mx.gpu:
-        return f"{'CUDA' if mx.cuda.is_available() else 'Metal'} ({mx.device_info()['device_name']})"
+        return f"{'CUDA' if mx.cuda.is_available() else 'Metal'}, {name}"
     kernels = native.kernels()
     if kernels is None:
-        return "CPU without native kernels"
-    return f"CPU with native kernels ({kernels.instruction_set()}, {kernels.threads()} threads)"
+        return f"CPU, {name}, without native kernels"
+    return f"CPU, {name}, with native kernels for {kernels.instruction_set()} on {kernels.threads()} threads"

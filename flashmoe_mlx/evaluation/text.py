@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -35,7 +36,7 @@ class Text:
         reference: TokenizerWrapper,
         context: int,
         max_positions: int | None = None,
-    ) -> "Text":
+    ) -> Self:
         """Tokenize a text for a model and its reference.
 
         Args:

@@ -6,11 +6,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 import flashmoe_mlx
 from flashmoe_mlx import __main__
 from flashmoe_mlx.cli.commands import COMMANDS
+from flashmoe_mlx.cli.completion import command_parsers, completion
+from flashmoe_mlx.cli.version import backend
+from flashmoe_mlx.ops.native import Kernels
 from tests.support.flags import flags
 
 PACKAGE = Path(flashmoe_mlx.__file__).parent
@@ -88,18 +92,34 @@ def test_a_command_gets_its_arguments_and_its_exit_code_is_passed_on() -> None:
 
 
 def test_version_names_packages_and_backend() -> None:
-    package, mlx, mlx_lm, _, backend = run("--version").stdout.splitlines()
+    package, mlx, mlx_lm, _, last = run("--version").stdout.splitlines()
     assert package == f"flashmoe_mlx {flashmoe_mlx.__version__}"
     assert (mlx, mlx_lm) == (f"MLX {version('mlx')}", f"mlx-lm {version('mlx-lm')}")
-    assert backend.startswith(
-        ("backend: CPU with native kernels (", "backend: CPU without", "backend: Metal", "backend: CUDA")
-    )
+    assert last.startswith("backend: ")
+
+
+@pytest.mark.parametrize(("cuda", "name"), [(False, "Metal"), (True, "CUDA")])
+def test_the_backend_is_the_gpu_where_there_is_one(cuda: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Fast One"})
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    assert backend() == f"{name}, Fast One"
+
+
+def test_the_backend_of_a_cpu_names_the_native_kernels(native: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert backend().startswith("CPU, ")
+    assert f", with native kernels for {native.instruction_set()} on " in backend()
+
+
+def test_the_backend_of_a_cpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run without them unless they ask for them."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert backend().endswith(", without native kernels")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_every_command_and_flag(shell: str) -> None:
-    from flashmoe_mlx.cli.completion import command_parsers, completion
-
     parsers = command_parsers()
     script = completion(__main__.setup_arg_parser(parsers), shell)
     for name, parser in parsers.items():
