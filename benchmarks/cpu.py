@@ -47,7 +47,7 @@ from flashmoe_mlx.ops import native
 from flashmoe_mlx.ops import products as ops
 from flashmoe_mlx.ops.matrices import Dense, Quantized
 from flashmoe_mlx.ops.routing import ask
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 TURN_NBYTES = 100e6
 
@@ -81,7 +81,7 @@ def memory_reader(folder: Path) -> Callable[[int, int], float]:
     library.read_all.restype = ctypes.c_uint64
     memory = mx.ones((slab_nbytes() // 2,), mx.uint32)
     mx.eval(memory)
-    use_large_pages(memory)
+    use_huge_pages(memory)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memoryview(memory).cast("B")))
     begins = count()
 
@@ -106,7 +106,7 @@ def random_slab(rows: int, columns: int, bits: int, group_size: int, dtype: mx.D
     slab = Quantized(mx.array(words), scales, scales * (0.5 - 2 ** (bits - 1)), group_size, bits)
     for part in slab[:3]:
         mx.eval(part)
-        use_large_pages(part)
+        use_huge_pages(part)
     return slab
 
 
@@ -223,7 +223,7 @@ def _joined(linears: list[nn.Module]) -> Dense:
     parts = [mx.concatenate([linear[name] for linear in linears]) for name in ("weight", "scales", "biases")]
     for part in parts:
         mx.eval(part)
-        use_large_pages(part)
+        use_huge_pages(part)
     return Dense(*parts, linears[0].group_size, linears[0].bits)
 
 

@@ -55,10 +55,11 @@ def layout(path: Path, sizes: Sequence[int]) -> tuple[list[tuple[Span, ...]], li
     for nbytes in sizes:
         weight = nbytes == max(sizes)
         tensors.append(Tensor("U8", (experts, nbytes), Span(str(path), offset, experts * nbytes)))
-        slabs.append(Slab(slots, (nbytes // 4 if weight else nbytes // 2,), mx.uint32 if weight else mx.bfloat16))
+        dtype = mx.uint32 if weight else mx.bfloat16
+        slabs.append(Slab(slots, (nbytes // dtype.size,), dtype, dtype))
         offset += experts * nbytes
     spans = [tuple(tensor.block(expert, experts) for tensor in tensors) for expert in range(experts)]
-    return spans, [[slab.landing(slot) for slab in slabs] for slot in range(slots)]
+    return spans, [[slab.buffer(slot) for slab in slabs] for slot in range(slots)]
 
 
 def c_ceiling(folder: Path, path: Path, threads: int) -> Callable[[Reads], Callable[[], None]]:

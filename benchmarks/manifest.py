@@ -27,8 +27,9 @@ from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.model.families import find_experts
 from flashmoe_mlx.model.load import load_lazily
+from flashmoe_mlx.ops.dispatch import choose_backend
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 
@@ -42,7 +43,7 @@ def batches(tables: Sequence[ExpertTable], experts: int, count: int) -> Batches:
     return [(table, order[i : i + experts]) for i in starts for table, order in zip(tables, orders, strict=True)]
 
 
-def seconds(checkpoint: Checkpoint, reader: Reader, steps: Batches, first_reads: FirstReads | None) -> float:
+def seconds(checkpoint: Checkpoint, reader: Reader, steps: Batches, first_reads: ManifestCheck | None) -> float:
     """How long the fetches take, into slots that were written to before."""
     table, experts = steps[0]
     pool = Pool(len(experts), table, reader, Counters(), None, first_reads)
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the figures to results/manifest.csv")
     args = parser.parse_args()
     checkpoint = Checkpoint(find_folder(args.model))
-    tables = find_experts(load_lazily(checkpoint, {}, False)[0], checkpoint)[1]
+    tables = find_experts(load_lazily(checkpoint, {}, False)[0], checkpoint, choose_backend())[1]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "manifest.json"
         verify.main([args.model, "--sample", "0", "--write-manifest", str(file)])
@@ -76,7 +77,7 @@ def main() -> None:
         steps = batches(tables, args.experts, args.most)
         for checked in sorted(each, reverse=bool(number % 2)):
             before = device_bytes()
-            taken = seconds(checkpoint, reader, steps, FirstReads(manifest, tables) if checked else None)
+            taken = seconds(checkpoint, reader, steps, ManifestCheck(manifest, tables) if checked else None)
             if number > 0:  # the first only starts threads and touches memory
                 each[checked].append(taken)
                 delivered += device_bytes() - before

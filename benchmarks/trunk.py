@@ -47,8 +47,8 @@ from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops import gated_delta as trunk_ops
 from flashmoe_mlx.ops import products as ops
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.pinned_memory import Staging, needs_staging
-from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
+from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 
 DIMS = {
@@ -154,7 +154,7 @@ def ways(theirs: list[nn.Module]) -> dict[str, list[nn.Module]]:
 def read_back(both: dict[str, list[nn.Module]], folder: Path) -> dict[str, list[nn.Module]]:
     """Switch layers for both ways whose experts the host has to know."""
     counters = Counters()
-    fence = Fence(counters, Mailbox() if needs_staging() else None)
+    fence = Fence(counters, Mailbox() if needs_pinned_memory() else None)
     return {
         "mlx-lm": [ReadBack(layer.mlp.switch_mlp) for layer in both["mlx-lm"]],
         "few launches": [
@@ -171,11 +171,11 @@ def streamed_switch(switch: nn.Module, file: Path, fence: Fence, counters: Count
         for name, array in tree_flatten(switch.parameters()):
             begin, size = written.tell(), array.nbytes // len(array)
             written.write(memoryview(array.view(mx.uint8)))
-            parts.append(ExpertPart(name, array.shape[1:], array.dtype))
+            parts.append(ExpertPart(name, array.shape[1:], array.dtype, array.dtype))
             columns.append([Span(str(file), begin + expert * size, size) for expert in range(len(array))])
     table = ExpertTable(str(file), tuple(parts), list(zip(*columns, strict=True)))
-    staging = Staging(slot_nbytes(table), 10) if needs_staging() else None
-    pool = Pool(table.experts, table, Reader([str(file)], 8, counters), counters, staging)
+    pinned = PinnedBuffers(table.slot_nbytes, 10) if needs_pinned_memory() else None
+    pool = Pool(table.experts, table, Reader([str(file)], 8, counters), counters, pinned)
     pool.load(table, range(table.experts))
     return StreamedSwitchGLU(copy.deepcopy(switch), table, pool, fence)
 

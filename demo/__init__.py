@@ -1,1 +1,5 @@
-"""The demo model: a pocket dictionary that calls tools, and everything that makes it."""
+"""The demo model, a pocket dictionary that calls tools, and a program that talks to it."""
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"

@@ -1,11 +1,10 @@
-"""Let a model answer a question with a tool, and print the whole conversation.
+"""Ask a model a question that needs a tool, and print the whole conversation.
 
 python -m demo.talk "What is the weather in Oslo?"
 """
 
 import argparse
 import json
-import random
 from typing import Any
 
 import mlx.nn as nn
@@ -13,22 +12,44 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flashmoe_mlx
-from demo.recipe import Message
-from demo.tokenizer import MODEL
-from demo.written import WRITTEN
+from demo import MODEL
 from flashmoe_mlx.evaluation.tasks import tool_calls
 
-TOOL = WRITTEN[0].schema(random.Random(0))
+# One of the tools that the demo model was trained on.
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
 
 
 def get_weather(city: str, unit: str = "celsius") -> dict[str, Any]:
-    """The tool itself: it rains everywhere."""
+    """Return a made-up forecast: the same rain in every city."""
     return {"temperature": 7 if unit == "celsius" else 45, "sky": "rainy"}
 
 
-def talk(model: nn.Module, tokenizer: TokenizerWrapper, question: str) -> list[Message]:
-    """The conversation: the question, the calls with their results, and the answer."""
-    messages: list[Message] = [{"role": "user", "content": question}]
+def talk(model: nn.Module, tokenizer: TokenizerWrapper, question: str) -> list[dict[str, Any]]:
+    """Generate replies to a question, and run the calls in them, until a reply has none.
+
+    Args:
+        model (nn.Module): The model.
+        tokenizer (TokenizerWrapper): Its tokenizer.
+        question (str): The message of the user.
+
+    Returns:
+        list[dict[str, Any]]: The messages: the question, calls and their results, and the answer.
+    """
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
     while messages[-1]["role"] != "assistant":
         prompt = tokenizer.apply_chat_template(messages, tools=[TOOL], add_generation_prompt=True)
         text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=100)
@@ -42,12 +63,12 @@ def talk(model: nn.Module, tokenizer: TokenizerWrapper, question: str) -> list[M
 
 
 def main() -> None:
-    """Talk and print."""
+    """Ask the question and print the messages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("question", nargs="?", default="What is the weather in Oslo?")
-    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--model", default=str(MODEL), help="the model (default: demo/model)")
     options = parser.parse_args()
-    model, tokenizer = flashmoe_mlx.load(options.model)
+    model, tokenizer = flashmoe_mlx.load(options.model)[:2]
     for message in talk(model, tokenizer, options.question):
         calls = [json.dumps(call["function"]) for call in message.get("tool_calls", [])]
         print(f"{message['role']:>9}: {message.get('content') or ', '.join(calls)}")

@@ -172,7 +172,8 @@ def check_integer(name: str, value: object, minimum: Literal[0, 1] = 1) -> None:
         ValueError: The value is not such an integer.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}: it must be a {'positive' if minimum else 'non-negative'} integer")
+        wanted = "a positive integer" if minimum else "a non-negative integer"
+        raise ValueError(f"{name} is {value!r}: it must be {wanted}")
 
 
 def parse_size(size: int | str) -> int:

@@ -165,7 +165,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for name in ("max_positions", "context", "max_tokens"):
         if getattr(args, name) is not None:
-            check_integer(name, getattr(args, name))
+            check_integer(f"--{name.replace('_', '-')}", getattr(args, name))
     for top_k, budget in product(args.experts_per_token or [None], args.ram_budget):
         Config(experts_per_token=top_k, ram_budget=budget)
     for file in (args.csv, args.plot, args.reference_cache):

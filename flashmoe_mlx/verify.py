@@ -27,6 +27,7 @@ from flashmoe_mlx.cli.progress import bytes_read
 from flashmoe_mlx.config import check_integer
 from flashmoe_mlx.model.families import find_experts
 from flashmoe_mlx.model.load import load_lazily
+from flashmoe_mlx.ops.dispatch import choose_backend
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = tqdm.format_sizeof(sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()), "B")
     print(f"headers: valid, {len(checkpoint.tensors)} tensors of {size} in {_count(checkpoint.files, 'file')}")
     model, _ = load_lazily(checkpoint, {}, args.trust_remote_code)
-    switches, tables = find_experts(model, checkpoint)
+    switches, tables = find_experts(model, checkpoint, choose_backend())
     print(f"experts: all found, {sum(table.experts for table in tables)} in {_count(tables, 'layer')}")
     if args.quick:
         return
@@ -114,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be known to be wrong before a file is read."""
     if args.quick and (args.sha256 or args.repo or args.manifest or args.write_manifest):
         raise ValueError("--quick reads headers only: leave it out, or leave out the flags that read every byte")
-    check_integer("sample", args.sample, minimum=0)
+    check_integer("--sample", args.sample, minimum=0)
     if args.write_manifest is not None and not args.write_manifest.absolute().parent.is_dir():
         raise ValueError(f"cannot write {args.write_manifest}: there is no folder {args.write_manifest.parent}")
 

@@ -1,4 +1,4 @@
-// sum = x + y, and the RMS norm of the sum. A threadgroup takes one token.
+// A residual connection, sum = x + y, and its RMS norm. A threadgroup computes one token.
 template <typename T, int HIDDEN, int SIMDGROUPS, typename Eps, typename Shared>
 inline void add_norm(
     const device T* x,       // [tokens, HIDDEN]
@@ -11,7 +11,7 @@ inline void add_norm(
     int token,
     int simdgroup,
     int lane) {
-  using Own = Held<T, HIDDEN, SIMDGROUPS>;
+  using Own = PerThread<T, HIDDEN, SIMDGROUPS>;
   const size_t start = (size_t)token * HIDDEN;
   float values[Own::RUNS * Own::RUN] = {};
 #pragma unroll

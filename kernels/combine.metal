@@ -1,5 +1,5 @@
-// out = x + sum over experts of score * y + the shared expert's score * shared, and the RMS norm of it, which the next
-// layer begins with. A threadgroup takes one token.
+// The end of a layer of experts, out = x + sum over experts of score * y + shared score * shared, and its RMS norm,
+// with which the next layer begins. A threadgroup computes one token.
 template <typename T, int HIDDEN, int TOP_K, int SIMDGROUPS, typename Scores, typename Eps, typename Shared>
 inline void combine(
     const device T* x,       // [tokens, HIDDEN]
@@ -14,7 +14,7 @@ inline void combine(
     int token,
     int simdgroup,
     int lane) {
-  using Own = Held<T, HIDDEN, SIMDGROUPS>;
+  using Own = PerThread<T, HIDDEN, SIMDGROUPS>;
   const size_t start = (size_t)token * HIDDEN;
   float values[Own::RUNS * Own::RUN] = {};
 #pragma unroll
@@ -22,9 +22,9 @@ inline void combine(
     const int at = (run * Own::THREADS + simdgroup * 32 + lane) * Own::RUN;
     if (at < HIDDEN) {
       thread float* own = values + run * Own::RUN;
-      float residual[Own::RUN], by_all[Own::RUN], routed[TOP_K][Own::RUN];
+      float residual[Own::RUN], shared_expert[Own::RUN], routed[TOP_K][Own::RUN];
       load_chunk(x + start + at, residual);
-      load_chunk(shared + start + at, by_all);
+      load_chunk(shared + start + at, shared_expert);
 #pragma unroll
       for (int k = 0; k < TOP_K; ++k) {
         load_chunk(y + start * TOP_K + k * HIDDEN + at, routed[k]);
@@ -32,7 +32,7 @@ inline void combine(
       const float shared_score = float(scores[token * (TOP_K + 1) + TOP_K]);
 #pragma unroll
       for (int i = 0; i < Own::RUN; ++i) {
-        own[i] = shared_score * by_all[i];
+        own[i] = shared_score * shared_expert[i];
       }
 #pragma unroll
       for (int k = 0; k < TOP_K; ++k) {

@@ -1,10 +1,11 @@
-// Metal's words in CUDA, so that mx.fast.cuda_kernel takes the text of the .metal files as it is.
-// Threadgroups are one-dimensional and made of whole simdgroups.
+// Metal's keywords and functions in CUDA, so that mx.fast.cuda_kernel compiles the .metal files unchanged. Threadgroups
+// are one-dimensional and consist of whole simdgroups.
 
 #define device
 #define constant
 #define thread
-#undef __device__  // a macro that contains the word `device`
+// CUDA defines this as a macro that contains the word `device`.
+#undef __device__
 #define inline __attribute__((__device__)) __forceinline__
 
 using uint = unsigned int;
@@ -21,7 +22,7 @@ using half2 = __half2;
 
 template <typename To, typename From>
 inline To as_type(From value) {
-  static_assert(sizeof(To) == sizeof(From), "as_type keeps the bits");
+  static_assert(sizeof(To) == sizeof(From), "as_type needs types of the same size");
   To result;
   memcpy(&result, &value, sizeof(To));
   return result;

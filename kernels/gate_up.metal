@@ -1,6 +1,7 @@
 // out[pair] = silu(gate[slot] x) * (up[slot] x), for each pair of a token and an expert that it is routed to.
 //
-// A lane computes ROWS rows of gate and of up, so that an activation is read once for all of them.
+// A lane computes ROWS rows of gate and of up, so that an activation is loaded once for all of them. `simdgroup` counts
+// those that share the pair.
 template <typename T, int BITS, int GROUP, int ROWS, int LANES, int TOP_K, typename Slots>
 inline void gate_up(
     const device T* x,               // [tokens, columns]
@@ -15,10 +16,11 @@ inline void gate_up(
     int columns,
     int rows,
     int pair,
-    int simdgroup,                   // of those that share the pair
+    int simdgroup,
     int lane) {
   constexpr int ROWS_ACROSS = 32 / LANES;
-  constexpr int UNROLL = 2 / ROWS;  // enough reads on their way, and not too many registers
+  // Enough loads in flight, without spilling registers.
+  constexpr int UNROLL = 2 / ROWS;
   const size_t slot = slots[pair];
   const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
   const int first_row = simdgroup * ROWS * ROWS_ACROSS + lane % ROWS_ACROSS;

@@ -1,13 +1,15 @@
-// A GatedDeltaNet layer between its projections, for a few tokens of one sequence: the convolution, SiLU, the norms of
-// query and key, the gated delta rule, and the gated norm of what it reads.
+// A GatedDeltaNet layer between its projections, for a decode step of one sequence: convolution over time, SiLU, L2
+// norms of query and key, the gated delta rule, and the gated norm of its output.
 //
 // For each value head, with its state S of DV rows and DK columns, and each token:
 //
 //     S = exp(-exp(a_log) softplus(a + dt_bias)) S;   S += sigmoid(b) (v - S k) k^T;   y = silu(z) rms_norm(S q)
 //
-// A threadgroup works on one value head. A simdgroup keeps ROWS rows of its state, a lane DK / 32 columns of them.
+// A threadgroup computes one value head. A simdgroup keeps ROWS rows of its state in registers, a lane DK / 32 columns
+// of them.
 
-constant constexpr int QUERY = 0, KEY = 1, VALUE = 2, GATE = 3, BETA = 4, DECAY = 5;  // parts of what is projected
+// The parts of a row of projections, in the order of `layout`.
+constant constexpr int QUERY = 0, KEY = 1, VALUE = 2, GATE = 3, BETA = 4, DECAY = 5;
 
 inline float silu(float x) {
   return x / (1.0f + exp(-x));
@@ -28,9 +30,9 @@ template <
     typename Eps,
     typename Shared>
 inline void gated_delta(
-    const device T* x,              // [tokens, width]: the projections
-    Layout layout,                  // [6, 2]: for each part, where key head 0 has it, and how far away the next one
-    const device T* window,         // [TAPS - 1, channels]: queries, keys and values of the last tokens
+    const device T* x,              // [tokens, width], the projections
+    Layout layout,                  // [6, 2]: the column of each part in key head 0, and the distance to the next head
+    const device T* window,         // [TAPS - 1, channels], queries, keys and values of the last tokens
     const device float* state,      // [VALUE_HEADS, DV, DK]
     const device T* taps,           // [channels, TAPS]
     Decays a_log,                   // [VALUE_HEADS], in device or constant memory
@@ -38,16 +40,17 @@ inline void gated_delta(
     Norm norm,                      // [DV]
     Eps eps,                        // [1]
     device T* out,                  // [tokens, VALUE_HEADS * DV]
-    device T* next_window,
-    device float* next_state,
+    device T* next_window,          // [TAPS - 1, channels]
+    device float* next_state,       // [VALUE_HEADS, DV, DK]
     Shared convolved,               // [2 * DK + DV], threadgroup memory
-    Shared read,                    // [DV], threadgroup memory
+    Shared y,                       // [DV], threadgroup memory
     int tokens,
     int width,
     int head,
     int simdgroup,
     int lane) {
-  constexpr int SHARE = VALUE_HEADS / KEY_HEADS;  // value heads of a key head
+  // Value heads that share a key head.
+  constexpr int SHARE = VALUE_HEADS / KEY_HEADS;
   constexpr int CHANNELS = 2 * KEY_HEADS * DK + VALUE_HEADS * DV;
   constexpr int ROWS = DV / SIMDGROUPS;
   constexpr int COLUMNS = DK / 32;
@@ -114,34 +117,34 @@ inline void gated_delta(
     const float beta = 1.0f / (1.0f + exp(-b));
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      float known = 0.0f;
+      float prediction = 0.0f;
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
         s[r][c] *= decay;
-        known = fma(s[r][c], k[c], known);
+        prediction = fma(s[r][c], k[c], prediction);
       }
-      const float delta = (convolved[2 * DK + simdgroup * ROWS + r] - sum_lanes<32>(known)) * beta;
-      float found = 0.0f;
+      const float delta = (convolved[2 * DK + simdgroup * ROWS + r] - sum_lanes<32>(prediction)) * beta;
+      float output = 0.0f;
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
         s[r][c] = fma(k[c], delta, s[r][c]);
-        found = fma(s[r][c], q[c], found);
+        output = fma(s[r][c], q[c], output);
       }
-      found = sum_lanes<32>(found);
+      output = sum_lanes<32>(output);
       if (lane == 0) {
-        read[simdgroup * ROWS + r] = found;
+        y[simdgroup * ROWS + r] = output;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     float squares = 0.0f;
     for (int i = lane; i < DV; i += 32) {
-      squares = fma(read[i], read[i], squares);
+      squares = fma(y[i], y[i], squares);
     }
     const float scale = rsqrt(sum_lanes<32>(squares) / DV + eps[0]);
     const device T* z = row + layout[2 * GATE] + key_head * layout[2 * GATE + 1] + of_share * DV;
     for (int i = first; i < DV; i += 32 * SIMDGROUPS) {
-      out[((size_t)t * VALUE_HEADS + head) * DV + i] = T(read[i] * scale * float(norm[i]) * silu(float(z[i])));
+      out[((size_t)t * VALUE_HEADS + head) * DV + i] = T(y[i] * scale * float(norm[i]) * silu(float(z[i])));
     }
   }
 

@@ -1,4 +1,4 @@
-// out = weight x: a dense layer.
+// out = weight x, a dense layer: matvec with every vector in slot 0.
 struct FirstSlot {
   inline uint operator[](int) const {
     return 0;
@@ -15,7 +15,7 @@ inline void linear(
     int columns,
     int rows,
     int vector,
-    int simdgroup,              // of those that share the vector
+    int simdgroup,
     int lane) {
   matvec<T, BITS, GROUP, ROWS, LANES>(
       x, FirstSlot(), weight, scales, biases, out, columns, rows, vector, simdgroup, lane);

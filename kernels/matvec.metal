@@ -1,4 +1,4 @@
-// out[i] = weight[slot] x[i].
+// out[i] = weight[slot] x[i]. `simdgroup` counts those that share the vector.
 template <typename T, int BITS, int GROUP, int ROWS, int LANES, typename Slots>
 inline void matvec(
     const device T* x,          // [vectors, columns]
@@ -10,7 +10,7 @@ inline void matvec(
     int columns,
     int rows,
     int vector,
-    int simdgroup,              // of those that share the vector
+    int simdgroup,
     int lane) {
   constexpr int ROWS_ACROSS = 32 / LANES;
   const int first_row = simdgroup * ROWS * ROWS_ACROSS + lane % ROWS_ACROSS;

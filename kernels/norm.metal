@@ -1,7 +1,7 @@
-// The RMS norm of a token whose elements the threads of a threadgroup hold, each of them runs of 16 bytes: thread i the
-// runs i, i + THREADS, ...
+// The RMS norm of a token whose elements are in the registers of a threadgroup: thread i has the runs i, i + THREADS,
+// ... of 16 bytes each.
 template <typename T, int HIDDEN, int SIMDGROUPS>
-struct Held {
+struct PerThread {
   static constant constexpr int RUN = 16 / sizeof(T);
   static constant constexpr int THREADS = 32 * SIMDGROUPS;
   static constant constexpr int RUNS = (HIDDEN + THREADS * RUN - 1) / (THREADS * RUN);
@@ -9,14 +9,14 @@ struct Held {
 
 template <typename T, int HIDDEN, int SIMDGROUPS, typename Eps, typename Shared>
 inline void write_norm(
-    const thread float* values,  // zero where there is no element
+    const thread float* values,  // [RUNS * RUN], zeros past the end
     const device T* weight,      // [HIDDEN]
     Eps eps,                     // [1]
     device T* normed,            // [HIDDEN]
     Shared partial,              // [SIMDGROUPS], threadgroup memory
     int simdgroup,
     int lane) {
-  using Own = Held<T, HIDDEN, SIMDGROUPS>;
+  using Own = PerThread<T, HIDDEN, SIMDGROUPS>;
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < Own::RUNS * Own::RUN; ++i) {

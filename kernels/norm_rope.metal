@@ -1,8 +1,9 @@
-// The queries and keys of a few tokens: each head's RMS norm, then RoPE of its first DIMS elements, where element i turns
-// together with element i + DIMS / 2. The values are only put in their own place. A simdgroup takes one head of one token.
+// The operands of attention from projections: queries and keys with the RMS norm of each head, then RoPE of its first
+// DIMS elements, which rotates elements i and i + DIMS / 2 together; values are copied. A simdgroup computes one head
+// of one token.
 template <typename T, int DIM, int DIMS, int HEADS, int KEY_HEADS, typename Position, typename Rope>
 inline void norm_rope(
-    const device T* x,       // [tokens, width]: for each of HEADS a query and its gate, then the keys, then values
+    const device T* x,       // [tokens, width]: a query and its gate for each of HEADS, then keys, then values
     const device T* q_norm,  // [DIM]
     const device T* k_norm,  // [DIM]
     Position position,       // [1]: of the first token
@@ -25,11 +26,12 @@ inline void norm_rope(
     return;
   }
   const device T* norm = head < HEADS ? q_norm : k_norm;
-  const size_t place = (size_t)(head < HEADS ? head : head - HEADS) * tokens + token;
-  device T* to = (head < HEADS ? queries : keys) + place * DIM;
-  constexpr int OWN = (DIM + 31) / 32;  // elements of a lane, of which the first may turn
-  constexpr int TURNING = (DIMS + 31) / 32;
-  float value[OWN], weight[OWN], sine[TURNING], cosine[TURNING], other[TURNING];
+  const size_t row = (size_t)(head < HEADS ? head : head - HEADS) * tokens + token;
+  device T* to = (head < HEADS ? queries : keys) + row * DIM;
+  // Elements of a lane, and how many of them RoPE may rotate.
+  constexpr int OWN = (DIM + 31) / 32;
+  constexpr int ROTATED = (DIMS + 31) / 32;
+  float value[OWN], weight[OWN], sine[ROTATED], cosine[ROTATED], other[ROTATED];
 #pragma unroll
   for (int n = 0; n < OWN; ++n) {
     const int i = min(n * 32 + lane, DIM - 1);
@@ -37,7 +39,7 @@ inline void norm_rope(
     weight[n] = float(norm[i]);
   }
 #pragma unroll
-  for (int n = 0; n < TURNING; ++n) {
+  for (int n = 0; n < ROTATED; ++n) {
     const int i = min(n * 32 + lane, DIMS - 1);
     const int pair = i < HALF ? i + HALF : i - HALF;
     const float frequency = exp2(-(float(i % HALF) / HALF) * rope[0]);
@@ -55,12 +57,12 @@ inline void norm_rope(
 #pragma unroll
   for (int n = 0; n < OWN; ++n) {
     const int i = n * 32 + lane;
-    float turned = value[n] * scale * weight[n];
+    float rotated = value[n] * scale * weight[n];
     if (i < DIMS) {
-      turned = turned * cosine[min(n, TURNING - 1)] + scale * other[min(n, TURNING - 1)] * sine[min(n, TURNING - 1)];
+      rotated = rotated * cosine[min(n, ROTATED - 1)] + scale * other[min(n, ROTATED - 1)] * sine[min(n, ROTATED - 1)];
     }
     if (i < DIM) {
-      to[i] = T(turned);
+      to[i] = T(rotated);
     }
   }
 }

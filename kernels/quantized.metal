@@ -1,29 +1,31 @@
-// Rows of weights as MLX's affine mode stores them: a weight is scale * q + bias, where q has BITS bits and every
-// GROUP weights of a row share scale and bias. Included before each kernel.
+// Products with weights in MLX's affine quantization: a weight is scale * q + bias, where q has BITS bits, and GROUP
+// weights of a row share scale and bias. Included before each kernel.
 //
-// A row is read in blocks of 32 weights. Whatever BITS is, a block is BITS whole words and lies in one group. A lane
-// multiplies a block with its activations using one fused multiply-add a weight:
+// A row is processed in blocks of 32 weights. A block is BITS whole words, and lies in one group. A lane multiplies a
+// block with its activations by one FMA per weight:
 //
 //     sum (scale * q + bias) * x  =  scale * sum q * x  +  bias * sum x
 //
-// Of 2, 4 or 8 bits, several q lie in a byte. One is used where it lies, as q * 2^shift, and the activation is
-// multiplied by 2^-shift beforehand, once for all rows: both are exact, and a GPU converts a byte of a word to float
-// in one instruction.
+// At 2, 4 and 8 bits a byte holds whole weights. They are not shifted down but used in place, as q * 2^shift, and the
+// activation is multiplied by 2^-shift in advance, once for all rows. Both are exact, and a GPU converts a byte of a
+// word to float in one instruction.
 //
-// LANES lanes of a simdgroup share a row and take its blocks in turn, so that a simdgroup works on 32 / LANES rows.
-// Lane l works on row l % (32 / LANES): neighbours then read the same activations.
+// LANES lanes of a simdgroup share a row and take its blocks in turn, so that a simdgroup computes 32 / LANES rows at a
+// time. Lane l has row l % (32 / LANES), so that neighboring lanes load the same activations.
 
-constant constexpr int BLOCK = 32;  // weights
+// Weights of a block.
+constant constexpr int BLOCK = 32;
 
-constant constexpr uint NO_SLOT = 0xffffffff;  // of an expert that is not in memory: products with it are zero
+// The slot of an expert that is not in memory: its products are zero.
+constant constexpr uint NO_SLOT = 0xffffffff;
 
-// Where weight `i` of a block is used in its byte.
+// The bit at which weight `i` of a block is used in its byte.
 template <int BITS>
 inline constexpr int shift_in_byte(int i) {
   return 8 % BITS == 0 ? i * BITS % 8 : 0;
 }
 
-// Reads words, as many at once as their number allows.
+// Loads words, by the widest loads that divide their number.
 template <int COUNT>
 inline void load_words(const device uint* from, thread uint* words) {
   if (COUNT % 4 == 0) {
@@ -50,7 +52,7 @@ inline void load_words(const device uint* from, thread uint* words) {
   }
 }
 
-// The activations in a word. The last argument only says of which type they are.
+// The activations in a word. The last argument selects their type.
 inline void unpack(uint word, thread float* x, float) {
   x[0] = as_type<float>(word);
 }
@@ -66,7 +68,7 @@ inline void unpack(uint word, thread float* x, bfloat16_t) {
   x[1] = as_type<float>(word & 0xffff0000u);
 }
 
-// Reads 16 bytes.
+// Loads 16 bytes of activations.
 template <typename T>
 inline void load_chunk(const device T* from, thread float* values) {
   constexpr int PER_WORD = 4 / sizeof(T);
@@ -78,7 +80,8 @@ inline void load_chunk(const device T* from, thread float* values) {
   }
 }
 
-// Reads the activations of a block into `x`, each times 2^-shift. Returns the sum of what was read.
+// Loads the activations of a block into `x`, each multiplied by 2^-shift. Returns the sum of the activations
+// themselves.
 template <typename T, int BITS>
 inline float load_activations(const device T* from, thread float* x) {
   constexpr int PER_WORD = 4 / sizeof(T);
@@ -98,7 +101,7 @@ inline float load_activations(const device T* from, thread float* x) {
   return sum;
 }
 
-// The product of a block of weights, counted from the start of the array, and what load_activations() left.
+// The product of block number `block` of the array and the results of load_activations().
 template <typename T, int BITS, int GROUP>
 inline float dot_block(
     const device uint* weight,
@@ -131,7 +134,7 @@ inline float dot_block(
   return fma(float(scales[group]), dot, float(biases[group]) * sum);
 }
 
-// Adds up what the lanes of a row hold.
+// The sum over the lanes of a row.
 template <int LANES>
 inline float sum_lanes(float value) {
   for (int distance = 16; distance >= 32 / LANES; distance /= 2) {
@@ -140,9 +143,10 @@ inline float sum_lanes(float value) {
   return value;
 }
 
+// Less than any score or logit.
 constant constexpr float LOWEST = -3.4e38f;
 
-// The largest of what all lanes hold.
+// The maximum over all lanes.
 inline float max_lanes(float value) {
   for (int distance = 16; distance >= 1; distance /= 2) {
     value = max(value, simd_shuffle_xor(value, distance));
@@ -150,7 +154,8 @@ inline float max_lanes(float value) {
   return value;
 }
 
-// Rows first_row + r * (32 / LANES) of an expert, for r < ROWS, times `x`. Rows past the end repeat the last one.
+// Products of `x` with rows first_row + r * (32 / LANES) of an expert, for r < ROWS. Rows past the end repeat the last
+// one.
 template <typename T, int BITS, int GROUP, int ROWS, int LANES>
 inline void dot_rows(
     const device T* x,
@@ -164,7 +169,8 @@ inline void dot_rows(
     int lane,
     thread float* dots) {
   constexpr int ROWS_ACROSS = 32 / LANES;
-  constexpr int UNROLL = 2;  // reads on their way
+  // Blocks whose loads are in flight.
+  constexpr int UNROLL = 2;
   const int blocks = slot == NO_SLOT ? 0 : columns / BLOCK;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {

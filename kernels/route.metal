@@ -1,8 +1,8 @@
-// The experts of a token and their scores: softmax over all, the TOP_K largest, divided by their sum if NORMALIZE. The
-// logit behind those of the experts is the shared expert's, whose score is its sigmoid.
+// The experts of a token and their scores: softmax over all, then the TOP_K largest, divided by their sum if NORMALIZE.
+// The last logit is the shared expert's, whose score is its sigmoid.
 //
-// A softmax is rounded to T before it is compared, and of equal ones the higher expert is taken, as mlx-lm does it.
-// A simdgroup takes one token; lane l holds experts l, l + 32, ...
+// Gates are rounded to T before they are compared, and of equal gates the higher expert wins, as in mlx-lm. A simdgroup
+// computes one token: lane l holds experts l, l + 32, ...
 template <typename T, int EXPERTS, int TOP_K, bool NORMALIZE>
 inline void route(
     const device T* logits,  // [tokens, EXPERTS + 1]
@@ -31,7 +31,8 @@ inline void route(
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) {
     const float gate = float(T(gates[i] * scale));
-    gates[i] = i * 32 + lane < EXPERTS ? (gate > 0.0f ? gate : 0.0f) : -1.0f;  // NaN is no number to compare
+    // NaN becomes 0, so that every comparison has a result.
+    gates[i] = i * 32 + lane < EXPERTS ? (gate > 0.0f ? gate : 0.0f) : -1.0f;
   }
 
   float total = 0.0f, score = 0.0f;
@@ -47,7 +48,8 @@ inline void route(
       }
     }
     const float value = max_lanes(best);
-    expert = int(max_lanes(best == value ? float(expert) : -1.0f));  // a float holds these numbers exactly
+    // Expert numbers are exact in float32.
+    expert = int(max_lanes(best == value ? float(expert) : -1.0f));
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
       if (i * 32 + lane == expert) {

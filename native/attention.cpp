@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <stdexcept>
-#include <vector>
+#include <cstdint>
+#include <memory>
 
 #include "kernels.h"
 #include "mlx/utils.h"
@@ -16,98 +16,114 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-// Where the rows [batch, heads, tokens] of an array begin.
+// An array [batch, heads, tokens, size] whose rows are contiguous.
 struct Rows {
   const float* first;
-  int64_t batch, head, token;  // strides
+  int64_t batch_stride, head_stride, token_stride;
 
-  const float* at(int64_t b, int64_t h, int64_t t) const {
-    return first + b * batch + h * head + t * token;
+  explicit Rows(const mx::array& a)
+      : first(a.data<float>()),
+        batch_stride(a.strides()[0]),
+        head_stride(a.strides()[1]),
+        token_stride(a.strides()[2]) {}
+
+  const float* at(int64_t batch, int64_t head, int64_t token) const {
+    return first + batch * batch_stride + head * head_stride + token * token_stride;
   }
 };
 
-// What one call computes, with the addresses of its arrays.
+// The arguments of one call, with the addresses of its arrays.
 struct Attention {
   Rows queries, keys, values;
-  float* out;      // [batch, tokens, heads, size]
+  float* out;  // [batch, tokens, heads, size]
   int64_t batch, heads, key_heads, tokens, seen, size;
   float scale;
   bool causal;
-  const int32_t* position;  // if not all are seen: of the first token
-  const float* gates;       // [batch, tokens, width]: each head's behind its query; or none
+
+  // For decode_attention() only: the position of the first token, and the projections, which have the gates.
+  const int32_t* position;
+  const float* x;  // [batch, tokens, width]
   int64_t width;
 };
 
 void compute(const Attention& attention) {
   const Kernels& kernel = kernels();
-  // Queries that share keys: of a token all heads, then those of the next token. Some are taken at a time.
+  // Rows are the queries that share a key head: all heads of a token, then those of the next token. A tile has
+  // ATTENTION_ROWS of them.
   const int64_t share = attention.heads / attention.key_heads;
   const int64_t rows = share * attention.tokens;
   const int64_t tiles = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-  const int64_t all = attention.position
+  const int64_t length = attention.position
       ? std::clamp<int64_t>(*attention.position + attention.tokens, attention.tokens, attention.seen)
       : attention.seen;
   Workers& workers = Workers::shared();
-  const int64_t own = ATTENTION_ROWS * padded(all);  // floats of a thread
-  float* const weights = scratch(workers.cores() * own);
+  const int64_t thread_floats = ATTENTION_ROWS * padded(length);
+  float* const weights = scratch(workers.cores() * thread_floats);
   workers.run(attention.batch * attention.key_heads * tiles, [&](int64_t item, int thread) {
-    const int64_t b = item / tiles / attention.key_heads;
+    const int64_t batch = item / tiles / attention.key_heads;
     const int64_t key_head = item / tiles % attention.key_heads;
+    const int64_t first = item % tiles * ATTENTION_ROWS;
     const float* queries[ATTENTION_ROWS];
     float* out[ATTENTION_ROWS];
     int64_t seen[ATTENTION_ROWS];
+    // A tile that lacks rows repeats the last one.
     for (int64_t i = 0; i < ATTENTION_ROWS; ++i) {
-      const int64_t row = std::min(item % tiles * ATTENTION_ROWS + i, rows - 1);
+      const int64_t row = std::min(first + i, rows - 1);
       const int64_t token = row / share;
       const int64_t head = key_head * share + row % share;
-      queries[i] = attention.queries.at(b, head, token);
-      out[i] = attention.out + ((b * attention.tokens + token) * attention.heads + head) * attention.size;
-      seen[i] = attention.causal ? all - attention.tokens + token + 1 : all;
+      queries[i] = attention.queries.at(batch, head, token);
+      out[i] = attention.out + ((batch * attention.tokens + token) * attention.heads + head) * attention.size;
+      seen[i] = attention.causal ? length - attention.tokens + token + 1 : length;
     }
-    kernel.attend(
+    kernel.attention(
         queries,
-        attention.keys.at(b, key_head, 0),
-        attention.keys.token,
-        attention.values.at(b, key_head, 0),
-        attention.values.token,
+        attention.keys.at(batch, key_head, 0),
+        attention.keys.token_stride,
+        attention.values.at(batch, key_head, 0),
+        attention.values.token_stride,
         seen,
         attention.size,
         attention.scale,
-        weights + thread * own,
-        padded(all),
+        weights + thread * thread_floats,
+        padded(length),
         out);
-    const int64_t count = std::min(ATTENTION_ROWS, rows - item % tiles * ATTENTION_ROWS);
-    for (int64_t i = 0; attention.gates && i < count; ++i) {
-      const int64_t place = (out[i] - attention.out) / attention.size;  // of the token and the head
-      const float* const x = attention.gates + place / attention.heads * attention.width;
-      kernel.gate(out[i], x + (2 * (place % attention.heads) + 1) * attention.size, attention.size);
+    const int64_t count = std::min(ATTENTION_ROWS, rows - first);
+    for (int64_t i = 0; attention.x && i < count; ++i) {
+      const int64_t token_and_head = (out[i] - attention.out) / attention.size;
+      const int64_t token = token_and_head / attention.heads, head = token_and_head % attention.heads;
+      const float* const gate = attention.x + token * attention.width + (2 * head + 1) * attention.size;
+      kernel.sigmoid_gate(out[i], gate, attention.size);
     }
   });
 }
 
 class AttentionPrimitive : public Operation {
  public:
-  AttentionPrimitive(mx::Stream stream, float scale, bool causal)
-      : Operation(stream), scale_(scale), causal_(causal) {}
+  AttentionPrimitive(mx::Stream stream, float scale, bool causal) : Operation(stream), scale_(scale), causal_(causal) {}
 
   Task prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    auto rows = [&](size_t i) {
-      const auto& strides = inputs[i].strides();
-      return Rows{inputs[i].data<float>(), strides[0], strides[1], strides[2]};
+    const mx::array& queries = inputs[0];
+    const mx::array& keys = inputs[1];
+    Attention attention{
+        .queries = Rows(queries),
+        .keys = Rows(keys),
+        .values = Rows(inputs[2]),
+        .out = outputs[0].data<float>(),
+        .batch = queries.shape(0),
+        .heads = queries.shape(1),
+        .key_heads = keys.shape(1),
+        .tokens = queries.shape(2),
+        .seen = keys.shape(2),
+        .size = queries.shape(3),
+        .scale = scale_,
+        .causal = causal_,
+        .position = nullptr,
+        .x = nullptr,
+        .width = 0,
     };
-    Attention attention{rows(0), rows(1), rows(2)};
-    attention.out = outputs[0].data<float>();
-    attention.batch = inputs[0].shape(0);
-    attention.heads = inputs[0].shape(1);
-    attention.tokens = inputs[0].shape(2);
-    attention.size = inputs[0].shape(3);
-    attention.key_heads = inputs[1].shape(1);
-    attention.seen = inputs[1].shape(2);
-    attention.scale = scale_;
-    attention.causal = causal_;
     if (inputs.size() > 3) {
       attention.position = inputs[3].data<int32_t>();
-      attention.gates = inputs[4].data<float>();
+      attention.x = inputs[4].data<float>();
       attention.width = inputs[4].shape(-1);
     }
     return [attention] { compute(attention); };
@@ -123,14 +139,14 @@ class AttentionPrimitive : public Operation {
   }
 
  protected:
-  // Rows of a cache are read where they are.
-  std::vector<mx::array> arranged(const std::vector<mx::array>& inputs) const override {
-    std::vector<mx::array> arranged;
+  // Keys and values are slices of a cache: zero-copy as long as their rows are contiguous.
+  std::vector<mx::array> readable(const std::vector<mx::array>& inputs) const override {
+    std::vector<mx::array> readable;
     for (const mx::array& each : inputs) {
-      const bool rows = each.ndim() == 4 && each.strides().back() == 1;
-      arranged.push_back(rows ? each : Operation::arranged({each})[0]);
+      const bool has_rows = each.ndim() == 4 && each.strides().back() == 1;
+      readable.push_back(has_rows ? each : Operation::readable({each})[0]);
     }
-    return arranged;
+    return readable;
   }
 
  private:
@@ -144,29 +160,32 @@ class NormRope : public Operation {
 
   Task prepare(const std::vector<mx::array>& in, std::vector<mx::array>& outputs) override {
     return [x = in[0].data<float>(),
-     norms = std::array{in[1].data<float>(), in[2].data<float>()},
-     position = in[3].data<int32_t>(),
-     frequencies = in[4].data<float>(),
-     count = static_cast<int64_t>(in[4].size()),
-     to = std::array{outputs[0].data<float>(), outputs[1].data<float>(), outputs[2].data<float>()},
-     heads = std::array<int64_t, 3>{outputs[0].shape(1), outputs[1].shape(1), outputs[2].shape(1)},
-     batch = in[0].shape(0),
-     tokens = static_cast<int64_t>(in[0].shape(1)),
-     width = static_cast<int64_t>(in[0].shape(2)),
-     size = static_cast<int64_t>(in[1].size()),
-     eps = eps_] {
+            norms = std::array{in[1].data<float>(), in[2].data<float>()},
+            position = in[3].data<int32_t>(),
+            frequencies = in[4].data<float>(),
+            count = static_cast<int64_t>(in[4].size()),
+            to = std::array{outputs[0].data<float>(), outputs[1].data<float>(), outputs[2].data<float>()},
+            heads = std::array<int64_t, 3>{outputs[0].shape(1), outputs[1].shape(1), outputs[2].shape(1)},
+            batch = in[0].shape(0),
+            tokens = static_cast<int64_t>(in[0].shape(1)),
+            width = static_cast<int64_t>(in[0].shape(2)),
+            size = static_cast<int64_t>(in[1].size()),
+            eps = eps_] {
       const Kernels& kernel = kernels();
       Workers::shared().run(batch * tokens, [&](int64_t item, int) {
         const int64_t sequence = item / tokens, token = item % tokens;
+        const float* const row = x + item * width;
         std::vector<float> cosines(count), sines(count);
         for (int64_t i = 0; i < count; ++i) {
-          const double angle = static_cast<float>(*position + token) * frequencies[i];  // rounded as MLX does
+          // The product is rounded to float32 as in MLX, so that both rotate by the same angle.
+          const double angle = static_cast<float>(*position + token) * frequencies[i];
           cosines[i] = static_cast<float>(std::cos(angle));
           sines[i] = static_cast<float>(std::sin(angle));
         }
+        // Queries, which have gates between them, then keys.
         for (int kind = 0; kind < 2; ++kind) {
           for (int64_t head = 0; head < heads[kind]; ++head) {
-            const float* const from = x + item * width + (kind ? 2 * heads[0] + head : 2 * head) * size;
+            const float* const from = row + (kind ? 2 * heads[0] + head : 2 * head) * size;
             float* const out = to[kind] + ((sequence * heads[kind] + head) * tokens + token) * size;
             kernel.norm(from, nullptr, norms[kind], eps, size, nullptr, out);
             for (int64_t i = 0; i < count; ++i) {
@@ -177,7 +196,7 @@ class NormRope : public Operation {
           }
         }
         for (int64_t head = 0; head < heads[2]; ++head) {
-          const float* const from = x + item * width + (2 * heads[0] + heads[1] + head) * size;
+          const float* const from = row + (2 * heads[0] + heads[1] + head) * size;
           std::copy_n(from, size, to[2] + ((sequence * heads[2] + head) * tokens + token) * size);
         }
       });
@@ -198,14 +217,21 @@ class NormRope : public Operation {
 
 void check(const mx::array& queries, const mx::array& keys, const mx::array& values, bool causal) {
   for (const mx::array* each : {&queries, &keys, &values}) {
-    if (each->ndim() != 4 || each->dtype() != mx::float32 || each->size() == 0) {
-      throw std::invalid_argument("queries, keys and values must be float32 [batch, heads, tokens, size]");
-    }
+    require(
+        each->ndim() == 4 && each->dtype() == mx::float32 && each->size() > 0,
+        "queries, keys and values must be float32 [batch, heads, tokens, size] and must not be empty");
   }
-  if (keys.shape() != values.shape() || keys.shape(0) != queries.shape(0) || keys.shape(3) != queries.shape(3) ||
-      queries.shape(1) % keys.shape(1) || queries.shape(3) % 16 || (causal && keys.shape(2) < queries.shape(2))) {
-    throw std::invalid_argument("these are no operands of attention whose size is a multiple of 16");
-  }
+  require(keys.shape() == values.shape(), "keys and values differ in shape");
+  require(
+      keys.shape(0) == queries.shape(0) && keys.shape(3) == queries.shape(3),
+      "queries and keys differ in batch or head size");
+  require(queries.shape(1) % keys.shape(1) == 0, "heads must be a multiple of key heads");
+  require(queries.shape(3) % 16 == 0, "the head size must be a multiple of 16");
+  require(!causal || keys.shape(2) >= queries.shape(2), "causal attention needs a key for each query");
+}
+
+void check_position(const mx::array& position) {
+  require(position.size() == 1 && position.dtype() == mx::int32, "position must be int32 [1]");
 }
 
 }  // namespace
@@ -231,15 +257,15 @@ std::vector<mx::array> norm_rope(
     float eps) {
   const int size = q_norm.size();
   for (const mx::array* each : {&x, &q_norm, &k_norm, &frequencies}) {
-    if (each->dtype() != mx::float32) {
-      throw std::invalid_argument("x, norms and frequencies must be float32");
-    }
+    require(each->dtype() == mx::float32, "x, norms and frequencies must be float32");
   }
-  if (x.ndim() != 3 || x.size() == 0 || heads < 1 || key_heads < 1 || size == 0 || k_norm.shape() != q_norm.shape() ||
-      int64_t(size) * (2 * heads + 2 * key_heads) > x.shape(2) || 2 * frequencies.size() > size_t(size) ||
-      position.size() != 1 || position.dtype() != mx::int32) {
-    throw std::invalid_argument("these are no operands of norm_rope");
-  }
+  require(x.ndim() == 3 && x.size() > 0, "x must be [batch, tokens, width] and must not be empty");
+  require(size > 0 && k_norm.shape() == q_norm.shape(), "the norms of queries and keys must be [size]");
+  require(
+      heads >= 1 && key_heads >= 1 && int64_t(size) * (2 * heads + 2 * key_heads) <= x.shape(2),
+      "x is too narrow for the queries, gates, keys and values of these heads");
+  require(2 * frequencies.size() <= size_t(size), "there must be at most size / 2 frequencies");
+  check_position(position);
   return mx::array::make_arrays(
       {{x.shape(0), heads, x.shape(1), size},
        {x.shape(0), key_heads, x.shape(1), size},
@@ -249,7 +275,7 @@ std::vector<mx::array> norm_rope(
       {x, q_norm, k_norm, position, frequencies});
 }
 
-mx::array attend(
+mx::array decode_attention(
     const mx::array& queries,
     const mx::array& keys,
     const mx::array& values,
@@ -257,11 +283,12 @@ mx::array attend(
     const mx::array& x,
     float scale) {
   check(queries, keys, values, true);
+  check_position(position);
   const int width = queries.shape(1) * queries.shape(3);
-  if (x.ndim() != 3 || x.dtype() != mx::float32 || x.shape(0) != queries.shape(0) || x.shape(1) != queries.shape(2) ||
-      x.shape(2) < 2 * width || position.size() != 1 || position.dtype() != mx::int32) {
-    throw std::invalid_argument("x must be float32 [batch, tokens, width] and position int32 [1]");
-  }
+  require(
+      x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(0) == queries.shape(0) && x.shape(1) == queries.shape(2) &&
+          x.shape(2) >= 2 * width,
+      "x must be float32 [batch, tokens, width] with a query and a gate for each head");
   return mx::array(
       {queries.shape(0), queries.shape(2), width},
       mx::float32,

@@ -1,4 +1,4 @@
-// Attention, and what goes before it, as lazy MLX operations on the CPU.
+// Attention, and the norms and RoPE in front of it, as lazy MLX operations on the CPU.
 #pragma once
 
 #include <vector>
@@ -7,9 +7,9 @@
 
 namespace flashmoe {
 
-// softmax(scale * queries keys^T) values, all float32: queries [batch, heads, tokens, size], keys and values
-// [batch, key_heads, seen, size], whose rows may lie anywhere. Returns [batch, tokens, heads, size], contiguous. Causal:
-// the last token sees all keys, each before it one less.
+// Attention in float32, softmax(scale * queries keys^T) values: queries are [batch, heads, tokens, size], keys and
+// values [batch, key_heads, seen, size] with rows of any strides. Returns [batch, tokens, heads, size], contiguous. If
+// causal, the last token sees all keys, and each token before it one less.
 mlx::core::array attention(
     const mlx::core::array& queries,
     const mlx::core::array& keys,
@@ -17,10 +17,13 @@ mlx::core::array attention(
     float scale,
     bool causal);
 
-// Of what is projected, float32 [batch, tokens, width], the queries [batch, heads, tokens, size], keys and values
-// [batch, key_heads, tokens, size] of attention: the norm of each head, then RoPE, but values as they are. A row has for
-// each head its query and its output's gate, then the keys, then the values. Element i of a head turns with element
-// i + count by position * frequencies[i], for count frequencies; position is that of the first token, int32 [1].
+// The operands of attention from projections, float32 [batch, tokens, width]: queries [batch, heads, tokens, size], and
+// keys and values [batch, key_heads, tokens, size]. Queries and keys get the RMS norm of each head, then RoPE; values
+// are copied.
+//
+// A row of x has for each head its query and the gate of its output, then the keys, then the values. RoPE rotates
+// elements i and i + count of a head by position * frequencies[i], for `count` frequencies. `position` is that of the
+// first token, int32 [1].
 std::vector<mlx::core::array> norm_rope(
     const mlx::core::array& x,
     const mlx::core::array& q_norm,
@@ -31,10 +34,10 @@ std::vector<mlx::core::array> norm_rope(
     int key_heads,
     float eps);
 
-// Causal attention of tokens that are the last of their sequence, times the sigmoid of the output's gate, float32
-// [batch, tokens, heads * size]. Keys and values have room for more than all positions; position is that of the first
-// token, int32 [1], and x what is projected, as for norm_rope.
-mlx::core::array attend(
+// Causal attention of the last tokens of a sequence, times the sigmoid of the output's gate, float32
+// [batch, tokens, heads * size]. Keys and values have a capacity that may exceed the length of the sequence. `position`
+// is that of the first token, int32 [1], and x has the gates, as for norm_rope().
+mlx::core::array decode_attention(
     const mlx::core::array& queries,
     const mlx::core::array& keys,
     const mlx::core::array& values,

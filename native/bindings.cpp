@@ -1,4 +1,4 @@
-// What Python sees: functions of mlx.core.array, in MLX's own nanobind domain.
+// The Python module: functions of mlx.core.array, which nanobind shares between modules of one domain, here MLX's.
 #include <nanobind/nanobind.h>
 
 #include <nanobind/stl/array.h>
@@ -7,14 +7,14 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
-#include "delta.h"
+#include "chain.h"
 #include "embedding.h"
+#include "gated_delta.h"
 #include "kernels.h"
 #include "mlx/version.h"
 #include "norm.h"
-#include "operation.h"
 #include "products.h"
-#include "route.h"
+#include "routing.h"
 #include "workers.h"
 
 #define TEXT_(x) #x
@@ -32,9 +32,8 @@ NB_MODULE(_native, m) {
   m.def("threads", [] { return flashmoe::Workers::shared().threads(); });
   m.def("set_threads", [](int threads) { flashmoe::Workers::shared().set_threads(threads); });
   m.def(
-      "linear",
-      [](const array& x, const array& weight, const array& scales, const array& biases, int group, int bits) {
-        return flashmoe::linear(x, {weight, scales, biases}, group, bits);
+      "linear", [](const array& x, const array& weight, const array& scales, const array& biases, int group, int bits) {
+        return flashmoe::linear(x, {weight, scales, biases}, {group, bits});
       });
   m.def(
       "embed",
@@ -49,7 +48,7 @@ NB_MODULE(_native, m) {
          const array& scales,
          const array& biases,
          int group,
-         int bits) { return flashmoe::matvec(x, slots, {weight, scales, biases}, group, bits); });
+         int bits) { return flashmoe::matvec(x, slots, {weight, scales, biases}, {group, bits}); });
   m.def(
       "gate_up",
       [](const array& x,
@@ -62,22 +61,21 @@ NB_MODULE(_native, m) {
          const array& up_biases,
          int group,
          int bits) {
-        return flashmoe::gate_up(
-            x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, group, bits);
+        return flashmoe::gate_up(x, slots, {weight, scales, biases}, {up_weight, up_scales, up_biases}, {group, bits});
       });
   m.def("attention", &flashmoe::attention);
   nb::class_<flashmoe::Chain>(m, "Chain")
       .def(nb::init<const std::vector<array>&, const std::vector<array>&>())
       .def("__call__", &flashmoe::Chain::operator());
   m.def("norm_rope", &flashmoe::norm_rope);
-  m.def("attend", &flashmoe::attend);
-  m.def("delta_net", &flashmoe::delta_net);
+  m.def("decode_attention", &flashmoe::decode_attention);
+  m.def("gated_delta", &flashmoe::gated_delta);
   m.def("rms_norm", &flashmoe::rms_norm);
   m.def("add_norm", &flashmoe::add_norm);
   m.def("combine", &flashmoe::combine);
   m.def("route", &flashmoe::route);
   m.def(
-      "ask",
+      "router_and_shared",
       [](const array& x,
          const array& weight,
          const array& scales,
@@ -92,7 +90,7 @@ NB_MODULE(_native, m) {
          const array& up_biases,
          int shared_group,
          int shared_bits) {
-        return flashmoe::ask(
+        return flashmoe::router_and_shared(
             x,
             {weight, scales, biases},
             {group, bits},
@@ -100,14 +98,4 @@ NB_MODULE(_native, m) {
             {up_weight, up_scales, up_biases},
             {shared_group, shared_bits});
       });
-  m.def(
-      "down",
-      [](const array& x,
-         const array& slots,
-         const array& scores,
-         const array& weight,
-         const array& scales,
-         const array& biases,
-         int group,
-         int bits) { return flashmoe::down(x, slots, scores, {weight, scales, biases}, group, bits); });
 }

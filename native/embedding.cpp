@@ -1,7 +1,8 @@
 #include "embedding.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <memory>
+#include <vector>
 
 #include "mlx/types/half_types.h"
 #include "mlx/utils.h"
@@ -71,12 +72,12 @@ class Embedding : public Operation {
 }  // namespace
 
 mx::array embed(const mx::array& numbers, const Quantized& matrix, Format format) {
-  if (numbers.dtype() != mx::uint32 || matrix.weight.size() == 0) {
-    throw std::invalid_argument("numbers must be uint32 and the matrix not empty");
-  }
+  require(numbers.dtype() == mx::uint32, "numbers must be uint32");
+  require(matrix.weight.ndim() == 2 && matrix.weight.size() > 0, "weight must be [rows, words] and must not be empty");
+  check(format);
   mx::Shape shape = numbers.shape();
   shape.push_back(matrix.weight.shape(-1) * 32 / format.bits);
-  check(shape.back(), matrix, format);
+  check(matrix, format, shape.back(), 2);
   return mx::array(
       shape,
       mx::float32,

@@ -1,12 +1,13 @@
-// Rows of a quantised matrix as one lazy MLX operation on the CPU.
+// Embedding lookup in a quantized matrix, as a lazy MLX operation on the CPU.
 #pragma once
 
 #include "mlx/array.h"
-#include "products.h"
+#include "quantized.h"
 
 namespace flashmoe {
 
-// [..., columns], float32: row `numbers` [...], uint32, of a matrix. A number that is too large means the last row.
+// Rows of a matrix, dequantized to float32 [..., columns], for token numbers [...], uint32. Numbers past the last row
+// give the last row.
 mlx::core::array embed(const mlx::core::array& numbers, const Quantized& matrix, Format format);
 
 }  // namespace flashmoe

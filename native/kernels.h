@@ -1,4 +1,4 @@
-// What a kernel of one instruction set offers to the primitives. kernels.cpp is compiled once for each set.
+// The inner loops that operations call: one table of functions for each instruction set, made by kernels.cpp.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,14 @@
 
 namespace flashmoe {
 
-enum class Scales { float32, float16, bfloat16 };  // how scales and biases are stored
+// The dtype in which scales and biases are stored.
+enum class Scales { float32, float16, bfloat16 };
 
-// One matrix in MLX's affine quantisation: weight = scale * q + bias, for each group of a row's elements.
+// One matrix in MLX's affine quantization: weight = scale * q + bias for each group of a row's elements.
 struct Matrix {
   const uint32_t* weight;  // [rows, columns * bits / 32]
   const void* scales;      // [rows, columns / group]
-  const void* biases;
+  const void* biases;      // [rows, columns / group]
   Scales stored;
   int64_t rows;
   int64_t columns;
@@ -20,25 +21,29 @@ struct Matrix {
   int bits;
 };
 
-constexpr int64_t MOST_CHUNK = 256;    // rows that are multiplied in one call
-constexpr int64_t ATTENTION_ROWS = 8;  // queries that meet the same keys in one call
+// The most rows that multiply() takes in a call.
+constexpr int64_t MAX_CHUNK_ROWS = 256;
 
-// Where vectors lie: how many floats each takes once it is arranged, and what the scales of a chunk take besides.
-struct Layout {
-  int64_t arranged;
+// The queries that attention() takes in a call.
+constexpr int64_t ATTENTION_ROWS = 8;
+
+// Memory that products with a matrix need, in floats: for each packed vector, and for each thread.
+struct BufferSizes {
+  int64_t packed_vector;
   int64_t scratch;
 };
 
+// All arrays are contiguous float32 unless a comment says otherwise.
 struct Kernels {
   const char* name;
 
-  Layout (*layout)(const Matrix& matrix);
+  BufferSizes (*buffer_sizes)(const Matrix& matrix);
 
-  // Put a vector in the order in which weights are unpacked, and the sums of its groups behind it.
-  void (*arrange)(const Matrix& matrix, const float* x, float* arranged);
+  // Permute a vector into the order in which weights are unpacked, and append the sums of its groups.
+  void (*pack_vector)(const Matrix& matrix, const float* x, float* packed);
 
-  // out[t][row - begin] = matrix[row] x[t], for rows from begin to end and arranged vectors x. What comes out depends on
-  // the row and the vector only, not on which are computed together.
+  // out[t][row - begin] = matrix[row] x[t] for rows from begin to end and packed vectors x. The bits of a result depend
+  // on its row and its vector only, not on the others in the call.
   void (*multiply)(
       const Matrix& matrix,
       int64_t begin,
@@ -48,76 +53,86 @@ struct Kernels {
       int64_t vectors,
       float* scratch);
 
-  // sum = x + y and its root mean square norm: sum / sqrt(mean(sum^2) + eps) * weight. Without y it is x that is normed.
-  void (*norm)(
-      const float* x, const float* y, const float* weight, float eps, int64_t size, float* sum, float* normed);
+  // out = silu(out) * up.
+  void (*swiglu)(float* out, const float* up, int64_t size);
+
+  // sum = x + y and normed = sum / sqrt(mean(sum^2) + eps) * weight. If y is null, x is normed and sum is not written.
+  void (*norm)(const float* x, const float* y, const float* weight, float eps, int64_t size, float* sum, float* normed);
 
   // The end of a layer of experts: out = x + sum over k of scores[k] * y[k] + scores[count] * shared.
   void (*combine)(
       const float* x,
-      const float* y,  // [count][size]
-      const float* scores,
+      const float* y,       // [count, size]
+      const float* scores,  // [count + 1]
       int64_t count,
       const float* shared,
       int64_t size,
       float* out);
 
-  // In place exp(scale * (x - max(x))), and zeros behind it until `end`, a multiple of 16. Returns the sum.
-  float (*soften)(float* x, int64_t size, int64_t end, float scale);
+  // Replace x by exp(scale * (x - max(x))) and return the sum, the denominator of the softmax. Zeros follow from `size`
+  // to `end`, a multiple of 16.
+  float (*softmax_numerators)(float* x, int64_t size, int64_t end, float scale);
 
-  // silu of a convolution over time: of as many inputs as there are taps, each [size], and weights [size][taps].
-  void (*convolve)(const float* const* inputs, const float* weights, int64_t taps, int64_t size, float* out);
-
-  // In place x / sqrt(sum(x^2) + eps) * scale.
-  void (*normalize)(float* x, int64_t size, float eps, float scale);
-
-  // In place the root mean square norm times silu(gate).
-  void (*gated_norm)(float* x, const float* weight, float eps, const float* gate, int64_t size);
-
-  // In place x * sigmoid(gate).
-  void (*gate)(float* x, const float* gate, int64_t size);
-
-  // out = silu(out) * up.
-  void (*swiglu)(float* out, const float* up, int64_t size);
-
-  // One step of the gated delta rule for one head: the state, [values, keys], decays by g, forgets what it would recall
-  // for k and learns v for it, by beta; out is what it recalls for q. `before` may be `state` itself.
-  void (*delta_step)(
-      const float* before,
-      float* state,
-      int64_t values,
-      int64_t keys,  // a multiple of 16
-      const float* q,
-      const float* k,
-      const float* v,
-      float g,
-      float beta,
+  // SiLU of a depthwise convolution over time, at one token.
+  void (*convolve)(
+      const float* const* inputs,  // [taps][size]
+      const float* weights,        // [size, taps]
+      int64_t taps,
+      int64_t size,
       float* out);
 
-  // Attention of some queries, of which each sees the first so many keys: out[row] is the mean of the values, weighted
-  // with exp(scale * query key). What comes out depends on the row only, not on which are computed together.
-  void (*attend)(
+  // In place: x / sqrt(sum(x^2) + eps) * scale.
+  void (*l2_normalize)(float* x, int64_t size, float eps, float scale);
+
+  // One token of the gated delta rule, for the state S of one head:
+  //
+  //     S = decay * before;   S += beta * (v - S k) k^T;   out = S q
+  //
+  // `before` may be `state` itself.
+  void (*gated_delta_step)(
+      const float* before,  // [values, keys]
+      float* state,         // [values, keys]
+      int64_t values,
+      int64_t keys,    // a multiple of 16
+      const float* q,  // [keys]
+      const float* k,  // [keys]
+      const float* v,  // [values]
+      float decay,
+      float beta,
+      float* out);  // [values]
+
+  // In place: the RMS norm of x, times silu(gate).
+  void (*gated_norm)(float* x, const float* weight, float eps, const float* gate, int64_t size);
+
+  // out[row] = softmax(scale * queries[row] keys^T) values, over the first seen[row] keys. `weights` is scratch memory,
+  // whose rows hold the largest of `seen`, rounded up to a multiple of 16. The bits of a row do not depend on the
+  // others.
+  void (*attention)(
       const float* const* queries,  // [ATTENTION_ROWS][size]
       const float* keys,
       int64_t key_stride,
       const float* values,
       int64_t value_stride,
-      const int64_t* seen,
-      int64_t size,  // a multiple of 16
+      const int64_t* seen,  // [ATTENTION_ROWS]
+      int64_t size,         // a multiple of 16
       float scale,
-      float* weights,  // [ATTENTION_ROWS][stride]: room for the seen keys, padded to a multiple of 16
+      float* weights,  // [ATTENTION_ROWS, stride]
       int64_t stride,
       float* const* out);
+
+  // In place: x * sigmoid(gate).
+  void (*sigmoid_gate)(float* x, const float* gate, int64_t size);
 };
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// Those of the best instruction set that this CPU has, or of the one that was chosen.
+// The kernels of the best instruction set that this CPU supports, or of the one that was chosen.
 const Kernels& kernels();
 
-// Use a certain set from now on, for tests: nothing may be under way. False if this CPU does not have it.
+// Use one instruction set from now on, for tests. Returns false if this CPU does not support it. No operation may be
+// running.
 bool choose_kernels(const char* name);
 
 }  // namespace flashmoe

@@ -1,5 +1,8 @@
 #include "norm.h"
 
+#include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "kernels.h"
 #include "mlx/utils.h"
@@ -11,7 +14,11 @@ namespace mx = mlx::core;
 namespace flashmoe {
 namespace {
 
-// The norm of the first input, or of what it becomes by others; the weight is the last input.
+// All three operations, which differ in their inputs:
+//
+//   rms_norm  x, weight
+//   add_norm  x, y, weight
+//   combine   x, y, scores, shared, weight
 class Norm : public Operation {
  public:
   Norm(mx::Stream stream, float eps) : Operation(stream), eps_(eps) {}
@@ -77,7 +84,7 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
 
 std::vector<mx::array> add_norm(const mx::array& x, const mx::array& y, const mx::array& weight, float eps) {
   check(x, weight);
-  require(y.shape() == x.shape() && y.dtype() == mx::float32, "y must be like x");
+  require(y.shape() == x.shape() && y.dtype() == mx::float32, "y must have the shape and dtype of x");
   return sum_and_norm({x, y, weight}, eps);
 }
 
@@ -89,7 +96,7 @@ std::vector<mx::array> combine(
     const mx::array& weight,
     float eps) {
   check(x, weight);
-  require(shared.shape() == x.shape() && shared.dtype() == mx::float32, "shared must be like x");
+  require(shared.shape() == x.shape() && shared.dtype() == mx::float32, "shared must have the shape and dtype of x");
   require(scores.ndim() == x.ndim() && y.ndim() == x.ndim() + 1, "x, y and scores do not match");
   mx::Shape of_y = x.shape(), of_scores = x.shape();
   of_scores.back() = scores.shape(-1);

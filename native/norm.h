@@ -1,4 +1,4 @@
-// RMS norms, and what ends with one, as lazy MLX operations on the CPU.
+// RMS norms, and the sums that they follow, as lazy MLX operations on the CPU.
 #pragma once
 
 #include <vector>
@@ -7,15 +7,15 @@
 
 namespace flashmoe {
 
-// x / sqrt(mean(x^2) + eps) * weight, along the last axis; x [..., size] and weight [size] are float32.
+// x / sqrt(mean(x^2) + eps) * weight along the last axis, for float32 x [..., size] and weight [size].
 mlx::core::array rms_norm(const mlx::core::array& x, const mlx::core::array& weight, float eps);
 
-// x + y, both float32 [..., size], and its norm.
+// A residual connection, x + y for float32 [..., size], and its RMS norm.
 std::vector<mlx::core::array> add_norm(
     const mlx::core::array& x, const mlx::core::array& y, const mlx::core::array& weight, float eps);
 
-// x + sum over k of scores[k] * y[k] + scores[last] * shared, and its norm: x and shared [..., size], y [..., top_k, size]
-// and scores [..., top_k + 1] are float32.
+// The end of a layer of experts, x + sum over k of scores[k] * y[k] + scores[top_k] * shared, and its RMS norm. All are
+// float32: x and shared [..., size], y [..., top_k, size], scores [..., top_k + 1].
 std::vector<mlx::core::array> combine(
     const mlx::core::array& x,
     const mlx::core::array& y,

@@ -1,62 +1,25 @@
-// Products with quantised matrices as lazy MLX operations on the CPU.
+// Products with quantized matrices, as lazy MLX operations on the CPU.
 #pragma once
 
-#include <optional>
-#include <vector>
-
 #include "mlx/array.h"
+#include "quantized.h"
 
 namespace flashmoe {
 
-// A stack of matrices in MLX's affine quantisation.
-struct Quantized {
-  mlx::core::array weight;  // [slots, rows, columns * bits / 32], uint32; a single matrix has no slots
-  mlx::core::array scales;  // [slots, rows, columns / group], float32, float16 or bfloat16
-  mlx::core::array biases;
-};
+// matrix x for each vector of x [..., columns]: [..., rows].
+mlx::core::array linear(const mlx::core::array& x, const Quantized& matrix, Format format);
 
-// How a matrix is quantised.
-struct Format {
-  int group, bits;
-
-  bool operator==(const Format&) const = default;
-};
-
-// Throws std::invalid_argument if this is no single matrix of so many columns.
-void check(int columns, const Quantized& matrix, Format format);
-
-// [..., rows]: matrix x for each vector of x [..., columns].
-mlx::core::array linear(const mlx::core::array& x, const Quantized& matrix, int group, int bits);
-
-// [..., top_k, rows]: matrix[slot] x for each slot [..., top_k] and its own vector [..., top_k, columns].
+// matrix[slot] x for each slot [..., top_k] and its own vector [..., top_k, columns]: [..., top_k, rows].
 mlx::core::array matvec(
-    const mlx::core::array& x, const mlx::core::array& slots, const Quantized& matrix, int group, int bits);
+    const mlx::core::array& x, const mlx::core::array& slots, const Quantized& matrix, Format format);
 
-// [..., top_k, rows]: silu(gate[slot] x) * (up[slot] x) for each slot and the token's vector [..., columns].
+// silu(gate[slot] x) * (up[slot] x) for each slot [..., top_k] and the vector of its token [..., columns]:
+// [..., top_k, rows].
 mlx::core::array gate_up(
     const mlx::core::array& x,
     const mlx::core::array& slots,
     const Quantized& gate,
     const Quantized& up,
-    int group,
-    int bits);
-
-// [..., rows]: sum over k of scores[k] * (matrix[slots[k]] x[k]), with a vector for each slot.
-mlx::core::array down(
-    const mlx::core::array& x,
-    const mlx::core::array& slots,
-    const mlx::core::array& scores,
-    const Quantized& matrix,
-    int group,
-    int bits);
-
-// [..., router's rows]: router x, and [..., gate's rows]: silu(gate x) * (up x), for each vector of x [..., columns].
-std::vector<mlx::core::array> ask(
-    const mlx::core::array& x,
-    const Quantized& router,
-    Format asked,
-    const Quantized& gate,
-    const Quantized& up,
-    Format shared);
+    Format format);
 
 }  // namespace flashmoe

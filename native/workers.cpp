@@ -10,7 +10,9 @@
 namespace flashmoe {
 namespace {
 
-constexpr int PAUSES = 4000;  // tens of microseconds: loops of a token follow each other faster than a thread wakes
+// Spins before a thread sleeps or yields, some tens of microseconds: the loops of a token follow each other faster than
+// a thread wakes up.
+constexpr int MAX_SPINS = 4000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -37,7 +39,7 @@ Workers& Workers::shared() {
   return *workers;
 }
 
-Workers::Workers() : cores_(count_cores()), threads_(cores_), shares_(new Share[cores_]) {
+Workers::Workers() : cores_(count_cores()), threads_(cores_), ranges_(new Range[cores_]) {
   for (int thread = 1; thread < cores_; ++thread) {
     std::thread(&Workers::work, this, thread).detach();
   }
@@ -50,21 +52,22 @@ void Workers::set_threads(int threads) {
 
 void Workers::run(Loop& loop) {
   std::lock_guard lock(one_loop_);
-  sharing_ = threads();
-  for (int i = 0; i < sharing_; ++i) {
-    shares_[i].next = loop.count * i / sharing_;
-    shares_[i].end = loop.count * (i + 1) / sharing_;
+  participants_ = threads();
+  for (int i = 0; i < participants_; ++i) {
+    ranges_[i].next = loop.count * i / participants_;
+    ranges_[i].end = loop.count * (i + 1) / participants_;
   }
-  if (sharing_ > 1 && loop.count > 1) {
+  if (participants_ > 1 && loop.count > 1) {
     loop_ = &loop;
     ++loops_;
     loops_.notify_all();
   }
   take_part(loop, 0);
-  // A worker that comes now finds no loop; one that came before is waited for. Who sleeps keeps nobody waiting.
+  // A worker that wakes up from here on finds no loop. Wait only for those that may have seen it: a thread that is
+  // still asleep delays nobody.
   loop_ = nullptr;
-  for (int pauses = 0; busy_; ++pauses) {
-    if (pauses < PAUSES) {
+  for (int spins = 0; busy_; ++spins) {
+    if (spins < MAX_SPINS) {
       pause();
     } else {
       std::this_thread::yield();
@@ -73,9 +76,9 @@ void Workers::run(Loop& loop) {
 }
 
 void Workers::take_part(const Loop& loop, int thread) {
-  for (int i = 0; i < sharing_; ++i) {
-    Share& share = shares_[(thread + i) % sharing_];
-    for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+  for (int i = 0; i < participants_; ++i) {
+    Range& range = ranges_[(thread + i) % participants_];
+    for (int64_t item; (item = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
       loop.body(loop.context, item, thread);
     }
   }
@@ -83,14 +86,14 @@ void Workers::take_part(const Loop& loop, int thread) {
 
 void Workers::work(int thread) {
   for (uint32_t seen = 0;;) {
-    for (int pauses = 0; loops_ == seen && pauses < PAUSES; ++pauses) {
+    for (int spins = 0; loops_ == seen && spins < MAX_SPINS; ++spins) {
       pause();
     }
     loops_.wait(seen);
     seen = loops_;
     ++busy_;
     Loop* loop = loop_;
-    if (loop && thread < sharing_) {
+    if (loop && thread < participants_) {
       take_part(*loop, thread);
     }
     --busy_;

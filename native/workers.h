@@ -1,4 +1,4 @@
-// Threads that share a loop with whoever runs it.
+// A thread pool for loops.
 #pragma once
 
 #include <atomic>
@@ -11,24 +11,26 @@ namespace flashmoe {
 
 class Workers {
  public:
-  // The process's. They are never stopped: a thread of MLX may compute while the process ends.
+  // The pool of the process. Its threads are never joined: a thread of MLX may be in a loop while the process exits.
   static Workers& shared();
 
-  // Including the thread that calls run().
+  // The number of threads in use, including the one that calls run().
   int threads() const {
     return threads_.load(std::memory_order_relaxed);
   }
 
-  // The most there can be.
+  // The most threads there can be: one for each core that the process may run on.
   int cores() const {
     return cores_;
   }
 
-  // Use fewer of them, or all again: at least 1, at most one for each core of the process.
+  // Set the number of threads, clamped to between 1 and cores().
   void set_threads(int threads);
 
-  // Call body(item, thread) for each item below count, on any thread, in any order. One loop at a time. Threads begin
-  // with items in a row, each in a share of its own, because memory is fastest on long ways; who is done helps others.
+  // Call body(item, thread) for each item below count, on any thread and in any order. One loop runs at a time.
+  //
+  // Each thread starts with a contiguous range of items, because sequential reads reach the highest memory bandwidth. A
+  // thread that has finished its range steals items of the others.
   template <typename Body>
   void run(int64_t count, Body&& body) {
     using Type = std::remove_reference_t<Body>;
@@ -44,7 +46,8 @@ class Workers {
     int64_t count;
   };
 
-  struct alignas(64) Share {
+  // What is left of a thread's range. Aligned to a cache line, because other threads write to theirs.
+  struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end;
   };
@@ -57,11 +60,18 @@ class Workers {
   std::mutex one_loop_;
   const int cores_;
   std::atomic<int> threads_;
-  const std::unique_ptr<Share[]> shares_;  // of the loop, one for each thread
-  int sharing_ = 1;                        // threads that have one
+  const std::unique_ptr<Range[]> ranges_;  // [cores]
+
+  // Threads that have a range in the current loop.
+  int participants_ = 1;
+
   std::atomic<Loop*> loop_ = nullptr;
-  std::atomic<uint32_t> loops_ = 0;  // begun so far: what workers wait for
-  std::atomic<int> busy_ = 0;        // workers that may have seen the loop
+
+  // Loops started so far: workers wait until this changes.
+  std::atomic<uint32_t> loops_ = 0;
+
+  // Workers that may hold a pointer to the current loop.
+  std::atomic<int> busy_ = 0;
 };
 
 }  // namespace flashmoe

@@ -1,14 +1,15 @@
-"""Which spans hold expert e of a layer, in every way that checkpoints store experts."""
+"""Locates the experts of a layer in a checkpoint, in every layout that checkpoints store experts in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 
 from flashmoe_mlx.checkpoint.folder import Checkpoint, tail
 from flashmoe_mlx.checkpoint.span import DTYPES, Span
 
-# What Hugging Face checkpoints call an expert's projections: like mlx-lm, or w1/w2/w3, or two of three in an MLP.
+# mlx-lm's names of an expert's projections, and those in Hugging Face checkpoints.
 _ALIASES = {
     "gate_proj": ("gate_proj", "w1"),
     "up_proj": ("up_proj", "w3"),
@@ -16,26 +17,41 @@ _ALIASES = {
     "fc1": ("fc1", "up_proj"),
     "fc2": ("fc2", "down_proj"),
 }
-_HALVES = ("gate_proj", "up_proj")  # of a fused gate_up_proj, in this order
+# The halves of a fused gate_up_proj, in this order.
+_HALVES = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One parameter of an expert, such as ``gate_proj.weight``: its ``shape``, and its ``dtype`` as stored."""
+    """One parameter of an expert.
+
+    Args:
+        name (str): Its name in the switch layer, such as ``gate_proj.weight``.
+        shape (tuple[int, ...]): Its shape for one expert.
+        stored (mx.Dtype): The dtype in the checkpoint.
+        computed (mx.Dtype): The dtype in memory: float32 where ``stored`` is half precision that must be widened, else
+            the same.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: mx.Dtype
+    stored: mx.Dtype
+    computed: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Return its bytes in memory."""
+        return prod(self.shape) * self.computed.size
 
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Where the experts of one layer lie on disk.
+    """The experts of one layer: their parameters, and where each lies on disk.
 
     Args:
-        layer (str): the switch layer's path in the model.
-        parts (tuple[ExpertPart, ...]): what an expert is made of.
-        spans (Sequence[tuple[Span, ...]]): for each expert, the spans of its parts.
+        layer (str): Path of the switch layer in the model.
+        parts (tuple[ExpertPart, ...]): Parameters of an expert.
+        spans (Sequence[tuple[Span, ...]]): For each expert, the span of each parameter.
     """
 
     layer: str
@@ -43,39 +59,57 @@ class ExpertTable:
     spans: Sequence[tuple[Span, ...]]
 
     @classmethod
-    def build(cls, checkpoint: Checkpoint, layer: str, parameters: Mapping[str, mx.array]) -> "ExpertTable":
+    def build(
+        cls,
+        checkpoint: Checkpoint,
+        layer: str,
+        parameters: Mapping[str, mx.array],
+        computed_dtype: Callable[[mx.Dtype, str], mx.Dtype],
+    ) -> "ExpertTable":
         """Find the experts of a layer.
 
         Args:
-            checkpoint (Checkpoint): where to look.
-            layer (str): the switch layer's path in the model, e.g. ``model.layers.3.mlp.switch_mlp``.
-            parameters (Mapping[str, mx.array]): the layer's, by name, each ``[experts, ...]``; never evaluated.
+            checkpoint (Checkpoint): The checkpoint to look in.
+            layer (str): Path of the switch layer in the model, e.g. ``model.layers.3.mlp.switch_mlp``.
+            parameters (Mapping[str, mx.array]): The layer's, by name, each ``[experts, ...]``. They are not evaluated.
+            computed_dtype (Callable): Takes the stored dtype and the name of a parameter, and returns the dtype to keep
+                it in.
 
         Raises:
-            ValueError: a parameter is not on disk as one span per expert, in this shape and dtype.
+            ValueError: A parameter is not on disk as one span per expert, in this shape and dtype.
         """
-        parts = tuple(ExpertPart(name, array.shape[1:], array.dtype) for name, array in parameters.items())
+        parts = tuple(
+            ExpertPart(name, array.shape[1:], array.dtype, computed_dtype(array.dtype, name))
+            for name, array in parameters.items()
+        )
         columns = (_spans(checkpoint, layer, name, array) for name, array in parameters.items())
         return cls(layer, parts, tuple(zip(*columns, strict=True)))
 
     @property
     def experts(self) -> int:
-        """How many there are."""
+        """Return the number of experts."""
         return len(self.spans)
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of an expert on disk; all of a layer have as many."""
+        """Return the bytes of an expert on disk, which are the same for all experts of a layer."""
         return sum(span.nbytes for span in self.spans[0])
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Return the bytes of an expert in memory."""
+        return sum(part.nbytes for part in self.parts)
 
     def reads(
         self, experts: Sequence[int], buffers: Sequence[Sequence[memoryview]]
     ) -> Iterator[tuple[Span, memoryview]]:
-        """Each part of each expert and where it goes; part by part, because those of neighbours follow one another.
+        """Yield the span and the buffer of every part of some experts.
+
+        Part by part, because the same part of neighboring experts is contiguous on disk.
 
         Args:
-            experts (Sequence[int]): their numbers.
-            buffers (Sequence[Sequence[memoryview]]): for each of them, one for each part.
+            experts (Sequence[int]): Their numbers.
+            buffers (Sequence[Sequence[memoryview]]): For each expert, one buffer for each part.
         """
         for part in range(len(self.parts)):
             for expert, parts in zip(experts, buffers, strict=True):
@@ -83,11 +117,12 @@ class ExpertTable:
 
 
 def _spans(checkpoint: Checkpoint, layer: str, name: str, array: mx.array) -> list[Span]:
-    """The span of each expert for one parameter of a layer."""
+    """Return the span of each expert for one parameter of a layer."""
     experts, *shape = array.shape
     projection, _, kind = name.partition(".")
     parent, _, _ = tail(layer).rpartition(".")
-    folder = parent if parent.endswith("experts") else f"{parent}.experts"  # Hugging Face's module
+    # Hugging Face's module of the experts.
+    folder = parent if parent.endswith("experts") else f"{parent}.experts"
 
     stacked = [f"{layer}.{name}"] + ([f"{folder}.{projection}"] if kind == "weight" else [])
     for candidate in stacked:
@@ -110,18 +145,18 @@ def _spans(checkpoint: Checkpoint, layer: str, name: str, array: mx.array) -> li
                 _check(checkpoint, found, array.dtype, tuple(shape))
                 spans.append(checkpoint.tensors[found].span)
             return spans
-    raise _cannot_stream(checkpoint, f"{layer}.{name} is not there under any name that is known")
+    raise _cannot_stream(checkpoint, f"{layer}.{name} was not found under any known name")
 
 
 def _check(checkpoint: Checkpoint, name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
-    """The bytes on disk must be what the model computes with: no transposing, no dequantising, no stacking."""
+    """Refuse a tensor whose bytes are not the model's, because mlx-lm would transpose, dequantize or stack it."""
     tensor = checkpoint.tensors.get(name)
     if tensor is None:
         raise _cannot_stream(checkpoint, f"{name} is missing")
     if tensor.shape != shape or DTYPES.get(tensor.dtype) != dtype:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         wanted = f"{str(dtype).removeprefix('mlx.core.')} {list(shape)}"
-        raise _cannot_stream(checkpoint, f"{name} is {found} on disk, and the model computes with {wanted}")
+        raise _cannot_stream(checkpoint, f"{name} is {found} on disk, but the model needs {wanted}")
 
 
 def _cannot_stream(checkpoint: Checkpoint, reason: str) -> ValueError:

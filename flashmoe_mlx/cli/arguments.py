@@ -109,7 +109,7 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Confi
         args.model = str(data_dir("demo/model"))
         print("no --model given: using the demo model, a pocket dictionary that calls tools", file=sys.stderr)
     if args.prefill_step_size is not None:
-        check_integer("prefill_step_size", args.prefill_step_size)
+        check_integer("--prefill-step-size", args.prefill_step_size)
     config = Config()
     if args.config is not None:
         config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from flashmoe_mlx import __version__
 from flashmoe_mlx.ops import native
+from flashmoe_mlx.ops.dispatch import Backend, choose_backend
 
 
 def versions() -> str:
@@ -17,17 +18,18 @@ def versions() -> str:
             f"MLX {version('mlx')}",
             f"mlx-lm {version('mlx-lm')}",
             f"Python {platform.python_version()}, {platform.platform(terse=True)}",
-            f"backend: {backend()}",
+            f"backend: {describe_backend()}",
         )
     )
 
 
-def backend() -> str:
-    """Return the device that MLX computes on by default, and for a CPU whether the native kernels are used."""
-    name = mx.device_info().get("device_name", "unknown device")
-    if mx.default_device().type == mx.gpu:
-        return f"{'CUDA' if mx.cuda.is_available() else 'Metal'}, {name}"
-    kernels = native.kernels()
-    if kernels is None:
-        return f"CPU, {name}, without native kernels"
-    return f"CPU, {name}, with native kernels for {kernels.instruction_set()} on {kernels.threads()} threads"
+def describe_backend() -> str:
+    """Return the kernels that a model runs on, and the device."""
+    backend = choose_backend()
+    text = f"{backend.value} on {mx.device_info().get('device_name', 'an unknown device')}"
+    if backend is Backend.NATIVE:
+        kernels = native.require()
+        text += f" ({kernels.instruction_set()}, {kernels.threads()} threads)"
+    elif backend is Backend.REFERENCE:
+        text += ", without native kernels"
+    return text

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
-from flashmoe_mlx.generation.output_parser import Piece, Pieces
+from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 
 Message = dict[str, Any]
 
@@ -68,7 +68,7 @@ class Conversation:
         except ValueError:
             self.holds_calls = False
 
-    def answer(self, max_tokens: int, stopped: Callable[[], bool] = lambda: False, **options: Any) -> Iterator[Piece]:
+    def answer(self, max_tokens: int, stopped: Callable[[], bool] = lambda: False, **options: Any) -> Iterator[Delta]:
         """Let the model answer; at the end its message is added to the others.
 
         If this is interrupted in another way than by ``stopped``, no message is added.
@@ -79,7 +79,7 @@ class Conversation:
             options: for mlx-lm's ``stream_generate``, e.g. ``sampler``.
 
         Yields:
-            Piece: what some tokens add to the answer.
+            Delta: what some tokens add to the answer.
 
         Raises:
             ValueError: the chat template does not take these messages.
@@ -98,8 +98,8 @@ class Conversation:
         else:
             rest = tokens[len(seen) :]
         read, seconds = len(tokens) - len(seen), 0.0
-        pieces = Pieces(self._tokenizer, thinks=self._begins_in_thought(tokens), tools=readable(self._tools))
-        whole = Piece()
+        parser = OutputParser(self._tokenizer, in_thought=self._begins_in_thought(tokens), tools=readable(self._tools))
+        whole = Delta()
         for response in stream_generate(
             self._model,
             self._tokenizer,
@@ -113,11 +113,9 @@ class Conversation:
             seconds = seconds or time.perf_counter() - began
             self.last = replace(response, prompt_tokens=read, prompt_tps=read / seconds)
             last = response.finish_reason is not None or stopped()
-            piece = pieces.read(response.text, last)
-            whole.content += piece.content
-            whole.reasoning += piece.reasoning
-            whole.tool_calls += piece.tool_calls
-            yield piece
+            delta = parser.feed(response.text, last)
+            whole += delta
+            yield delta
             if last:
                 break
         self._states.append((tokens, cache))
@@ -160,7 +158,7 @@ class Conversation:
         return [constrained(self._tokenizer, tools=self._tools, vocabulary=self._vocabulary)]
 
 
-def _message(whole: Piece) -> Message:
+def _message(whole: Delta) -> Message:
     message: Message = {"role": "assistant", "content": whole.content}
     if whole.reasoning:
         message["reasoning_content"] = whole.reasoning  # templates keep it while the model works on a question

@@ -1,4 +1,4 @@
-"""What a switch layer computes: mlx-lm's own way, or the kernels' while tokens are few."""
+"""The arithmetic of a switch layer: mlx-lm's own, or kernels for SwiGLU experts."""
 
 from collections.abc import Callable
 
@@ -6,83 +6,78 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
-from flashmoe_mlx.ops import products as ops
-from flashmoe_mlx.ops.dispatch import has_kernel
+from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.ops.fused import Fused
 from flashmoe_mlx.ops.matrices import Quantized
+from flashmoe_mlx.ops.products import gate_up, matvec, swiglu_experts
 
 ExpertFunction = Callable[[mx.array, mx.array], mx.array]
+"""Takes ``x``, ``[..., hidden]``, and slots, ``[..., top_k]``; returns ``[..., top_k, hidden]``."""
 
 
-class Experts:
-    """The arithmetic of a switch layer, without the question where its experts come from.
+class ExpertMLP:
+    """Computes experts, wherever they come from.
 
     Args:
-        switch (nn.Module): mlx-lm's ``SwitchGLU`` or ``SwitchMLP``, with the arrays to compute with.
+        switch (nn.Module): mlx-lm's ``SwitchGLU`` or ``SwitchMLP``, holding the arrays to compute with.
+        backend (Backend): The model's.
     """
 
-    def __init__(self, switch: nn.Module):
-        self._switch: ExpertFunction = switch.__call__
-        self._matrices = _swiglu_matrices(switch)
-        # Compiled, because MLX writes out a kernel's text whenever a graph is built of it. The matrices are inside,
-        # because passing them takes as long as all the rest.
-        self._kernels: ExpertFunction = _fused(self._matrices)
+    def __init__(self, switch: nn.Module, backend: Backend):
+        self._backend = backend
+        self._reference: ExpertFunction = switch.__call__
+        self._matrices = None if backend is Backend.REFERENCE else _swiglu_matrices(switch)
+        self._kernels = None if self._matrices is None else _fused(self._matrices, backend)
 
-    def function(self, x: mx.array, indices: mx.array) -> ExpertFunction:
-        """What computes a call: from ``x`` and where each expert is, ``[..., experts_per_token, hidden]``.
+    def implementation(self, x: mx.array, indices: mx.array) -> ExpertFunction:
+        """Choose what computes a call, once for all its waves: two choices round differently on a GPU."""
+        if self._matrices is None or self._kernels is None:
+            return self._reference
+        gate, up, down = self._matrices
+        served = gate_up.serves(self._backend, x, indices, gate, up) and matvec.serves(self._backend, x, indices, down)
+        return self._kernels if served else self._reference
 
-        The choice is one for a whole call, even if it is computed in parts: the two round differently on a GPU.
-        """
-        if self._matrices and has_kernel(x, indices, *self._matrices.values()):
-            return self._kernels
-        return self._switch
-
-    def ahead(self, x: mx.array, indices: mx.array, places: mx.array) -> mx.array | None:
-        """The experts that are in slots, for which the host need not know which are needed.
+    def resident(self, x: mx.array, indices: mx.array, slots: mx.array) -> mx.array | None:
+        """Compute the experts that are in slots, before the host knows which experts are needed.
 
         Args:
             x (mx.array): ``[..., hidden]``.
-            indices (mx.array): expert numbers ``[..., experts_per_token]``.
-            places (mx.array): the slot of each expert, or ``NO_SLOT``, ``[experts]``, uint32.
+            indices (mx.array): Expert numbers ``[..., top_k]``.
+            slots (mx.array): The slot of each of the layer's experts or ``NO_SLOT``, ``[experts]``, uint32.
 
         Returns:
-            mx.array, optional: ``[..., experts_per_token, hidden]``, zero for experts that are in no slot. None if no
-            kernel computes this call.
+            mx.array, optional: ``[..., top_k, hidden]``, zero for experts in no slot; ``None`` if no kernel computes
+            this call.
         """
-        if self.function(x, indices) is not self._kernels:
-            return None
-        return self._kernels(x, places[indices])
+        compute = self.implementation(x, indices)
+        return compute(x, slots[indices]) if compute is self._kernels else None
 
     def splits(self, function: ExpertFunction) -> bool:
-        """Whether a call may be computed in parts and stay the same to the bit.
+        """Return whether a call computed in parts has the same bits.
 
-        The kernels and MLX's products on a CPU compute a pair of token and expert by itself. On a GPU, MLX chooses
-        its products by the shape of the whole call, and they round differently.
+        Kernels and MLX's CPU products compute each pair of token and expert by itself. On a GPU, MLX chooses its
+        products by the shape of the whole call, and they round differently.
         """
         return function is self._kernels or mx.default_device().type == mx.cpu
 
 
-def _fused(matrices: dict[str, Quantized]) -> ExpertFunction:
-    fused = Fused(lambda x, slots: (ops.experts(x, slots, **matrices),))
+def _fused(matrices: tuple[Quantized, Quantized, Quantized], backend: Backend) -> ExpertFunction:
+    # Fused, because MLX prints a kernel's source whenever a graph is built of it. The matrices are captured, because
+    # passing them takes as long as everything else.
+    compute = swiglu_experts(*matrices, backend)
+    fused = Fused(lambda x, slots: (compute(x, slots),), backend)
+    return lambda x, slots: fused(x, slots)[0]
 
-    def experts(x: mx.array, slots: mx.array) -> mx.array:
-        return fused(x, slots)[0]
 
-    return experts
-
-
-def _swiglu_matrices(switch: nn.Module) -> dict[str, Quantized]:
-    """Return the matrices of a SwiGLU switch layer by projection; empty if the layer computes something else."""
+def _swiglu_matrices(switch: nn.Module) -> tuple[Quantized, Quantized, Quantized] | None:
+    """Return gate, up and down of a switch layer, or ``None`` if kernels cannot compute it."""
     if not isinstance(switch, SwitchGLU) or type(switch.activation) is not SwiGLU:
-        return {}
-    projections = {"gate": switch.gate_proj, "up": switch.up_proj, "down": switch.down_proj}
-    for linear in projections.values():
+        return None
+    projections = (switch.gate_proj, switch.up_proj, switch.down_proj)
+    for linear in projections:
         if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
-            return {}
-    gate, up = projections["gate"], projections["up"]
-    if (gate.bits, gate.group_size) != (up.bits, up.group_size):
-        return {}
-    return {
-        name: Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
-        for name, linear in projections.items()
-    }
+            return None
+    gate, up, down = (
+        Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits) for linear in projections
+    )
+    return (gate, up, down) if gate.format == up.format else None

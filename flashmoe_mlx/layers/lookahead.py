@@ -1,23 +1,22 @@
-"""A guess which experts the next layer will need, so that they are read while this one computes."""
-
-from collections.abc import Sequence
+"""Prediction of the next layer's experts, so that they are read while this layer computes."""
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.ops.dispatch import few_tokens
+from flashmoe_mlx.layers.decode_step import is_decode_step
 from flashmoe_mlx.streaming.pool import Pool
 
 
 class Lookahead:
-    """The next layer's router, applied to this layer's input.
+    """Applies the next layer's router to this layer's input, and prefetches the experts it chooses.
 
     Args:
-        router (nn.Module): gives a logit for each expert, or expert numbers and their scores.
-        top_k (int): experts a token uses.
-        table (ExpertTable): the next layer's.
-        pool (Pool): where its experts go.
+        router (nn.Module): The next layer's. Returns a logit per expert, or expert numbers and their scores.
+        top_k (int): Experts per token.
+        table (ExpertTable): The next layer's.
+        pool (Pool): The next layer's.
     """
 
     def __init__(self, router: nn.Module, top_k: int, table: ExpertTable, pool: Pool):
@@ -27,8 +26,8 @@ class Lookahead:
         self._pool = pool
 
     def guess(self, x: mx.array) -> mx.array | None:
-        """Expert numbers ``[..., top_k]``, lazily; ``None`` for a prompt, which needs most experts anyway."""
-        if not few_tokens(x):
+        """Return expert numbers ``[..., top_k]``, lazily; ``None`` for a prompt, which needs most experts anyway."""
+        if not is_decode_step(x):
             return None
         routed = self._router(x)
         if isinstance(routed, tuple):
@@ -36,13 +35,15 @@ class Lookahead:
             return numbers
         return mx.argpartition(-routed, kth=self._top_k - 1, axis=-1)[..., : self._top_k]
 
-    def begin(self, experts: Sequence[int], pool: Pool, busy: int) -> None:
-        """Start reading a guess, in the background.
+    def prefetch(self, guess: mx.array, pool: Pool, busy: int) -> None:
+        """Start to read the experts of a guess in the background.
 
         Args:
-            experts (Sequence[int]): the guess.
-            pool (Pool): of the layer that is being computed.
-            busy (int): how many of its experts an unfinished graph may read.
+            guess (mx.array): From :meth:`guess`, evaluated.
+            pool (Pool): The pool of the layer that is computing.
+            busy (int): How many of its experts an unfinished graph may read.
         """
-        known = [expert for expert in experts if expert < self._table.experts]  # LongCat's router knows empty ones too
-        self._pool.expect(self._table, known, busy if pool is self._pool else 0)
+        experts = sorted(set(np.asarray(guess).ravel().tolist()))
+        # LongCat's router also chooses zero-computation experts, whose numbers follow the others.
+        known = [expert for expert in experts if expert < self._table.experts]
+        self._pool.prefetch(self._table, known, busy if pool is self._pool else 0)

@@ -1,4 +1,4 @@
-"""Numbers that an NVIDIA GPU tells the host in the middle of its work."""
+"""Reads router indices back without a stream sync: the kernel writes them to pinned memory that the host polls."""
 
 import ctypes
 import time
@@ -7,82 +7,85 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.streaming.pinned_memory import Staging
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 
-_MOST = 1024  # numbers, which is what a block of threads may be
-_PATIENCE = 2e-3  # seconds; what takes longer is not worth a core that does nothing but look
+# Largest threadgroup, and with it the most numbers at a time.
+_MAX_NUMBERS = 1024
+# Seconds to poll. A longer wait is not worth a core that does nothing else.
+_POLL_TIMEOUT = 2e-3
 
 
-class Mailbox:
-    """Page-locked memory that a kernel writes to while the host looks.
+class PinnedReadback:
+    """Pinned memory that a CUDA kernel writes to while the host polls it.
 
-    Where MLX lets the host read an array of the GPU's, the host sleeps until an event wakes it, and the page that it
-    then looks into travels to the host, and back for the next kernel: some 70 us of a layer on an H100. Here neither
-    sleeps nor travels. Each number comes with that of its letter, so that nothing old is taken for new.
+    When the host reads an MLX array of the GPU, it sleeps until an event wakes it, and the managed page it then touches
+    migrates to the host, and back for the next kernel: about 70 us a layer on an H100. Here neither happens. Each word
+    carries a sequence number, so a stale value is never mistaken for a new one.
 
     Raises:
-        MemoryError: the driver does not give the memory.
-        RuntimeError: it refuses something else.
+        MemoryError: The driver has no pinned memory left.
+        RuntimeError: The driver fails otherwise.
     """
 
     def __init__(self) -> None:
-        _, (memory,) = self._staging().take([8 * _MOST])
+        _, (memory,) = self._allocate().take([8 * _MAX_NUMBERS])
         self._words = memory.cast("Q")
         self._address = mx.array(ctypes.addressof(ctypes.c_char.from_buffer(memory)), mx.uint64)
-        self._letter = 0
+        self._sequence = 0
         self._count = 0
 
-    def post(self, numbers: mx.array) -> mx.array | None:
-        """What has to be evaluated, so that :meth:`take` gives these numbers.
+    def write(self, numbers: mx.array) -> mx.array | None:
+        """Return an array whose evaluation writes ``numbers`` for :meth:`poll`.
 
         Args:
-            numbers (mx.array): of any integer dtype, not negative and below ``2 ** 32``.
+            numbers (mx.array): Integers of any dtype, from 0 to ``2 ** 32 - 1``.
 
         Returns:
-            mx.array, optional: None if they are too many.
+            mx.array, optional: ``None`` if there are more than 1024.
         """
-        if numbers.size > _MOST:
+        if numbers.size > _MAX_NUMBERS:
             return None
-        self._letter, self._count = (self._letter + 1) % 2**32, numbers.size
-        return self._write(numbers, mx.array(self._letter, mx.uint32))
+        self._sequence, self._count = (self._sequence + 1) % 2**32, numbers.size
+        return self._write(numbers, mx.array(self._sequence, mx.uint32))
 
-    def take(self) -> list[int] | None:
-        """The numbers that were posted last, or None if they do not come for a while: MLX has them, too."""
-        end = time.perf_counter() + _PATIENCE
+    def poll(self) -> list[int] | None:
+        """Return the numbers written last, or ``None`` if they take longer than 2 ms; MLX has them too."""
+        deadline = time.perf_counter() + _POLL_TIMEOUT
         while True:
             words = self._words[: self._count].tolist()
-            if all(word >> 32 == self._letter for word in words):
+            if all(word >> 32 == self._sequence for word in words):
                 return [word & 0xFFFFFFFF for word in words]
-            if time.perf_counter() > end:
+            if time.perf_counter() > deadline:
                 return None
-            time.sleep(0)  # lets other threads run
+            # Lets other threads run.
+            time.sleep(0)
 
-    def _staging(self) -> Staging:
-        return Staging(8 * _MOST, 1)
+    def _allocate(self) -> PinnedBuffers:
+        return PinnedBuffers(8 * _MAX_NUMBERS, 1)
 
-    def _write(self, numbers: mx.array, letter: mx.array) -> mx.array:
-        posted: mx.array
-        (posted,) = _writer()(
-            inputs=[numbers, letter, self._address],
+    def _write(self, numbers: mx.array, sequence: mx.array) -> mx.array:
+        written: mx.array
+        (written,) = _writer()(
+            inputs=[numbers, sequence, self._address],
             output_shapes=[(1,)],
             output_dtypes=[mx.uint32],
             grid=(numbers.size, 1, 1),
             threadgroup=(numbers.size, 1, 1),
         )
-        return posted
+        return written
 
 
 @cache
 def _writer() -> Any:
     return mx.fast.cuda_kernel(
-        name="post",
-        input_names=["numbers", "letter", "address"],
-        output_names=["posted"],
+        name="readback",
+        input_names=["numbers", "sequence", "address"],
+        output_names=["written"],
         source="""
         auto words = reinterpret_cast<volatile unsigned long long*>(*address);
-        words[threadIdx.x] = (unsigned long long)(*letter) << 32 | (unsigned)(numbers[threadIdx.x]);
+        words[threadIdx.x] = (unsigned long long)(*sequence) << 32 | (unsigned)(numbers[threadIdx.x]);
         if (threadIdx.x == 0) {
-          posted[0] = *letter;
+          written[0] = *sequence;
         }
         """,
     )

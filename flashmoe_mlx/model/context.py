@@ -8,33 +8,38 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
-from flashmoe_mlx.model.budget import _gb
-from flashmoe_mlx.system.memory import free_memory
+from flashmoe_mlx.model.budget import gigabytes
+from flashmoe_mlx.system.memory import available_memory
 
-_CHUNKS = (512, 8192)  # the fewest and the most tokens of a prompt at a time
+# Fewest and most tokens of a prefill chunk.
+_CHUNKS = (512, 8192)
 
 
 def refuse_context(tokens: int, token_nbytes: float) -> None:
-    """Refuse a context whose KV cache would have to be swapped.
+    """Refuse a context whose KV cache would make the machine swap.
+
+    Args:
+        tokens (int): Of prompt and answer.
+        token_nbytes (float): Bytes per token.
 
     Raises:
-        MemoryError: it is larger than the free memory.
+        MemoryError: The KV cache is larger than the free memory.
     """
-    free = free_memory()
+    free = available_memory()
     if tokens * token_nbytes > free:
         raise MemoryError(
-            f"the KV cache of {tokens:,} tokens needs {_gb(tokens * token_nbytes)} and {_gb(free)} are free: "
-            "shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size) or smaller ones (--kv-bits 8)"
+            f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)}, and {gigabytes(free)} are "
+            "free: shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size), or quantize them (--kv-bits 8)"
         )
 
 
 def kv_token_nbytes(config: Mapping[str, Any], layers: int, itemsize: int) -> int:
-    """Bytes that each token of the context needs for good, at least. More only where a family has wider layers.
+    """Return the bytes that each token of a context adds to the KV cache. A lower bound where layers differ in width.
 
     Args:
         config (Mapping): config.json.
-        layers (int): how many remember every token, see :func:`growing_layers`.
-        itemsize (int): bytes of a value as it is computed.
+        layers (int): Layers whose cache grows, see :func:`growing_layers`.
+        itemsize (int): Bytes of an activation.
     """
     config = config.get("text_config") or config
     if rank := config.get("kv_lora_rank"):
@@ -47,32 +52,32 @@ def kv_token_nbytes(config: Mapping[str, Any], layers: int, itemsize: int) -> in
 
 
 def quantized_share(bits: int, group_size: int, itemsize: int) -> float:
-    """What quantising leaves of an array's bytes: the bits of each value, and a scale and a bias for each group.
+    """Return the size of a quantized array relative to the original: its values, and a scale and bias per group.
 
     Args:
-        bits (int): of a value.
-        group_size (int): values in a group.
-        itemsize (int): bytes of a value before, and of scale and bias.
+        bits (int): Per value.
+        group_size (int): Values per group.
+        itemsize (int): Bytes of an original value, of a scale and of a bias.
     """
     return bits / (8 * itemsize) + 2 / group_size
 
 
 def growing_layers(model: nn.Module) -> int:
-    """How many layers of a model remember every token; others have a window or a state."""
+    """Return how many layers of a model cache every token; others have a window or a recurrent state."""
     caches = make_prompt_cache(model)
     caches = [each for cache in caches for each in (cache.caches if isinstance(cache, CacheList) else [cache])]
     return sum(type(cache) is KVCache for cache in caches)
 
 
 def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
-    """How many tokens of a prompt to process at a time: a power of two from 512 to 8192.
+    """Return the tokens of a prefill chunk: a power of two from 512 to 8192.
 
-    Each chunk of a prompt reads the experts it needs once, so larger chunks read less in all. Their activations may
-    take a quarter of the free memory: the rest is the KV cache's and the OS page cache's.
+    Each chunk reads the experts it needs once, so larger chunks read less in total. Activations may take a quarter of
+    the free memory; the rest is for the KV cache and the OS page cache.
 
     Args:
-        free_nbytes (int): bytes that trunk and slots leave.
-        token_nbytes (int): bytes of activations per token, see :func:`prefill_token_nbytes`.
+        free_nbytes (int): Bytes that trunk and slots leave.
+        token_nbytes (int): Bytes of activations per token, see :func:`prefill_token_nbytes`.
     """
     fewest, tokens = _CHUNKS
     while tokens > fewest and tokens * token_nbytes > free_nbytes // 4:
@@ -83,21 +88,21 @@ def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
 def prefill_token_nbytes(
     config: Mapping[str, Any], *, top_k: int, hidden: int, intermediate: int, itemsize: int
 ) -> int:
-    """Bytes of activations that each token of a chunk needs, at the layer that needs most. An upper bound, of
+    """Return an upper bound of the activation bytes per token of a chunk, in the layer that needs most: the sum of
 
-    - ``top_k * (4 * hidden + 3 * intermediate)`` values for the routed experts, which mlx-lm sorts by expert: their
-      inputs, gate, up, activation and outputs, and the outputs again in the order of waves, of tokens, and weighted;
+    - ``top_k * (4 * hidden + 3 * intermediate)`` values for the routed experts, sorted by expert: inputs, gate, up,
+      activation and outputs, and the outputs again in the order of waves, of tokens, and weighted;
     - ``16 * hidden`` for the trunk: residual stream, norms, projections, shared expert;
-    - ``2 * heads * 8192`` for attention scores and their softmax, which MLX writes out for heads of 256 dimensions and
-      on a CPU; a context of four times 8192 takes the whole of the free memory instead of a quarter, at worst;
-    - without Metal one state of a GatedDeltaNet layer, because mlx-lm keeps that of every token of a chunk there.
+    - ``2 * heads * 8192`` for attention scores and their softmax, which MLX materializes for heads of 256 dimensions
+      and on a CPU; a context of four times 8192 takes all free memory instead of a quarter, at worst;
+    - without Metal, one GatedDeltaNet state, because mlx-lm then keeps that of every token of a chunk.
 
     Args:
         config (Mapping): config.json.
-        top_k (int): experts a token uses.
-        hidden (int): width of the model.
-        intermediate (int): width of an expert.
-        itemsize (int): bytes of a value as it is computed.
+        top_k (int): Experts per token.
+        hidden (int): Width of the model.
+        intermediate (int): Width of an expert.
+        itemsize (int): Bytes of an activation.
     """
     config = config.get("text_config") or config
     heads = config.get("num_attention_heads") or hidden // 64

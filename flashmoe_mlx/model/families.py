@@ -1,7 +1,8 @@
-"""Names that model families give to routed experts, routers and shared experts."""
+"""Names that model families give to routed experts, routers and shared experts. A new family may need one more."""
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -10,8 +11,10 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint
+from flashmoe_mlx.model.precision import computed_dtype
+from flashmoe_mlx.ops.dispatch import Backend
 
-# What the families call the number of routed experts a token uses.
+# Keys of config.json with the number of routed experts per token.
 _TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -22,23 +25,24 @@ _TOP_K_KEYS = (
     "moe_k",
 )
 
-# What their blocks call the parts next to a switch layer that can be computed or asked before it.
+# Names of a block's children beside its switch layer that need no routed expert.
 _SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp")
-
 _ROUTERS = ("gate", "router")
 
 
 def switch_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """mlx-lm's switch layers of a model by their paths, in order."""
+    """Return mlx-lm's switch layers of a model by their paths, in the order of their layers."""
     found = ((path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP)))
     return dict(sorted(found, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[0])]))
 
 
-def find_experts(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], list[ExpertTable]]:
-    """The switch layers of a lazily loaded model by their paths, in order, and where the experts of each lie.
+def find_experts(
+    model: nn.Module, checkpoint: Checkpoint, backend: Backend
+) -> tuple[dict[str, nn.Module], list[ExpertTable]]:
+    """Return the switch layers of a lazily loaded model by their paths, in order, and where the experts of each lie.
 
     Raises:
-        ValueError: there are none, or their bytes cannot be used as they are.
+        ValueError: There are none, or their bytes cannot be used as they are.
     """
     switches = switch_layers(model)
     if not switches:
@@ -46,15 +50,24 @@ def find_experts(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, nn
             f"{checkpoint.folder} is a {checkpoint.config['model_type']} without routed experts: there is nothing to "
             "stream. Run it with mlx_lm.generate"
         )
+    computed = partial(computed_dtype, backend=backend)
     tables = [
-        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())))
+        ExpertTable.build(checkpoint, path, dict(tree_flatten(switch.parameters())), computed)
         for path, switch in switches.items()
     ]
     return switches, tables
 
 
-def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str, Any]]:
-    """The checkpoint's own number of experts per token, and the config entries that make it ``wanted``."""
+def top_k_settings(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str, Any]]:
+    """Return the checkpoint's own number of experts per token, and the config entries that change it.
+
+    Args:
+        config (Mapping): config.json.
+        wanted (int, optional): Experts per token instead of the checkpoint's; ``None`` changes nothing.
+
+    Raises:
+        ValueError: config.json does not say how many experts a token uses.
+    """
     text_config = config.get("text_config") or {}
     outer = [key for key in _TOP_K_KEYS if isinstance(config.get(key), int)]
     inner = [key for key in _TOP_K_KEYS if isinstance(text_config.get(key), int)]
@@ -72,6 +85,20 @@ def _top_k(config: Mapping[str, Any], wanted: int | None) -> tuple[int, dict[str
     return native, change
 
 
-def _hidden(config: Mapping[str, Any]) -> int | None:
-    """Width of the model, which the input of shared experts and routers has."""
+def hidden_size(config: Mapping[str, Any]) -> int | None:
+    """Return the width of the model, which is that of the inputs of routers and shared experts."""
     return (config.get("text_config") or config).get("hidden_size")
+
+
+def shared_expert(block: nn.Module) -> nn.Module | None:
+    """Return the shared expert of a MoE block, if it has one."""
+    return _child(block, _SHARED_EXPERTS)
+
+
+def router(block: nn.Module) -> nn.Module | None:
+    """Return the router of a MoE block, if it is a module of its own."""
+    return _child(block, _ROUTERS)
+
+
+def _child(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((block[name] for name in names if isinstance(block.get(name), nn.Module)), None)

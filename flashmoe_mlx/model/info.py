@@ -1,12 +1,9 @@
-"""What load() set up, found at model.streaming."""
+"""Sizes and counters of a streamed model, found at ``model.streaming``."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe_mlx.model.context import (
-    quantized_share,
-    refuse_context,
-)
+from flashmoe_mlx.model.context import quantized_share, refuse_context
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.warm_start import save_residents
@@ -14,21 +11,21 @@ from flashmoe_mlx.streaming.warm_start import save_residents
 
 @dataclass(frozen=True)
 class Streaming:
-    """What :func:`load` set up, found at ``model.streaming``.
+    """Sizes and counters of a streamed model. :func:`flashmoe_mlx.load` puts it at ``model.streaming``.
 
     Args:
-        counters (Counters): hits, misses, bytes and seconds so far.
-        experts_per_token (int): routed experts a token uses.
-        native_experts_per_token (int): how many the checkpoint asks for.
-        trunk_nbytes (int): bytes of memory for everything but routed experts.
-        slots_nbytes (int): bytes of memory for routed experts.
-        experts_nbytes (int): bytes that all routed experts would take.
-        pools (tuple[Pool, ...]): the slots of the layers that are not all in memory.
-        prefill_step_size (int): tokens of a prompt to process at a time with the memory that was free. The commands
-            use it; from Python pass it on, e.g. to ``mlx_lm.generate(...,
-            prefill_step_size=model.streaming.prefill_step_size)``, because mlx-lm's own default is always 2048.
-        itemsize (int): bytes of a value as the model computes it.
-        kv_token_nbytes (int): bytes that each token of a context needs in the KV cache.
+        counters (Counters): Hits, misses, bytes and seconds so far.
+        experts_per_token (int): Routed experts per token.
+        native_experts_per_token (int): The checkpoint's own number.
+        trunk_nbytes (int): Bytes of memory for everything but routed experts.
+        slots_nbytes (int): Bytes of memory for routed experts.
+        experts_nbytes (int): Bytes that all routed experts would take in memory.
+        pools (tuple[Pool, ...]): Of the layers that are not fully resident.
+        prefill_step_size (int): Tokens of a prefill chunk that fit the memory that was free. The commands use it; in
+            Python pass it on, e.g. to ``mlx_lm.generate(..., prefill_step_size=model.streaming.prefill_step_size)``,
+            because mlx-lm's own default is always 2048.
+        itemsize (int): Bytes of an activation.
+        kv_token_nbytes (int): Bytes per token of the KV cache.
     """
 
     counters: Counters
@@ -43,23 +40,26 @@ class Streaming:
     kv_token_nbytes: int
 
     def save_residents(self, path: str | Path) -> None:
-        """Write which experts are in memory, for a ``warm_start`` of the next run.
+        """Write which experts are in memory, for a warm start of the next run.
+
+        Args:
+            path (str or Path): The file, for ``Config.warm_start``.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         save_residents(path, self.pools)
 
     def refuse_context(self, tokens: int, kv_bits: int | None = None, kv_group_size: int = 64) -> None:
-        """Refuse a context that memory cannot hold, as the commands do before they begin.
+        """Refuse a context that does not fit in memory, as the commands do before they begin.
 
         Args:
-            tokens (int): of prompt and answer.
-            kv_bits (int, optional): of a quantised KV cache. Default: ``None``, it is not.
-            kv_group_size (int): values of a quantised KV cache that share a scale and a bias. Default: ``64``.
+            tokens (int): Of prompt and answer.
+            kv_bits (int, optional): Of a quantized KV cache. Default: ``None``, it is not quantized.
+            kv_group_size (int): Group size of a quantized KV cache. Default: ``64``.
 
         Raises:
-            MemoryError: the KV cache of so many tokens does not fit into free memory.
+            MemoryError: The KV cache of that many tokens does not fit into free memory.
         """
         token_nbytes: float = self.kv_token_nbytes
         if kv_bits is not None:
@@ -67,12 +67,12 @@ class Streaming:
         refuse_context(tokens, token_nbytes)
 
     def memory(self) -> str:
-        """One line for people about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
+        """Return one line about memory, e.g. ``18.0 GB of 217.4 GB of experts in memory, 5.5 GB of trunk``."""
         slots, experts, trunk = (n / 1e9 for n in (self.slots_nbytes, self.experts_nbytes, self.trunk_nbytes))
         return f"{slots:.1f} GB of {experts:.1f} GB of experts in memory, {trunk:.1f} GB of trunk"
 
     def summary(self) -> str:
-        """The ``Experts:`` line."""
+        """Return the ``Experts:`` line of the statistics."""
         all_resident = self.slots_nbytes == self.experts_nbytes
         line = f"Experts: {'all in memory' if all_resident else self.counters.summary()}"
         if given_back := sum((pool.planned - pool.slots) * pool.slot_nbytes for pool in self.pools):

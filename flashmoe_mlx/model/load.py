@@ -1,4 +1,4 @@
-"""load(): an mlx-lm model whose experts stay on disk."""
+"""Load an mlx-lm model whose experts stay on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.layers.qwen3_next import swap_trunk
-from flashmoe_mlx.model.families import _hidden, _top_k
-from flashmoe_mlx.model.swap import _start_early, _stream_experts
-from flashmoe_mlx.ops import native
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
+from flashmoe_mlx.model.families import top_k_settings
+from flashmoe_mlx.model.swap import stream_experts
+from flashmoe_mlx.ops.dispatch import Backend, choose_backend
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
 def load(
@@ -37,56 +37,57 @@ def load(
     The model is mlx-lm's own, so all of mlx-lm works on it, on one thread at a time. On a CPU it computes in float32,
     because MLX's CPU kernels are slow and inaccurate in half precision. Counters and sizes are at ``model.streaming``.
 
-    An expert that cannot be read ends the call with a ReadError, and the next call works. Layers with a part of their
-    experts in memory give slots back while the machine's memory runs short. MLX's cache limit is lowered to a 32nd of
-    all memory.
+    An expert that cannot be read raises ReadError in the call that needs it, and the next call works. Layers with some
+    of their experts in memory give slots back while the machine runs short of memory. MLX's cache limit is lowered to
+    1/32 of all memory.
 
     Args:
-        path_or_hf_repo (str): a folder, or a repository of the Hugging Face hub.
-        tokenizer_config (dict, optional): extra settings for the tokenizer. Default: ``None``.
-        model_config (dict, optional): entries that replace those of config.json. Default: ``None``.
+        path_or_hf_repo (str): A folder, or a repository of the Hugging Face Hub.
+        tokenizer_config (dict, optional): Extra settings for the tokenizer. Default: ``None``.
+        model_config (dict, optional): Entries that replace those of config.json. Default: ``None``.
         adapter_path (str, optional): LoRA adapters for the trunk. Default: ``None``.
-        lazy (bool): leave the trunk on disk too until it is used. Default: ``False``.
-        return_config (bool): return the model's config as the third item. Default: ``False``.
-        revision (str, optional): branch, tag or commit of the repository. Default: ``None``.
-        trust_remote_code (bool): run Python code that comes with the model. Default: ``False``.
-        ram_budget (int or str, optional): memory for experts, in bytes or as ``"12GB"``; 0 keeps one small pool and
-            leaves the rest to the OS page cache; ``"auto"`` takes what the machine can spare. The output does not
-            depend on it. Default: the config's, or 0.
-        experts_per_token (int, optional): routed experts a token uses. Fewer than the checkpoint's own number read
-            less and change the output. Default: the config's, or the checkpoint's.
-        config (str, Path or Config, optional): a preset of the model's family (``"exact"``, ``"flash"``), a TOML file,
+        lazy (bool): Leave the trunk on disk too until it is used. Default: ``False``.
+        return_config (bool): Return the model's config as the third item. Default: ``False``.
+        revision (str, optional): Branch, tag or commit of the repository. Default: ``None``.
+        trust_remote_code (bool): Run Python code that comes with the model. Default: ``False``.
+        ram_budget (int or str, optional): Memory for cached experts, in bytes or as ``"12GB"``; 0 keeps one small pool
+            on top of the OS page cache; ``"auto"`` takes what the machine can spare. Does not change the output.
+            Default: the config's, or 0.
+        experts_per_token (int, optional): Routed experts per token. Fewer than the checkpoint's own number read less
+            and change the output. Default: the config's, or the checkpoint's.
+        config (str, Path or Config, optional): A preset of the model's family (``"exact"``, ``"flash"``), a TOML file,
             or the settings themselves; the two arguments above override it. Default: ``None``.
 
     Returns:
         tuple: (model, tokenizer), or (model, tokenizer, config).
 
     Raises:
-        FileNotFoundError: the folder, its config.json or one of its shards is missing.
-        ValueError: not a Mixture-of-Experts model, a damaged checkpoint, an unknown or impossible setting.
-        MemoryError: trunk and budget do not fit into free memory.
-        OSError: the repository could not be downloaded, or a file not read.
+        FileNotFoundError: The folder, its config.json or one of its shards is missing.
+        ValueError: Not a Mixture-of-Experts model, a damaged checkpoint, an unknown or impossible setting.
+        MemoryError: Trunk and budget do not fit into free memory.
+        OSError: The repository could not be downloaded, or a file not read.
     """
     checkpoint = Checkpoint(find_folder(path_or_hf_repo, revision), trust_remote_code)
     if not isinstance(config, Config):
         config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
+    backend = choose_backend()
     model_config = model_config or {}
-    native_top_k, change = _top_k(checkpoint.config | model_config, config.experts_per_token)
+    native_top_k, change = top_k_settings(checkpoint.config | model_config, config.experts_per_token)
     asked = f" with experts_per_token {config.experts_per_token}" if change else ""
     model, loaded_config = load_lazily(checkpoint, model_config | change, trust_remote_code, asked)
-    model.streaming = _stream_experts(model, checkpoint, config, native_top_k)
+    model.streaming = stream_experts(model, checkpoint, config, native_top_k, backend)
     if not lazy:
+        # One at a time, so that converting them needs no room for two trunks.
         for _, parameter in tree_flatten(model.parameters()):
-            mx.eval(parameter)  # one at a time, so that converting them needs no room for two trunks
-            use_large_pages(parameter)
+            mx.eval(parameter)
+            use_huge_pages(parameter)
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
-    if not lazy and (mx.default_device().type == mx.gpu or native.kernels() is not None):
-        swap_trunk(model)
-    _start_early(model, _hidden(loaded_config))
-    # Said either way: where it is not, transformers asks whoever sits at the terminal.
+    if not lazy and backend is not Backend.REFERENCE:
+        fuse_decoder_layers(model, backend)
+    # Always pass trust_remote_code: if unset, transformers prompts on the terminal.
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
@@ -95,15 +96,22 @@ def load(
 def load_lazily(
     checkpoint: Checkpoint, model_config: dict[str, Any], trust_remote_code: bool, asked: str = ""
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model of a checkpoint, of which nothing is read yet, and its config.
+    """Return mlx-lm's model of a checkpoint, of which nothing is read yet, and its config.
+
+    Args:
+        checkpoint (Checkpoint): The model's folder.
+        model_config (dict): Entries that replace those of config.json.
+        trust_remote_code (bool): Run Python code that comes with the model.
+        asked (str): Describes the changed settings in an error.
 
     Raises:
-        ValueError: mlx-lm cannot build it. ``asked`` tells what it was asked besides.
+        ValueError: mlx-lm cannot build it.
     """
     try:
         model, config = load_model(
             checkpoint.folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
         )
-    except (AssertionError, KeyError, TypeError) as error:  # how mlx-lm's families refuse a setting
+    # mlx-lm's families refuse a setting in these ways.
+    except (AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"mlx-lm cannot build {checkpoint.folder} from its config.json{asked}: {error}") from error
     return model, config

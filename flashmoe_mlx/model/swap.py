@@ -1,6 +1,6 @@
 """Replace a model's switch layers by streamed ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,86 +13,98 @@ from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint
 from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.layers.fence import Fence
-from flashmoe_mlx.layers.fused_decoder import FewLaunches
 from flashmoe_mlx.layers.lookahead import Lookahead
-from flashmoe_mlx.layers.native_cpu import use_native
-from flashmoe_mlx.layers.readback import Mailbox
-from flashmoe_mlx.layers.shared_expert import make_early
-from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU
-from flashmoe_mlx.model.budget import experts_nbytes, plan, refuse_excess, spare_memory
+from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.router_sync import RouterSync
+from flashmoe_mlx.layers.shared_expert import overlap
+from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU, output_width
+from flashmoe_mlx.model.budget import PoolPlan, auto_budget, experts_nbytes, plan_pools, refuse_excess
 from flashmoe_mlx.model.context import growing_layers, kv_token_nbytes, prefill_step_size, prefill_token_nbytes
-from flashmoe_mlx.model.families import _ROUTERS, _SHARED_EXPERTS, _hidden, find_experts
+from flashmoe_mlx.model.families import find_experts, hidden_size, router, shared_expert
 from flashmoe_mlx.model.info import Streaming
-from flashmoe_mlx.model.precision import _itemsize, to_float32
+from flashmoe_mlx.model.precision import compute_in_float32, itemsize
+from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
-from flashmoe_mlx.streaming.memory_pressure import Pressure
-from flashmoe_mlx.streaming.pinned_memory import Staging, needs_staging
-from flashmoe_mlx.streaming.pool import Pool, slot_nbytes
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
+from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
+from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
-from flashmoe_mlx.system.memory import free_memory, limit_cache
+from flashmoe_mlx.system.memory import available_memory, limit_cache
 
-_STAGED_EXPERTS = 32  # a token's, twice: those it needs, and those read ahead
+# Experts in pinned buffers at once: those a token needs, and those prefetched.
+_PINNED_EXPERTS = 32
 
 
-def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, native_top_k: int) -> Streaming:
-    """Replace every switch layer of a lazily loaded model by a streamed one."""
-    switches, tables = find_experts(model, checkpoint)
+def stream_experts(
+    model: nn.Module, checkpoint: Checkpoint, config: Config, native_top_k: int, backend: Backend
+) -> Streaming:
+    """Replace every switch layer of a lazily loaded model by a streamed or a resident one.
+
+    Args:
+        model (nn.Module): mlx-lm's, nothing of it evaluated.
+        checkpoint (Checkpoint): Where its experts lie.
+        config (Config): Budget and reads.
+        native_top_k (int): The checkpoint's own number of experts per token.
+        backend (Backend): The model's.
+
+    Raises:
+        ValueError: No routed experts, experts that cannot be read in place, or more per token than there are.
+        MemoryError: Trunk and budget do not fit into free memory.
+        OSError: A file cannot be opened, or an expert of the warm start not be read.
+    """
+    switches, tables = find_experts(model, checkpoint, backend)
     top_k = config.experts_per_token or native_top_k
     fewest = min(table.experts for table in tables)
     if top_k > fewest:
         raise ValueError(f"experts_per_token is {top_k}, and a layer of {checkpoint.folder} has {fewest} experts")
     if mx.default_device().type == mx.cpu:
-        use_native(model)
-        to_float32(model)
+        compute_in_float32(model, backend)
+
     trunk_nbytes = _nbytes(model) - sum(map(_nbytes, switches.values()))
-    ram_budget = spare_memory(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
-    shares = plan(tables, ram_budget, top_k)
-    slots_nbytes = sum(share.nbytes for share in shares)
-    streamed = [share for share in shares if not share.all_resident]
-    place_nbytes = max((slot_nbytes(share.tables[0]) for share in streamed), default=0) if needs_staging() else 0
-    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _STAGED_EXPERTS * place_nbytes)
-    itemsize = _itemsize(model)
-    down = next(m.down_proj if isinstance(m, SwitchGLU) else m.fc2 for m in switches.values())
-    token_nbytes = prefill_token_nbytes(
-        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=itemsize
-    )
-    kv_token = kv_token_nbytes(checkpoint.config, growing_layers(model), itemsize)
-    step_size = prefill_step_size(free_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
+    ram_budget = auto_budget(trunk_nbytes, tables) if config.ram_budget == "auto" else config.ram_budget
+    plans = plan_pools(tables, ram_budget, top_k)
+    slots_nbytes = sum(plan.nbytes for plan in plans)
+    streamed = [plan for plan in plans if not plan.all_resident]
+    pinned_nbytes = 0
+    if streamed and needs_pinned_memory():
+        pinned_nbytes = max(plan.tables[0].slot_nbytes for plan in streamed)
+    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _PINNED_EXPERTS * pinned_nbytes)
+    value_nbytes = itemsize(model)
+    token_nbytes = _prefill_token_nbytes(checkpoint, switches, top_k, value_nbytes)
+    prefill_tokens = prefill_step_size(available_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     limit_cache()
     counters = Counters()
-    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
-    first_reads = None
-    if config.manifest is not None:
-        first_reads = FirstReads(Manifest.load(Path(config.manifest), checkpoint), tables)
-    staging = Staging(place_nbytes, _STAGED_EXPERTS) if place_nbytes else None
-    fence = Fence(counters, Mailbox() if place_nbytes else None)
-    replaced: list[tuple[str, nn.Module]] = []
-    places: dict[str, tuple[ExpertTable, Pool]] = {}
-    for share in shares:
-        if share.all_resident:
-            replaced.extend((table.layer, ResidentSwitchGLU(switches[table.layer])) for table in share.tables)
+    pools = _build_pools(streamed, checkpoint, config, counters, pinned_nbytes)
+    sync = RouterSync(counters, PinnedReadback() if pinned_nbytes else None)
+    blocks = _blocks(model, switches)
+    # Routers and shared experts must read what the experts read; some blocks project the experts' input.
+    width = hidden_size(checkpoint.config)
+    plain = {path: block for path, block in blocks.items() if output_width(switches[path]) == width}
+    lookaheads = _lookaheads(tables, pools, blocks, plain, top_k) if config.lookahead and top_k else {}
+    target_slots = _memory_pressure(streamed, pools, top_k)
+    replacements: list[tuple[str, nn.Module]] = []
+    for table in tables:
+        path, switch = table.layer, switches[table.layer]
+        if path not in pools:
+            replacements.append((path, ResidentSwitchGLU(switch, backend)))
             continue
-        pool = Pool(share.slots, share.tables[0], reader, counters, staging, first_reads)
-        places |= {table.layer: (table, pool) for table in share.tables}
-    layers = {
-        table.layer: StreamedSwitchGLU(switches[table.layer], table, pool, fence) for table, pool in places.values()
-    }
-    if config.lookahead and top_k:
-        ordered = {table.layer: places.get(table.layer) for table in tables}
-        _look_ahead(model, layers, ordered, top_k, _hidden(checkpoint.config))
-    if not needs_staging():  # where the GPU shares the memory of the host
-        own = [share.tables[0].layer for share in streamed if len(share.tables) == 1]
-        pressure = Pressure([places[layer][1] for layer in own], max(1, top_k))
-        for layer in own:
-            layers[layer].slots_now = pressure.slots
-    model.update_modules(tree_unflatten([*replaced, *layers.items()]))
+        layer = StreamedSwitchGLU(
+            switch,
+            table,
+            pools[path],
+            sync,
+            backend,
+            start_shared=_start_of_shared_expert(plain.get(path)),
+            lookahead=lookaheads.get(path),
+            target_slots=target_slots.get(path),
+        )
+        replacements.append((path, layer))
+    model.update_modules(tree_unflatten(replacements))
     if config.warm_start is not None:
-        load_residents(config.warm_start, places)
-    pools = tuple({id(pool): pool for _, pool in places.values()}.values())
+        load_residents(config.warm_start, {t.layer: (t, pools[t.layer]) for t in tables if t.layer in pools})
     return Streaming(
         counters=counters,
         experts_per_token=top_k,
@@ -100,41 +112,76 @@ def _stream_experts(model: nn.Module, checkpoint: Checkpoint, config: Config, na
         trunk_nbytes=trunk_nbytes,
         slots_nbytes=slots_nbytes,
         experts_nbytes=experts_nbytes(tables),
-        pools=pools,
-        prefill_step_size=step_size,
-        itemsize=itemsize,
-        kv_token_nbytes=kv_token,
+        pools=tuple(dict.fromkeys(pools.values())),
+        prefill_step_size=prefill_tokens,
+        itemsize=value_nbytes,
+        kv_token_nbytes=kv_token_nbytes(checkpoint.config, growing_layers(model), value_nbytes),
     )
 
 
-def _look_ahead(
-    model: nn.Module,
-    layers: Mapping[str, StreamedSwitchGLU],
-    places: Mapping[str, tuple[ExpertTable, Pool] | None],
+def _build_pools(
+    plans: Sequence[PoolPlan], checkpoint: Checkpoint, config: Config, counters: Counters, pinned_nbytes: int
+) -> dict[str, Pool]:
+    """Return the pool of each streamed layer, by the layer's path."""
+    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
+    tables = [table for plan in plans for table in plan.tables]
+    check = None
+    if config.manifest is not None:
+        check = ManifestCheck(Manifest.load(Path(config.manifest), checkpoint), tables)
+    buffers = PinnedBuffers(pinned_nbytes, _PINNED_EXPERTS) if pinned_nbytes else None
+    pools = {}
+    for plan in plans:
+        pool = Pool(plan.slots, plan.tables[0], reader, counters, buffers, check)
+        pools.update({table.layer: pool for table in plan.tables})
+    return pools
+
+
+def _prefill_token_nbytes(
+    checkpoint: Checkpoint, switches: Mapping[str, nn.Module], top_k: int, value_nbytes: int
+) -> int:
+    down = next(switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2 for switch in switches.values())
+    return prefill_token_nbytes(
+        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=value_nbytes
+    )
+
+
+def _memory_pressure(
+    plans: Sequence[PoolPlan], pools: Mapping[str, Pool], top_k: int
+) -> dict[str, Callable[[Pool], int]]:
+    """Return what tells the layers with a pool of their own how many slots to keep."""
+    # The memory of an NVIDIA GPU is not the host's.
+    if needs_pinned_memory():
+        return {}
+    own = [plan.tables[0].layer for plan in plans if len(plan.tables) == 1]
+    pressure = MemoryPressure([pools[path] for path in own], max(1, top_k))
+    return dict.fromkeys(own, pressure.slots)
+
+
+def _blocks(model: nn.Module, switches: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the MoE block around each switch layer, by the layer's path."""
+    modules = dict(model.named_modules())
+    return {path: modules[path.rpartition(".")[0]] for path in switches}
+
+
+def _lookaheads(
+    tables: Sequence[ExpertTable],
+    pools: Mapping[str, Pool],
+    blocks: Mapping[str, nn.Module],
+    plain: Mapping[str, nn.Module],
     top_k: int,
-    hidden: int | None,
-) -> None:
-    """Give each streamed layer the router of the next, where that is streamed and has a router by itself."""
-    modules = dict(model.named_modules())
-    for path, following in pairwise(places):
-        place = places[following]
-        block = modules[following.rpartition(".")[0]]
-        router = next((block[name] for name in _ROUTERS if isinstance(block.get(name), nn.Module)), None)
-        if path in layers and layers[path].hidden == hidden and place is not None and router is not None:
-            layers[path].lookahead = Lookahead(router, top_k, *place)
+) -> dict[str, Lookahead]:
+    """Return the lookahead of each streamed layer whose next is streamed and has a router module."""
+    lookaheads = {}
+    for table, following in pairwise(tables):
+        next_router = router(blocks[following.layer])
+        if table.layer in pools and table.layer in plain and following.layer in pools and next_router is not None:
+            lookaheads[table.layer] = Lookahead(next_router, top_k, following, pools[following.layer])
+    return lookaheads
 
 
-def _start_early(model: nn.Module, hidden: int | None) -> None:
-    """Let each streamed layer start its block's shared expert."""
-    modules = dict(model.named_modules())
-    for path, block in modules.items():
-        streamed = next((child for child in block.children().values() if isinstance(child, StreamedSwitchGLU)), None)
-        name = next((name for name in _SHARED_EXPERTS if isinstance(block.get(name), nn.Module)), None)
-        layer = modules.get(path.rpartition(".")[0])
-        if streamed is not None and isinstance(layer, FewLaunches):  # which begins it together with the router
-            streamed.start_early = layer.start
-        elif streamed is not None and streamed.hidden == hidden and name is not None:
-            streamed.start_early = make_early(block[name]).start
+def _start_of_shared_expert(block: nn.Module | None) -> Callable[[mx.array], mx.array | None] | None:
+    shared = None if block is None else shared_expert(block)
+    return None if shared is None else overlap(shared).start
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -1,4 +1,8 @@
-"""Attention of a decode step: norm and RoPE, then flash-decoding."""
+"""Gated attention of a decode step: head norms and RoPE, then flash-decoding.
+
+The kernels take a few tokens of one sequence and keep mlx-lm's shapes, ``[1, tokens, ...]``: a view of an array costs
+no launch, but host time.
+"""
 
 import math
 from functools import cache
@@ -6,143 +10,124 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.ops import gpu
-from flashmoe_mlx.ops.dispatch import native_kernels
+from flashmoe_mlx.ops import gpu, native
+from flashmoe_mlx.ops.dispatch import GPUS, Backend, Operation
 
-_QUERIES = 4  # that a simdgroup has
+# Queries that one SIMD group holds.
+_QUERIES = 4
+# Fewest positions of a split, if the cache has as many.
+_SPLIT = 32
+# The merge reads splits one after another.
+_MAX_SPLITS = 128
+# Groups of threads that share the merge of one head.
+_MERGE_GROUPS = 8
 
-_PART = 32  # positions that a part of attention has at least, if there are as many
 
-_MOST_PARTS = 128  # what merges them takes them one after another
-
-
-class Rope(NamedTuple):
-    """How attention norms and turns its queries and keys.
+class Heads(NamedTuple):
+    """How gated attention divides, normalizes and rotates its projections.
 
     Args:
-        dims (int): elements of a head that turn; element ``i`` does with element ``i + dims / 2``.
-        base (float): of the angles: element ``i`` turns by ``position * scale * base ** (-2 i / dims)``.
-        scale (float): of positions.
-        eps (float): of the norms.
+        query (int): Number of query heads.
+        key (int): Number of key and value heads.
+        q_norm (mx.array): Weight of the queries' RMS norm, ``[head_dim]``.
+        k_norm (mx.array): Weight of the keys' RMS norm, ``[head_dim]``.
+        eps (float): Of both norms.
+        dims (int): Rotated elements of a head; element ``i`` pairs with ``i + dims / 2``.
+        base (float): RoPE's: element ``i`` rotates by ``position * scale * base ** (-2 i / dims)``.
+        scale (float): Of positions.
     """
 
+    query: int
+    key: int
+    q_norm: mx.array
+    k_norm: mx.array
+    eps: float
     dims: int
     base: float
     scale: float
-    eps: float
 
 
-def norm_rope(
-    x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The queries and keys of attention, the norm of each head, then RoPE; and its values, as they are.
+@Operation
+def norm_rope(x: mx.array, position: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    """Split projections into queries, keys and values; normalize and rotate queries and keys.
 
     Args:
-        x (mx.array): what is projected, ``[1, tokens, width]``: for each head its query and its output's gate, then the
-            keys, then the values.
-        q_norm (mx.array): weight of the norm, ``[head_dim]``.
-        k_norm (mx.array): likewise.
-        position (mx.array): of the first token, ``[1]``, an integer.
-        heads (int): of queries.
-        key_heads (int): of keys.
-        rope (Rope): how to turn them.
+        x (mx.array): Projections ``[1, tokens, width]``: for each query head its query and its output gate, then all
+            keys, then all values.
+        position (mx.array): Position of the first token, ``[1]``, integer.
+        heads (Heads): The layer's.
 
     Returns:
-        tuple: queries ``[1, heads, tokens, head_dim]``, keys and values ``[1, key_heads, tokens, head_dim]``.
+        tuple: Queries ``[1, heads, tokens, head_dim]``, keys and values ``[1, key_heads, tokens, head_dim]``.
     """
-    if kernels := native_kernels(x):
-        frequencies = _frequencies(rope.dims, rope.base, rope.scale)
-        return kernels.norm_rope(x, q_norm, k_norm, position, frequencies, heads, key_heads, rope.eps)
-    if not gpu.on_gpu():
-        return norm_rope_twin(x, q_norm, k_norm, position, heads=heads, key_heads=key_heads, rope=rope)
-    head_dim = q_norm.size
+    head_dim = heads.q_norm.size
+    q, k, v = mx.split(x, [2 * heads.query * head_dim, (2 * heads.query + heads.key) * head_dim], axis=-1)
+    q = q.reshape(1, -1, heads.query, 2 * head_dim)[..., :head_dim]
+    k, v = (each.reshape(1, -1, heads.key, head_dim) for each in (k, v))
+
+    def rotate(each: mx.array, weight: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(each, weight, heads.eps).swapaxes(1, 2)
+        return mx.fast.rope(
+            normed, heads.dims, traditional=False, base=heads.base, scale=heads.scale, offset=position.squeeze(0)
+        )
+
+    return rotate(q, heads.q_norm), rotate(k, heads.k_norm), v.swapaxes(1, 2)
+
+
+@norm_rope.kernel(Backend.NATIVE, serves=lambda x, position, heads: x.dtype == mx.float32)
+def _(x: mx.array, position: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    frequencies = _frequencies(heads.dims, heads.base, heads.scale)
+    return native.require().norm_rope(
+        x, heads.q_norm, heads.k_norm, position, frequencies, heads.query, heads.key, heads.eps
+    )
+
+
+@norm_rope.kernel(*GPUS)
+def _(x: mx.array, position: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    head_dim = heads.q_norm.size
     queries, keys, values = gpu.run(
         _NORM_ROPE,
-        [x, q_norm, k_norm, position, mx.array([math.log2(rope.base), rope.scale, rope.eps])],
-        [(1, count, x.shape[1], head_dim) for count in (heads, key_heads, key_heads)],
-        threadgroups=(heads + 2 * key_heads, x.shape[1]),
+        [x, heads.q_norm, heads.k_norm, position, mx.array([math.log2(heads.base), heads.scale, heads.eps])],
+        [(1, count, x.shape[1], head_dim) for count in (heads.query, heads.key, heads.key)],
+        threadgroups=(heads.query + 2 * heads.key, x.shape[1]),
         simdgroups=1,
-        template={"DIM": head_dim, "DIMS": rope.dims, "HEADS": heads, "KEY_HEADS": key_heads},
+        template={"DIM": head_dim, "DIMS": heads.dims, "HEADS": heads.query, "KEY_HEADS": heads.key},
     )
     return queries, keys, values
 
 
 @cache
 def _frequencies(dims: int, base: float, scale: float) -> mx.array:
-    """The angles of a step, ``[dims / 2]``, as MLX computes them, but for the scale."""
+    """Return the angles of one position, ``[dims / 2]``, computed as MLX does and scaled."""
     frequencies = mx.exp(mx.arange(0, -(dims // 2), -1, mx.float32) * (math.log(base) / (dims // 2))) * scale
     mx.eval(frequencies)
     return frequencies
 
 
-def norm_rope_twin(
-    x: mx.array, q_norm: mx.array, k_norm: mx.array, position: mx.array, *, heads: int, key_heads: int, rope: Rope
-) -> tuple[mx.array, mx.array, mx.array]:
-    """:func:`norm_rope` in MLX operations, as mlx-lm's layers compute it."""
-    head_dim = q_norm.size
-    q, k, v = mx.split(x, [2 * heads * head_dim, (2 * heads + key_heads) * head_dim], axis=-1)
-    q = q.reshape(1, -1, heads, 2 * head_dim)[..., :head_dim]
-    k, v = (each.reshape(1, -1, key_heads, head_dim) for each in (k, v))
-
-    def turned(each: mx.array, norm: mx.array) -> mx.array:
-        normed = mx.fast.rms_norm(each, norm, rope.eps).swapaxes(1, 2)
-        return mx.fast.rope(
-            normed, rope.dims, traditional=False, base=rope.base, scale=rope.scale, offset=position.squeeze(0)
-        )
-
-    return turned(q, q_norm), turned(k, k_norm), v.swapaxes(1, 2)
+def _decode_attention_on_gpu(
+    queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float
+) -> bool:
+    return queries.shape[-1] % 32 == 0 and queries.dtype == keys.dtype == values.dtype
 
 
-def attend(
+@Operation
+def decode_attention(
     queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float
 ) -> mx.array:
-    """Attention of a few tokens, the last ones of their sequence, times the sigmoid of the output's gate.
+    """Attend from the last tokens of a sequence, and multiply by the sigmoid of the output gates.
 
     Args:
         queries (mx.array): ``[1, heads, tokens, head_dim]``.
-        keys (mx.array): ``[1, key_heads, capacity, head_dim]``: those of all positions, the tokens' own included, and
-            behind them whatever there is room for.
-        values (mx.array): like ``keys``.
-        position (mx.array): of the first token, ``[1]``, int32.
-        x (mx.array): what is projected, ``[1, tokens, width]``; see :func:`norm_rope`.
-        scale (float): of the scores.
+        keys (mx.array): ``[1, key_heads, capacity, head_dim]``: all positions up to the tokens' own, then unused
+            capacity of the cache.
+        values (mx.array): Like ``keys``.
+        position (mx.array): Position of the first token, ``[1]``, int32.
+        x (mx.array): Projections ``[1, tokens, width]``, see :func:`norm_rope`.
+        scale (float): Of the scores.
 
     Returns:
-        mx.array: ``[1, tokens, heads * head_dim]``, of the dtype of ``x``.
+        mx.array: ``[1, tokens, heads * head_dim]``, dtype of ``x``.
     """
-    _, heads, tokens, head_dim = queries.shape
-    _, key_heads, capacity, _ = keys.shape
-    if head_dim % 16 == 0 and (kernels := native_kernels(x)):
-        return kernels.attend(queries, keys, values, position, x, scale)
-    if not gpu.on_gpu() or head_dim % 32 or not queries.dtype == keys.dtype == values.dtype:
-        return attend_twin(queries, keys, values, position, x, scale)
-    share = heads // key_heads
-    each = math.gcd(share, _QUERIES)
-    parts = min(_MOST_PARTS, -(-capacity // _PART))
-    sums, weights = gpu.run(
-        _ATTEND,
-        [queries, keys, values, position, mx.array([scale * math.log2(math.e)])],
-        [(tokens, heads, parts, head_dim), (tokens, heads, parts, 2)],
-        dtypes=[mx.float32, mx.float32],
-        threadgroups=(key_heads * parts, tokens),
-        simdgroups=share // each,
-        template={"DIM": head_dim, "SHARE": share, "EACH": each},
-    )
-    (out,) = gpu.run(
-        _MERGE_ATTENDED,
-        [x, sums, weights],
-        [(1, tokens, heads * head_dim)],
-        threadgroups=(heads, tokens),
-        simdgroups=(groups := 8) * head_dim // 128,
-        template={"DIM": head_dim, "GROUPS": groups},
-    )
-    return out
-
-
-def attend_twin(
-    queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float
-) -> mx.array:
-    """:func:`attend` in MLX operations, as mlx-lm's layers compute it."""
     _, heads, tokens, head_dim = queries.shape
     mask = mx.arange(keys.shape[2]) <= position + mx.arange(tokens)[:, None]
     y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
@@ -150,7 +135,41 @@ def attend_twin(
     return (y.swapaxes(1, 2) * mx.sigmoid(gates)).flatten(2)
 
 
-_NORM_ROPE = gpu.Call(
+@decode_attention.kernel(
+    Backend.NATIVE, serves=lambda queries, *_: queries.shape[-1] % 16 == 0 and queries.dtype == mx.float32
+)
+def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
+    return native.require().decode_attention(queries, keys, values, position, x, scale)
+
+
+@decode_attention.kernel(*GPUS, serves=_decode_attention_on_gpu)
+def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
+    _, heads, tokens, head_dim = queries.shape
+    _, key_heads, capacity, _ = keys.shape
+    share = heads // key_heads
+    queries_each = math.gcd(share, _QUERIES)
+    splits = min(_MAX_SPLITS, -(-capacity // _SPLIT))
+    sums, weights = gpu.run(
+        _ATTENTION_SPLIT,
+        [queries, keys, values, position, mx.array([scale * math.log2(math.e)])],
+        [(tokens, heads, splits, head_dim), (tokens, heads, splits, 2)],
+        dtypes=[mx.float32, mx.float32],
+        threadgroups=(key_heads * splits, tokens),
+        simdgroups=share // queries_each,
+        template={"DIM": head_dim, "SHARE": share, "EACH": queries_each},
+    )
+    (out,) = gpu.run(
+        _ATTENTION_MERGE,
+        [x, sums, weights],
+        [(1, tokens, heads * head_dim)],
+        threadgroups=(heads, tokens),
+        simdgroups=_MERGE_GROUPS * head_dim // 128,
+        template={"DIM": head_dim, "GROUPS": _MERGE_GROUPS},
+    )
+    return out
+
+
+_NORM_ROPE = gpu.Kernel(
     "norm_rope",
     ("x", "q_norm", "k_norm", "position", "rope"),
     """
@@ -161,29 +180,27 @@ _NORM_ROPE = gpu.Call(
     """,
     ("queries", "keys", "values"),
 )
-
-_ATTEND = gpu.Call(
-    "attend",
+_ATTENTION_SPLIT = gpu.Kernel(
+    "attention_split",
     ("queries", "keys", "values", "position", "scale"),
     """
-        const int parts = threadgroups_per_grid.x / keys_shape[1];
-        attend<T, DIM, SHARE, EACH>(
-            queries, keys, values, position, scale, sums, weights,
-            queries_shape[2], queries_shape[1], keys_shape[2], parts, threadgroup_position_in_grid.x / parts,
-            threadgroup_position_in_grid.x % parts, threadgroup_position_in_grid.y,
-            simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-        """,
+    const int splits = threadgroups_per_grid.x / keys_shape[1];
+    attention_split<T, DIM, SHARE, EACH>(
+        queries, keys, values, position, scale, sums, weights,
+        queries_shape[2], queries_shape[1], keys_shape[2], splits, threadgroup_position_in_grid.x / splits,
+        threadgroup_position_in_grid.x % splits, threadgroup_position_in_grid.y,
+        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """,
     ("sums", "weights"),
 )
-
-_MERGE_ATTENDED = gpu.Call(
-    "merge_attended",
+_ATTENTION_MERGE = gpu.Kernel(
+    "attention_merge",
     ("x", "sums", "weights"),
     """
-        threadgroup float shared_[GROUPS * (DIM + 1)];
-        merge_attended<T, DIM, GROUPS>(
-            x, sums, weights, out, shared_,
-            sums_shape[1], sums_shape[2], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-            simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup, thread_index_in_simdgroup);
-        """,
+    threadgroup float shared_[GROUPS * (DIM + 1)];
+    attention_merge<T, DIM, GROUPS>(
+        x, sums, weights, out, shared_,
+        sums_shape[1], sums_shape[2], x_shape[2], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+        simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup, thread_index_in_simdgroup);
+    """,
 )

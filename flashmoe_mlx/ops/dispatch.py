@@ -1,40 +1,105 @@
-"""Which implementation of an operation runs."""
+"""Operations and their backends: each operation is a reference function; kernels register where they serve."""
+
+from collections.abc import Callable
+from enum import Enum
+from functools import update_wrapper
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import mlx.core as mx
 
-from flashmoe_mlx.ops import gpu, native
-from flashmoe_mlx.ops.matrices import Dense, Quantized
+from flashmoe_mlx.ops import native
 
-FEW_TOKENS = 8  # of a call that decodes; in a longer one the device has enough to do
-
-
-def few_tokens(x: mx.array) -> bool:
-    """Whether ``x``, ``[..., width]``, is of a call that decodes."""
-    return x.size <= FEW_TOKENS * x.shape[-1]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-MAX_PAIRS = 128  # of a token and an expert; a product of more is a matrix product, and MLX's own are better at that
+class Backend(Enum):
+    """Which kernels a model runs on. ``load`` chooses one for each model; layers bind their operations to it."""
 
-MAX_TOP_K = 16  # experts of a token, for down()
+    REFERENCE = "MLX operations"
+    NATIVE = "native CPU kernels"
+    METAL = "Metal kernels"
+    CUDA = "CUDA kernels"
 
 
-def has_kernel(x: mx.array, slots: mx.array, *matrices: Quantized | Dense) -> bool:
-    """The dispatch rule: whether the kernels run, on this device and for these operands. Otherwise the twins do.
+GPUS = (Backend.METAL, Backend.CUDA)
+
+
+def choose_backend(kernels: bool = True) -> Backend:
+    """Choose the backend for MLX's default device.
 
     Args:
-        x (mx.array): activations, whatever their shape.
-        slots (mx.array): ``[..., top_k]``, one for each product.
-        matrices (Quantized or Dense): what they are multiplied with.
+        kernels (bool): Use this package's kernels. ``False`` runs MLX operations alone. Default: ``True``.
+
+    Returns:
+        Backend: ``METAL`` or ``CUDA`` on a GPU; on a CPU ``NATIVE`` if the native kernels were built, else
+        ``REFERENCE``, with one warning on Linux.
     """
-    if not gpu.on_gpu():
-        return x.dtype == mx.float32 and slots.size > 0 and native.kernels() is not None
-    return (
-        0 < slots.size <= MAX_PAIRS
-        and slots.shape[-1] <= MAX_TOP_K
-        and all(matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices)
-    )
+    if not kernels:
+        return Backend.REFERENCE
+    if mx.default_device().type == mx.gpu:
+        return Backend.CUDA if mx.cuda.is_available() else Backend.METAL
+    return Backend.REFERENCE if native.kernels() is None else Backend.NATIVE
 
 
-def native_kernels(x: mx.array) -> native.Kernels | None:
-    """The native kernels, if they take ``x``."""
-    return native.kernels() if x.dtype == mx.float32 and not gpu.on_gpu() else None
+class _Kernel(NamedTuple):
+    function: Callable[..., Any]
+    serves: Callable[..., bool] | None
+
+
+class Operation(Generic[P, R]):
+    """A function of arrays with a reference in MLX operations and, per backend, a kernel that may take its place.
+
+    The operation itself is never called: a layer binds it once with :meth:`on`.
+
+    Args:
+        reference (Callable): Defines what the operation computes. It runs on every device, and tests compare the
+            kernels with it.
+
+    Attributes:
+        reference (Callable): The same function.
+    """
+
+    def __init__(self, reference: Callable[P, R]):
+        self.reference = reference
+        self._kernels: dict[Backend, _Kernel] = {}
+        self.__name__ = reference.__name__
+        self.__doc__ = reference.__doc__
+
+    def kernel(
+        self, *backends: Backend, serves: Callable[..., bool] | None = None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register the decorated function as the kernel of some backends.
+
+        Args:
+            backends (Backend): Where it runs.
+            serves (Callable, optional): Takes the operation's arguments and tells whether the kernel can compute
+                them; the reference computes the others. Default: ``None``, it computes all.
+        """
+
+        def register(function: Callable[P, R]) -> Callable[P, R]:
+            for backend in backends:
+                self._kernels[backend] = _Kernel(function, serves)
+            return function
+
+        return register
+
+    def on(self, backend: Backend) -> Callable[P, R]:
+        """Return the function that computes this operation on a backend."""
+        kernel = self._kernels.get(backend)
+        if kernel is None:
+            return self.reference
+        function, serves = kernel
+        if serves is None:
+            return function
+
+        def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+            chosen: Callable[P, R] = function if serves(*args, **kwargs) else self.reference
+            return chosen(*args, **kwargs)
+
+        return update_wrapper(dispatch, self.reference)
+
+    def serves(self, backend: Backend, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Return whether a kernel of the backend computes these arguments."""
+        kernel = self._kernels.get(backend)
+        return kernel is not None and (kernel.serves is None or kernel.serves(*args, **kwargs))

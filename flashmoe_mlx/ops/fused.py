@@ -1,40 +1,47 @@
-"""Functions of arrays that cost the host little per call."""
+"""A function of several operations that costs the host little per call."""
 
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from flashmoe_mlx.ops import native
-from flashmoe_mlx.ops.dispatch import native_kernels
+from flashmoe_mlx.ops.dispatch import Backend
 
-_MOST_CHAINS = 8  # of a function: decoding asks for few shapes
+# Shapes kept per function: a decode step asks for few.
+_MAX_CHAINS = 8
 
 
 class Fused:
-    """A function of arrays that returns some, and costs the host little: on a CPU it is one operation if all that it
-    computes are native kernels, elsewhere ``mx.compile`` keeps what it builds.
+    """Runs a function of arrays with little host work per call.
+
+    On the native backend the operations inside become one MLX operation, if all of them are native. Elsewhere
+    ``mx.compile`` keeps the graph.
 
     Args:
-        function (Callable): depends on its arguments' shapes and dtypes only, and on arrays that never change.
+        function (Callable): Takes and returns arrays. It may depend on its arguments' shapes and dtypes only, and on
+            arrays that never change.
+        backend (Backend): The model's.
     """
 
-    def __init__(self, function: Callable[..., Sequence[mx.array]]):
+    def __init__(self, function: Callable[..., Sequence[mx.array]], backend: Backend):
         self._function = function
         self._compiled: Callable[..., Sequence[mx.array]] = mx.compile(function)
-        self._chains: list[native.Chain] = []  # one for each of the shapes that were asked for, the newest first
-        self._foreign = False
+        # One chain per input shapes, the newest first.
+        self._chains: list[native.Chain] = []
+        self._chainable = backend is Backend.NATIVE
 
     def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
-        """What the function returns, lazily."""
-        kernels = None if self._foreign else native_kernels(inputs[0])
-        if kernels is None:
+        """Return what the function returns, lazily."""
+        kernels = native.kernels()
+        if not self._chainable or kernels is None or inputs[0].dtype != mx.float32:
             return self._compiled(*inputs)
         for chain in self._chains:
-            if (made := chain(inputs)) is not None:
-                return made
-        outputs = self._function(*inputs)
+            if (outputs := chain(inputs)) is not None:
+                return outputs
+        traced = self._function(*inputs)
         try:
-            self._chains = [kernels.Chain(inputs, outputs), *self._chains[: _MOST_CHAINS - 1]]
-        except ValueError:  # MLX computes a part of it
-            self._foreign = True
-        return outputs
+            self._chains = [kernels.Chain(inputs, traced), *self._chains[: _MAX_CHAINS - 1]]
+        except ValueError:
+            # An MLX operation lies between the native ones.
+            self._chainable = False
+        return traced

@@ -1,4 +1,4 @@
-"""How a file of ``kernels/`` becomes a kernel of the GPU that is there, and how it is launched."""
+"""GPU kernels: a source in ``kernels/`` is compiled for Metal or CUDA and launched through MLX."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,29 +8,19 @@ import mlx.core as mx
 
 from flashmoe_mlx.system.package_data import data_dir
 
-DEVICE_MEMORY = 8  # elements; MLX passes smaller arrays in constant memory, where the kernels expect no matrix
+DEVICE_MEMORY = 8
+"""Elements from which on MLX passes an array in device memory. Kernels expect no matrix in constant memory."""
 
 
-def on_gpu() -> bool:
-    """Whether the kernels can run: MLX computes on a GPU, of whatever make."""
-    found: bool = mx.default_device().type == mx.gpu
-    return found
-
-
-def on_nvidia() -> bool:
-    """Whether that GPU is NVIDIA's."""
-    return on_gpu() and mx.cuda.is_available()
-
-
-class Call(NamedTuple):
-    """What MLX makes a kernel of: the names of its operands, and a body that calls the function of its file.
+class Kernel(NamedTuple):
+    """A kernel as MLX needs it: names of its operands, and a body that calls the function of its source file.
 
     Args:
-        name (str): of the kernel, and of its file.
-        inputs (tuple): names of its inputs.
-        body (str): Metal's words, or those that ``cuda.h`` knows as well.
-        outputs (tuple): names of its outputs.
-        uses (tuple): files that its own builds on.
+        name (str): Name of the kernel, and of its file in ``kernels/``.
+        inputs (tuple): Names of its inputs.
+        body (str): Metal source; ``cuda.h`` defines the same words for CUDA.
+        outputs (tuple): Names of its outputs.
+        uses (tuple): Files that its own builds on.
     """
 
     name: str
@@ -41,7 +31,7 @@ class Call(NamedTuple):
 
 
 def run(
-    call: Call,
+    kernel: Kernel,
     inputs: list[mx.array],
     shapes: list[tuple[int, ...]],
     *,
@@ -50,9 +40,19 @@ def run(
     simdgroups: int,
     template: dict[str, Any],
 ) -> list[mx.array]:
-    """Run a kernel. Its outputs have the dtype of the first input, if ``dtypes`` does not say something else."""
+    """Launch a kernel, lazily.
+
+    Args:
+        kernel (Kernel): What to run.
+        inputs (list[mx.array]): In the order of its input names.
+        shapes (list[tuple]): Of the outputs.
+        dtypes (list[mx.Dtype], optional): Of the outputs. Default: ``None``, the dtype of the first input.
+        threadgroups (tuple[int, int]): Columns and rows of the grid.
+        simdgroups (int): SIMD groups of 32 threads in a threadgroup.
+        template (dict): Values of the source's template parameters besides ``T`` and ``SIMDGROUPS``.
+    """
     columns, rows = threadgroups
-    return kernel(call)(
+    return compiled(kernel)(
         inputs=inputs,
         output_shapes=shapes,
         output_dtypes=dtypes or [inputs[0].dtype] * len(shapes),
@@ -63,15 +63,15 @@ def run(
 
 
 @cache
-def kernel(call: Call) -> Callable[..., list[mx.array]]:
-    """What launches a kernel; MLX compiles its text at the first launch."""
+def compiled(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    """Return what launches a kernel. MLX compiles the source at the first launch."""
     folder = data_dir("kernels")
-    text = "".join((folder / f"{file}.metal").read_text() for file in (*call.uses, call.name))
+    text = "".join((folder / f"{file}.metal").read_text() for file in (*kernel.uses, kernel.name))
     if mx.cuda.is_available():
         text = (folder / "cuda.h").read_text() + text
         return mx.fast.cuda_kernel(  # type: ignore[return-value]
-            name=call.name, input_names=call.inputs, output_names=call.outputs, source=call.body, header=text
+            name=kernel.name, input_names=kernel.inputs, output_names=kernel.outputs, source=kernel.body, header=text
         )
     return mx.fast.metal_kernel(  # type: ignore[return-value]
-        name=call.name, input_names=call.inputs, output_names=call.outputs, source=call.body, header=text
+        name=kernel.name, input_names=kernel.inputs, output_names=kernel.outputs, source=kernel.body, header=text
     )

@@ -6,14 +6,15 @@ import mlx.core as mx
 
 
 class Quantized(NamedTuple):
-    """Matrices in MLX's affine quantisation: ``weight = scale * q + bias``, for each group of a row's elements.
+    """One matrix, or a stack of them: ``weight = scale * q + bias`` for each group of a row's elements.
 
     Args:
-        weight (mx.array): ``[slots, rows, columns * bits / 32]``, uint32.
-        scales (mx.array): ``[slots, rows, columns / group_size]``, of the activations' dtype; native ones take any.
-        biases (mx.array): like ``scales``.
-        group_size (int): 32, 64 or 128.
-        bits (int): 2, 3, 4, 5, 6 or 8.
+        weight (mx.array): ``[..., rows, columns * bits / 32]``, uint32.
+        scales (mx.array): ``[..., rows, columns / group_size]``. GPU kernels need the dtype of the activations; native
+            kernels take float32, float16 and bfloat16.
+        biases (mx.array): Shape and dtype of ``scales``.
+        group_size (int): 32, 64 or 128 elements.
+        bits (int): 2, 3, 4, 5, 6 or 8 per element.
     """
 
     weight: mx.array
@@ -24,23 +25,15 @@ class Quantized(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Elements of a product."""
-        return self.weight.shape[1]
+        """Rows of a matrix, which is the size of a product."""
+        return self.weight.shape[-2]
 
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Weight, scales and biases, as kernels take them."""
+        return self.weight, self.scales, self.biases
 
-class Dense(NamedTuple):
-    """A single matrix of a dense layer; see :class:`Quantized`.
-
-    Args:
-        weight (mx.array): ``[rows, columns * bits / 32]``, uint32.
-        scales (mx.array): ``[rows, columns / group_size]``.
-        biases (mx.array): like ``scales``.
-        group_size (int): 32, 64 or 128.
-        bits (int): 2, 3, 4, 5, 6 or 8.
-    """
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
+    @property
+    def format(self) -> tuple[int, int]:
+        """Group size and bits."""
+        return self.group_size, self.bits

@@ -1,4 +1,4 @@
-"""The native kernels of the CPU: whether they are there, and their types. What they compute is told in ops.py."""
+"""The native CPU kernels: loading them, and their types. The operations in this folder define what they compute."""
 
 import sys
 import warnings
@@ -12,16 +12,16 @@ import mlx.core as mx
 
 
 class Chain(Protocol):
-    """Some of these functions in a row as one operation; of inputs in the shapes that it was made for."""
+    """Several native operations as one. Returns ``None`` for inputs of other shapes than it was traced with."""
 
     def __call__(self, inputs: Sequence[mx.array], /) -> list[mx.array] | None: ...
 
 
 class Kernels(Protocol):
-    """The functions of ``native/``. All are lazy, take float32 vectors and add up in float32.
+    """The functions of ``native/``. All are lazy, take float32 vectors and accumulate in float32.
 
-    Matrices are given as ``weight, scales, biases``, with scales in float32, float16 or bfloat16. Their errors are
-    TypeErrors and ValueErrors: an argument of another kind, shape or dtype.
+    Matrices are passed as ``weight, scales, biases``, with scales in float32, float16 or bfloat16. An argument of a
+    wrong kind, shape or dtype raises TypeError or ValueError.
     """
 
     mlx_version: str
@@ -63,19 +63,6 @@ class Kernels(Protocol):
         /,
     ) -> mx.array: ...
 
-    def down(
-        self,
-        x: mx.array,
-        slots: mx.array,
-        scores: mx.array,
-        weight: mx.array,
-        scales: mx.array,
-        biases: mx.array,
-        group_size: int,
-        bits: int,
-        /,
-    ) -> mx.array: ...
-
     def attention(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool, /
     ) -> mx.array: ...
@@ -93,11 +80,11 @@ class Kernels(Protocol):
         /,
     ) -> tuple[mx.array, mx.array, mx.array]: ...
 
-    def attend(
+    def decode_attention(
         self, queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float, /
     ) -> mx.array: ...
 
-    def delta_net(
+    def gated_delta(
         self,
         x: mx.array,
         window: mx.array,
@@ -128,7 +115,7 @@ class Kernels(Protocol):
 
     def route(self, logits: mx.array, top_k: int, normalize: bool, /) -> tuple[mx.array, mx.array]: ...
 
-    def ask(
+    def router_and_shared(
         self,
         x: mx.array,
         router_weight: mx.array,
@@ -158,29 +145,38 @@ class Kernels(Protocol):
 
 @cache
 def kernels() -> Kernels | None:
-    """The native kernels, or ``None`` where they were not built: then MLX's own operations serve, much slower."""
+    """Return the native kernels, or ``None`` if they cannot run here. On Linux the first such call warns once."""
     try:
         module = cast(Kernels, import_module("flashmoe_mlx._native"))
     except ImportError as error:
-        _advise(f"not built ({error})" if "_native" not in str(error) else "not built")
+        _warn(f"not built ({error})" if "_native" not in str(error) else "not built")
         return None
-    # They use MLX's C++ classes, which change from one version to the next.
+    # They use MLX's C++ classes, which change between versions.
     if module.mlx_version != (running := version("mlx")):
-        _advise(f"built for MLX {module.mlx_version}, and this is {running}")
+        _warn(f"built for MLX {module.mlx_version}, and this is {running}")
         return None
     try:
         module.rms_norm(mx.ones((1,)), mx.ones((1,)), 0.0)
-    except TypeError:  # arrays are no arrays to it
-        _advise("built with another nanobind than MLX")
+    except TypeError:
+        # Another nanobind ABI: it does not recognize MLX's arrays.
+        _warn("built with another nanobind than MLX")
         return None
     return module
 
 
-def _advise(what: str) -> None:
-    if sys.platform != "linux":  # nothing is built there
+def require() -> Kernels:
+    """Return the native kernels where a backend was chosen that has them."""
+    module = kernels()
+    assert module is not None
+    return module
+
+
+def _warn(reason: str) -> None:
+    # Other systems build none.
+    if sys.platform != "linux":
         return
     warnings.warn(
-        f"the native CPU kernels are {what}, and without them a CPU is some 20 times slower: "
-        "with a C++20 compiler installed, run pip install again",
+        f"the native CPU kernels are {reason}; without them a CPU is about 20 times slower. "
+        "Install a C++20 compiler and run pip install again",
         stacklevel=3,
     )

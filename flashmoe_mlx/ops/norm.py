@@ -1,107 +1,124 @@
-"""RMS norms fused with what precedes them."""
+"""RMS norms fused with the additions before them."""
+
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.ops import gpu
-from flashmoe_mlx.ops.dispatch import native_kernels
+from flashmoe_mlx.ops import gpu, native
+from flashmoe_mlx.ops.dispatch import GPUS, Backend, Operation
 
 
-def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """A residual connection and the RMS norm behind it.
+class Norm(NamedTuple):
+    """An RMS norm.
+
+    Args:
+        weight (mx.array): ``[hidden]``.
+        eps (float): Added to the mean square.
+    """
+
+    weight: mx.array
+    eps: float
+
+
+def _is_float32(x: mx.array, *_: object) -> bool:
+    return x.dtype == mx.float32
+
+
+def _fills_simdgroups(x: mx.array, *_: object) -> bool:
+    return x.shape[-1] % 32 == 0
+
+
+@Operation
+def add_norm(x: mx.array, y: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """Add to the residual stream and normalize the sum.
 
     Args:
         x (mx.array): ``[1, tokens, hidden]``.
-        y (mx.array): likewise.
-        weight (mx.array): of the norm, ``[hidden]``.
-        eps (float): of the norm.
+        y (mx.array): ``[1, tokens, hidden]``.
+        norm (Norm): Applied to the sum.
 
     Returns:
-        tuple: ``x + y``, and its norm.
+        tuple: ``x + y`` and its norm, each ``[1, tokens, hidden]``.
     """
-    if kernels := native_kernels(x):
-        return kernels.add_norm(x, y, weight, eps)
-    _, tokens, hidden = x.shape
-    if not gpu.on_gpu() or hidden % 32:
-        return add_norm_twin(x, y, weight, eps)
+    total = x + y
+    return total, mx.fast.rms_norm(total, norm.weight, norm.eps)
+
+
+@add_norm.kernel(Backend.NATIVE, serves=_is_float32)
+def _(x: mx.array, y: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    return native.require().add_norm(x, y, norm.weight, norm.eps)
+
+
+@add_norm.kernel(*GPUS, serves=_fills_simdgroups)
+def _(x: mx.array, y: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
     total, normed = gpu.run(
         _ADD_NORM,
-        [x, y, weight, mx.array([eps])],
+        [x, y, norm.weight, mx.array([norm.eps])],
         [x.shape, x.shape],
-        threadgroups=(tokens, 1),
+        threadgroups=(x.shape[1], 1),
         simdgroups=16,
-        template={"HIDDEN": hidden},
+        template={"HIDDEN": x.shape[2]},
     )
     return total, normed
 
 
-def add_norm_twin(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """:func:`add_norm` in MLX operations."""
-    total = x + y
-    return total, mx.fast.rms_norm(total, weight, eps)
-
-
-def combine(
-    x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, weight: mx.array, eps: float
-) -> tuple[mx.array, mx.array]:
-    """The end of a layer, experts weighted and added to the residual, and the norm that the next layer begins with.
+@Operation
+def combine(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """End a layer: weight its experts, add them to the residual stream, and apply the next layer's norm.
 
     Args:
-        x (mx.array): ``[1, tokens, hidden]``.
-        y (mx.array): of the routed experts, ``[1, tokens, top_k, hidden]``.
-        scores (mx.array): theirs and that of the shared expert, ``[1, tokens, top_k + 1]``.
-        shared (mx.array): of the shared expert, ``[1, tokens, hidden]``.
-        weight (mx.array): of the norm, ``[hidden]``.
-        eps (float): of the norm.
+        x (mx.array): Residual stream ``[1, tokens, hidden]``.
+        y (mx.array): Outputs of the routed experts, ``[1, tokens, top_k, hidden]``.
+        scores (mx.array): Their scores, followed by the shared expert's, ``[1, tokens, top_k + 1]``.
+        shared (mx.array): Output of the shared expert, ``[1, tokens, hidden]``.
+        norm (Norm): Applied to the sum.
 
     Returns:
-        tuple: ``[1, tokens, hidden]``, and its norm.
+        tuple: The sum and its norm, each ``[1, tokens, hidden]``.
     """
-    if kernels := native_kernels(x):
-        return kernels.combine(x, y, scores, shared, weight, eps)
-    _, tokens, hidden = x.shape
-    if not gpu.on_gpu() or hidden % 32:
-        return combine_twin(x, y, scores, shared, weight, eps)
+    routed = (y * scores[..., :-1, None]).sum(axis=-2)
+    return add_norm.reference(x, routed + scores[..., -1:] * shared, norm)
+
+
+@combine.kernel(Backend.NATIVE, serves=_is_float32)
+def _(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    return native.require().combine(x, y, scores, shared, norm.weight, norm.eps)
+
+
+@combine.kernel(*GPUS, serves=_fills_simdgroups)
+def _(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
     out, normed = gpu.run(
         _COMBINE,
-        [x, y, scores, shared, weight, mx.array([eps])],
+        [x, y, scores, shared, norm.weight, mx.array([norm.eps])],
         [x.shape, x.shape],
-        threadgroups=(tokens, 1),
+        threadgroups=(x.shape[1], 1),
         simdgroups=16,
-        template={"HIDDEN": hidden, "TOP_K": y.shape[2]},
+        template={"HIDDEN": x.shape[2], "TOP_K": y.shape[2]},
     )
     return out, normed
 
 
-def combine_twin(
-    x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, weight: mx.array, eps: float
-) -> tuple[mx.array, mx.array]:
-    """:func:`combine` in MLX operations, as mlx-lm's blocks compute it."""
-    routed = (y * scores[..., :-1, None]).sum(axis=-2)
-    return add_norm_twin(x, routed + scores[..., -1:] * shared, weight, eps)
-
-
-_ADD_NORM = gpu.Call(
+_ADD_NORM = gpu.Kernel(
     "add_norm",
     ("x", "y", "weight", "eps"),
     """
-        threadgroup float partial[SIMDGROUPS];
-        add_norm<T, HIDDEN, SIMDGROUPS>(
-            x, y, weight, eps, sum, normed, partial,
-            threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-        """,
+    threadgroup float partial[SIMDGROUPS];
+    add_norm<T, HIDDEN, SIMDGROUPS>(
+        x, y, weight, eps, sum, normed, partial,
+        threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """,
     ("sum", "normed"),
     uses=("quantized", "norm"),
 )
-
-_COMBINE = gpu.Call(
+_COMBINE = gpu.Kernel(
     "combine",
     ("x", "y", "scores", "shared", "weight", "eps"),
     """
-        threadgroup float partial[SIMDGROUPS];
-        combine<T, HIDDEN, TOP_K, SIMDGROUPS>(
-            x, y, scores, shared, weight, eps, out, normed, partial,
-            threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-        """,
+    threadgroup float partial[SIMDGROUPS];
+    combine<T, HIDDEN, TOP_K, SIMDGROUPS>(
+        x, y, scores, shared, weight, eps, out, normed, partial,
+        threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """,
     ("out", "normed"),
     uses=("quantized", "norm"),
 )

@@ -9,7 +9,7 @@ from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.manifest import Manifest, _joined
 
 
-class FirstReads:
+class ManifestCheck:
     """Compares each expert with its digest when it is read for the first time.
 
     Args:
@@ -22,7 +22,7 @@ class FirstReads:
         self._tables = {table.layer: table for table in tables}
         self._checked: set[tuple[str, int]] = set()
 
-    def landed(
+    def on_filled(
         self, layer: str, experts: Sequence[int], buffers: Sequence[Sequence[memoryview]]
     ) -> Callable[[Sequence[memoryview]], None] | None:
         """What compares each of a layer's experts when the last of its parts has landed, if any is new.

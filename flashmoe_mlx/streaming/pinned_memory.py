@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 
-class Staging:
+class PinnedBuffers:
     """Page-locked memory in equal places, and copies from there to memory of the GPU.
 
     The host can write MLX's arrays, which MLX moves to managed memory for it: the pages then travel one by one when a
@@ -19,15 +19,15 @@ class Staging:
     It calls the driver, because MLX has no copy into a part of an array that exists.
 
     Args:
-        place_nbytes (int): bytes of a place.
-        places (int): how many there are.
+        buffer_nbytes (int): bytes of a buffer.
+        count (int): number of buffers.
 
     Raises:
         MemoryError: the driver does not give the memory.
         RuntimeError: it refuses something else.
     """
 
-    def __init__(self, place_nbytes: int, places: int):
+    def __init__(self, buffer_nbytes: int, count: int):
         device = ctypes.c_int()
         self._context = ctypes.c_void_p()
         self._stream = ctypes.c_void_p()
@@ -36,11 +36,11 @@ class Staging:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)  # the one that MLX uses
         self._call("cuCtxSetCurrent", self._context)
         self._call("cuStreamCreate", ctypes.byref(self._stream), 1)  # does not wait for MLX's streams
-        memory = self._allocate(place_nbytes * places)
+        memory = self._allocate(buffer_nbytes * count)
         self._address = ctypes.addressof(memory)
         self._bytes = memoryview(memory).cast("B")
-        self._place_nbytes = place_nbytes
-        self._free = list(range(places))
+        self._buffer_nbytes = buffer_nbytes
+        self._free = list(range(count))
 
     @property
     def free(self) -> int:
@@ -48,28 +48,34 @@ class Staging:
         return len(self._free)
 
     def take(self, sizes: Sequence[int]) -> tuple[int, list[memoryview]]:
-        """Take a free place and cut it into buffers of these ``sizes``, in bytes."""
+        """Take a free place and cut it into buffers of these ``sizes``, in bytes.
+
+        Raises:
+            OSError: none is free, because reads into all of them are stuck.
+        """
+        if not self._free:
+            raise OSError("all pinned memory is blocked by stuck reads: check the disk")
         place = self._free.pop()
-        buffers, begin = [], place * self._place_nbytes
+        buffers, begin = [], place * self._buffer_nbytes
         for size in sizes:
             buffers.append(self._bytes[begin : begin + size])
             begin += size
         return place, buffers
 
     def copy(self, place: int, sizes: Sequence[int], addresses: Sequence[int]) -> None:
-        """Copy the buffers of a place to the GPU, each to its address; done once :meth:`finish` returns.
+        """Copy the buffers of a place to the GPU, each to its address; done once :meth:`synchronize` returns.
 
         Raises:
             RuntimeError: the driver refuses.
         """
         self._call("cuCtxSetCurrent", self._context)  # of this thread
-        begin = self._address + place * self._place_nbytes
+        begin = self._address + place * self._buffer_nbytes
         for size, address in zip(sizes, addresses, strict=True):
             to, start = ctypes.c_void_p(address), ctypes.c_void_p(begin)
             self._call("cuMemcpyHtoDAsync_v2", to, start, ctypes.c_size_t(size), self._stream)
             begin += size
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         """Wait for all copies.
 
         Raises:
@@ -127,6 +133,6 @@ def device_address(array: mx.array) -> int:
     return int(address.item())
 
 
-def needs_staging() -> bool:
+def needs_pinned_memory() -> bool:
     """Whether files cannot be read straight into memory that the device computes with."""
     return mx.cuda.is_available() and mx.default_device().type == mx.gpu

@@ -1,82 +1,107 @@
-"""Reads in flight: the jobs of one call, their threads and their deadlines."""
+"""A batch of reads in flight: the work of each thread, deadlines, and buffers that are still in use."""
 
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from flashmoe_mlx.checkpoint.span import Span
-from flashmoe_mlx.streaming.read_error import Landed, _failure, _Read
-from flashmoe_mlx.system.daemon_threads import Threads
+from flashmoe_mlx.streaming.read import OnFilled, Read
+from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
-_MOST_MERGED = 1 << 20  # bytes; enough reads are to be left for all threads
-
-_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")
-
-_PATIENCE = 0.5  # seconds for reads of a request that has failed, or of a process that ends
+# Longest time that a batch which failed waits for its threads to leave its buffers alone.
+_STOP_SECONDS = 0.5
 
 
-class _Job:
-    """What a thread does for a batch: ``read`` is what it may be writing, with ``done`` bytes there ``since`` when."""
+class Job:
+    """The work of one thread on a batch.
+
+    Attributes:
+        begun (bool): A thread works on it.
+        ended (bool): The thread is done.
+        error (BaseException, optional): What the thread raised.
+        read (Read, optional): The read whose buffers the thread may be writing to.
+        done (int): Bytes of it that have been read.
+        since (float): Time of the last progress, in seconds.
+    """
 
     def __init__(self) -> None:
         self.begun = False
         self.ended = False
         self.error: BaseException | None = None
-        self.read: _Read | None = None
+        self.read: Read | None = None
         self.done = 0
         self.since = time.perf_counter()
 
-    def begin(self, read: _Read, done: int) -> None:
+    def begin(self, read: Read, done: int) -> None:
+        """Note that the thread goes on with a read of which ``done`` bytes are there."""
         self.since = time.perf_counter()
         self.done = done
         self.read = read
 
 
-class _Batch:
-    """Reads under way: ``cold`` has those that nobody waits for yet."""
+class Batch:
+    """The reads of one request, shared among threads.
 
-    def __init__(self, threads: Threads, reads: Sequence[_Read], timeout: float, landed: Landed | None):
-        self.cold: deque[tuple[_Read, int]] = deque()  # and how many bytes are there already
-        self._reads = reads
+    Args:
+        threads (DaemonThreads): The threads to use.
+        reads (Sequence[Read]): All reads of the request.
+        timeout (float): Seconds without progress after which a read has failed.
+        on_filled (OnFilled, optional): Called with buffers as soon as they are filled. Default: ``None``.
+
+    Attributes:
+        reads (Sequence[Read]): All reads of the request.
+        cold (deque[tuple[Read, int]]): Reads that must wait for the device and have no thread yet, and how many of
+            their bytes are there.
+    """
+
+    def __init__(self, threads: DaemonThreads, reads: Sequence[Read], timeout: float, on_filled: OnFilled | None):
+        self.reads = reads
+        self.cold: deque[tuple[Read, int]] = deque()
         self._threads = threads
         self._timeout = timeout
-        self.landed = landed or (lambda buffers: None)
+        self._on_filled = on_filled
         self._stopped = False
-        self._jobs: list[_Job] = []
-        self._ended: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: list[Job] = []
+        self._ended: SimpleQueue[Job] = SimpleQueue()
 
     @property
-    def pending(self) -> Sequence[_Read]:
-        """Those that a thread may be making or still make."""
+    def pending(self) -> Sequence[Read]:
+        """Return the reads that a thread may be making, or may still begin."""
         if not self._stopped:
-            return () if all(job.ended for job in self._jobs) else self._reads
+            return () if all(job.ended for job in self._jobs) else self.reads
         current = [job.read for job in self._jobs if job.begun and not job.ended]
         reads = [read for read in current if read is not None]
-        return reads if len(reads) == len(current) else self._reads  # one is between two reads
+        # All of them, while a thread is between two reads.
+        return reads if len(reads) == len(current) else self.reads
+
+    def filled(self, buffers: Sequence[memoryview]) -> None:
+        """Note that buffers have been filled."""
+        if self._on_filled is not None:
+            self._on_filled(buffers)
 
     def submit(self, count: int, work: Callable[..., None], queue: deque[Any]) -> None:
-        """Let ``count`` threads do the same work."""
+        """Let ``count`` threads call ``work(batch, job, queue)``."""
         for _ in range(count):
-            job = _Job()
+            job = Job()
             self._jobs.append(job)
             self._threads.submit(partial(self._run, job, work, queue))
 
     def wait(self) -> None:
-        """Return when all reads are made, or raise what the first one that failed did.
+        """Wait for all reads.
 
         Raises:
-            ReadError: a read failed, or has been under way for too long.
+            ReadError: A read failed or made no progress.
+            OSError: ``on_filled`` refused what was read.
         """
         running = True
         while running:
-            running = not all(job.ended for job in self._jobs)  # a job may add others before it ends
+            # A job may submit others before it ends, so the errors of all are looked at once more.
+            running = not all(job.ended for job in self._jobs)
             for job in self._jobs:
                 if job.error is not None:
                     raise job.error
@@ -87,23 +112,24 @@ class _Batch:
                     self._refuse_stuck()
 
     def stop(self) -> None:
-        """Give up what nobody has begun, and wait until no thread touches a buffer any more; but not for long."""
+        """Drop the reads that no thread has begun, and wait for the others, but only for half a second."""
         self._stopped = True
-        deadline = time.perf_counter() + _PATIENCE
+        deadline = time.perf_counter() + _STOP_SECONDS
         while self.pending and (left := deadline - time.perf_counter()) > 0:
             with suppress(Empty):
                 self._ended.get(timeout=left)
 
-    def taken(self, queue: deque[_T], job: "_Job") -> Iterator[_T]:
-        """Take one after another from a queue until it is empty; other threads may do the same."""
+    def take(self, queue: deque[T], job: Job) -> Iterator[T]:
+        """Yield items of a queue until it is empty or the batch stops. Several threads may share the queue."""
         while queue and not self._stopped:
             job.read = None
             try:
                 yield queue.popleft()
-            except IndexError:  # another thread took the last one
+            except IndexError:
+                # Another thread took the last item.
                 return
 
-    def _run(self, job: "_Job", work: Callable[..., None], queue: deque[Any]) -> None:
+    def _run(self, job: Job, work: Callable[..., None], queue: deque[Any]) -> None:
         job.since = time.perf_counter()
         job.begun = True
         try:
@@ -114,34 +140,14 @@ class _Batch:
         self._ended.put(job)
 
     def _refuse_stuck(self) -> None:
-        """Raise for a read that takes too long; another thread takes the place of the one that is stuck in it."""
+        """Raise for a read without progress, and replace the thread that is stuck in it."""
         now = time.perf_counter()
         stuck = [job for job in self._jobs if not job.ended and now - job.since > self._timeout]
+        self._threads.allow(sum(job.begun for job in stuck))
         for job in stuck:
-            self._threads.add(job.begun)
-        for job in stuck:
-            read = job.read or self._reads[0]
-            path, offset, nbytes, _ = read
-            raise _failure(
-                read,
+            read = job.read or self.reads[0]
+            raise read.error(
                 job.done,
-                f"no answer for {self._timeout:g} s while reading {nbytes} bytes at offset {offset} of {path}. "
-                "Check the disk, or allow more time with read_timeout",
+                f"no progress for {self._timeout:g} s while reading {read.nbytes} bytes at offset {read.offset} of "
+                f"{read.path}: check the disk, or allow more time with read_timeout",
             )
-
-
-def _merged(reads: Iterable[tuple[Span, memoryview]]) -> list[_Read]:
-    """Join small spans that follow one another in a file: a read of 7 KB costs Python as much as the copy."""
-    merged: list[_Read] = []
-    last_path, end, size = "", -1, 0
-    for (path, offset, nbytes), buffer in reads:
-        if offset == end and path == last_path and size + nbytes <= _MOST_MERGED and len(merged[-1][3]) < _MOST_BUFFERS:
-            _, first, _, buffers = merged[-1]
-            size += nbytes
-            buffers.append(buffer)
-            merged[-1] = (path, first, size, buffers)
-        else:
-            last_path, size = path, nbytes
-            merged.append((path, offset, nbytes, [buffer]))
-        end = offset + nbytes
-    return merged

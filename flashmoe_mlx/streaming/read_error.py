@@ -1,21 +1,15 @@
 """The error of a read that did not complete."""
 
-from collections.abc import Callable, Sequence
-
-_Read = tuple[str, int, int, list[memoryview]]  # path, offset, bytes, and the buffers they go to
-
-Landed = Callable[[Sequence[memoryview]], None]
-
 
 class ReadError(OSError):
-    """Bytes of a file that did not arrive as they should.
+    """Bytes of a file could not be read, or cannot be trusted.
 
     Args:
-        message (str): one line for people.
-        path (str): the file.
-        offset (int): where in the file the read began.
-        wanted (int): its bytes.
-        got (int): how many of them arrived. All of them, if the file is no longer the one that was opened.
+        message (str): One line for people.
+        path (str): The file.
+        offset (int): Where the read began in the file.
+        wanted (int): Bytes that were asked for.
+        got (int): Bytes that were read: all of them, if the file is no longer the one that was opened.
     """
 
     def __init__(self, message: str, path: str, offset: int, wanted: int, got: int):
@@ -24,8 +18,3 @@ class ReadError(OSError):
         self.offset = offset
         self.wanted = wanted
         self.got = got
-
-
-def _failure(read: _Read, got: int, message: str) -> ReadError:
-    path, offset, nbytes, _ = read
-    return ReadError(message, path, offset, nbytes, got)

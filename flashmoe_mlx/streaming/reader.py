@@ -1,4 +1,4 @@
-"""Spans of files -> bytes in given buffers, in parallel, completely or not at all. Knows no MLX graph."""
+"""Reads spans of files into buffers, on many threads: completely, or with an error. Knows no MLX graph."""
 
 import errno
 import fcntl
@@ -9,239 +9,249 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from operator import itemgetter
 
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.read_batch import _PATIENCE, _Batch, _Job, _merged
-from flashmoe_mlx.streaming.read_error import Landed, _failure, _Read
-from flashmoe_mlx.system.daemon_threads import Threads
+from flashmoe_mlx.streaming.read import OnFilled, Read, merge
+from flashmoe_mlx.streaming.read_batch import Batch, Job
+from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
-_LARGE = 1 << 16  # bytes that take longer to copy than a thread takes to wake
-_MOST_COPIERS = 8
-_ONLY_CACHED: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read what the page cache has, do not wait for the device
-_F_RDAHEAD = 45  # macOS; Python has no name for it
+# Bytes of a read from which copying takes longer than waking a thread.
+_LARGE_NBYTES = 1 << 16
+
+_MAX_COPIERS = 8
+
+# Longest wait for threads when a reader is closed.
+_CLOSE_SECONDS = 0.5
+
+# Linux only: read what is in the page cache, without waiting for the device.
+_ONLY_CACHED: int = getattr(os, "RWF_NOWAIT", 0)
+
+# macOS only. Python's fcntl has no name for it.
+_F_RDAHEAD = 45
 
 
 class Reader:
-    """Reads spans with positional reads on a few threads.
+    """Fills buffers with positional reads on a few threads.
 
-    What the page cache has is copied by the calling thread and, if it is large, by as many others as there are cores.
-    What it has not is left to threads of their own, so that the device has many reads to work on. Where the OS cannot
-    tell the two apart, all of it is left to them: whoever waits for the device may wait for ever, and the calling
-    thread must not. Threads move bytes only: an MLX array belongs to the thread that made it.
+    The calling thread copies what is in the page cache; for large reads, as many other threads as there are cores help.
+    The rest is left to more threads, so that the device always has many requests queued. Where the OS cannot tell the
+    two apart, other threads make all reads: a device read can block forever, so the calling thread never makes one.
+    Threads only move bytes, because MLX arrays belong to the thread that made them.
 
     Args:
-        paths (Iterable[str]): the files that will be read; they stay open.
-        threads (int): how many reads may be under way at once; as many again for those that were started ahead.
-        counters (Counters): where bytes and seconds are added up.
-        timeout (float): seconds without a byte after which a read has failed. Default: 60.
+        paths (Iterable[str]): Files to read from. They stay open.
+        threads (int): Device reads in flight at once, and as many again for prefetches.
+        counters (Counters): Adds up bytes and seconds.
+        timeout (float): Seconds without progress after which a read has failed. Default: 60.
 
     Raises:
-        OSError: a file cannot be opened.
+        OSError: A file cannot be opened.
     """
 
     def __init__(self, paths: Iterable[str], threads: int, counters: Counters, timeout: float = 60):
         self._files: dict[str, int] = {}
-        self._threads = Threads(threads, "expert-reader")
-        self._ahead = Threads(threads, "expert-reader-ahead")  # so that ``read`` need not queue behind it
-        weakref.finalize(self, _close, self._files, self._threads, self._ahead)
+        self._threads = DaemonThreads(threads, "expert-reader")
+        # Their own threads, so that a read never queues behind a prefetch.
+        self._prefetch_threads = DaemonThreads(threads, "expert-prefetch")
+        weakref.finalize(self, _close, self._files, self._threads, self._prefetch_threads)
         for path in paths:
             self._files[path] = os.open(path, os.O_RDONLY)
-            _expect_random_reads(self._files[path])
+            _disable_readahead(self._files[path])
         self._versions = {path: _version(os.fstat(file)) for path, file in self._files.items()}
-        self._absolute = {path: os.path.abspath(path) for path in self._files}  # the program may change its folder
-        self._waiters = threads  # for the device
-        self._copiers = min(threads, _MOST_COPIERS, os.cpu_count() or 1) - 1  # besides the calling thread
-        self._knows_cached = all(map(_tells_cached, self._files.values()))
+        # The program may change its working directory.
+        self._absolute = {path: os.path.abspath(path) for path in self._files}
+        self._device_readers = threads
+        # Without the calling thread.
+        self._copiers = min(threads, _MAX_COPIERS, os.cpu_count() or 1) - 1
+        self._knows_cached = all(map(_knows_cached, self._files.values()))
         self._counters = counters
         self._timeout = timeout
-        self._batches: list[_Batch] = []  # whose threads may write to buffers
+        # Those whose threads may write to buffers.
+        self._batches: list[Batch] = []
 
-    def read(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> None:
-        """Fill every buffer from its span.
+    def read(self, spans: Iterable[tuple[Span, memoryview]], on_filled: OnFilled | None = None) -> None:
+        """Fill buffers.
 
         Args:
-            reads: spans, each with a buffer of ``span.nbytes`` bytes. Small ones that follow one another here and in
-                a file are read at once.
-            landed (Callable, optional): is called with buffers as soon as they are filled, by the thread that did it,
-                while others are read. What it raises is raised as if a read had failed.
+            spans (Iterable[tuple[Span, memoryview]]): Spans, each with a buffer of ``span.nbytes`` bytes. Small spans
+                are merged if they are contiguous in a file and follow each other here.
+            on_filled (OnFilled, optional): Called with buffers as soon as they are filled, by the thread that filled
+                them, while others are read. What it raises is raised as if a read had failed.
 
         Raises:
-            ReadError: a file could not be read to the end of a span, or not in time, or it has changed. What the
-                buffers hold is undefined, and :meth:`writes` tells which of them may still be written to.
+            ReadError: A file is too short, has changed, or could not be read in time. The buffers hold anything then,
+                and :meth:`writes` returns which of them may still be written to.
         """
         begin = time.perf_counter()
-        # Threads compete for Python's lock around each read, so one makes all the small ones while others make large.
-        small: deque[_Read] = deque()
-        large: deque[_Read] = deque()
-        nbytes = 0
-        merged = _merged(reads)
-        for read in merged:
-            nbytes += read[2]
-            (small if read[2] < _LARGE and self._knows_cached else large).append(read)
-        batch = _Batch(self._threads, merged, self._timeout, landed)
+        # Threads compete for the GIL around each read, so this one makes all the small reads itself.
+        small: deque[Read] = deque()
+        large: deque[Read] = deque()
+        batch = self._batch(self._threads, spans, on_filled)
+        for read in batch.reads:
+            (small if read.nbytes < _LARGE_NBYTES and self._knows_cached else large).append(read)
         try:
-            self._batches.append(batch)
             if self._knows_cached:
-                batch.submit(min(self._copiers, len(large)), self._copy, large)
-                self._copy(batch, _Job(), small)
-                self._copy(batch, _Job(), large)
+                batch.submit(min(self._copiers, len(large)), self._copy_all, large)
+                self._copy_all(batch, Job(), small)
+                self._copy_all(batch, Job(), large)
             else:
-                batch.submit(min(self._copiers + 1, len(large)), self._copy, large)
-            batch.wait()
-        finally:
-            self._end(batch)
-        self._refuse_changed(merged)
-        self._counters.bytes_read += nbytes
-        self._counters.read_seconds += time.perf_counter() - begin
-
-    def start(self, reads: Iterable[tuple[Span, memoryview]], landed: Landed | None = None) -> Callable[[], None]:
-        """Begin to fill every buffer from its span, on threads of their own; ``read`` may be called meanwhile.
-
-        Args:
-            reads: as for ``read``.
-            landed: likewise.
-
-        Returns:
-            Callable[[], None]: waits for all of them; to be called once. Raises ReadError as ``read`` does. Until it
-            is back, threads may write to any buffer. Bytes are counted by then, and the seconds it really waited.
-        """
-        merged = _merged(reads)
-        nbytes = sum(read[2] for read in merged)
-        queue = deque(merged)
-        batch = _Batch(self._ahead, merged, self._timeout, landed)
-        try:
-            self._batches.append(batch)
-            batch.submit(min(max(1, self._copiers), len(queue)), self._copy, queue)
+                batch.submit(min(self._copiers + 1, len(large)), self._copy_all, large)
         except BaseException:
             self._end(batch)
             raise
+        self._complete(batch, begin)
 
-        def finish() -> None:
-            begin = time.perf_counter()
-            try:
-                batch.wait()
-            finally:
-                self._end(batch)
-            self._refuse_changed(merged)
-            self._counters.bytes_read += nbytes
-            self._counters.read_seconds += time.perf_counter() - begin
+    def start(self, spans: Iterable[tuple[Span, memoryview]], on_filled: OnFilled | None = None) -> Callable[[], None]:
+        """Begin to fill buffers in the background. :meth:`read` may be called meanwhile.
 
-        return finish
+        Args:
+            spans (Iterable[tuple[Span, memoryview]]): As for :meth:`read`.
+            on_filled (OnFilled, optional): As for :meth:`read`.
+
+        Returns:
+            Callable: Waits for all reads, counts bytes and the seconds really waited, and raises what :meth:`read`
+            does. Call it once. Until it returns, threads may write to any of the buffers.
+        """
+        batch = self._batch(self._prefetch_threads, spans, on_filled)
+        queue = deque(batch.reads)
+        try:
+            batch.submit(min(max(1, self._copiers), len(queue)), self._copy_all, queue)
+        except BaseException:
+            self._end(batch)
+            raise
+        return lambda: self._complete(batch, time.perf_counter())
 
     def writes(self, buffers: Iterable[memoryview]) -> bool:
-        """Whether a thread may still write to one of these buffers, because its read is stuck or was interrupted."""
+        """Return whether a thread may still write to one of these buffers, because its read is stuck."""
         wanted = set(map(id, buffers))
-        return any(id(buffer) in wanted for batch in self._batches for read in batch.pending for buffer in read[3])
+        return any(id(buffer) in wanted for batch in self._batches for read in batch.pending for buffer in read.buffers)
 
-    def _end(self, batch: "_Batch") -> None:
+    def _batch(
+        self, threads: DaemonThreads, spans: Iterable[tuple[Span, memoryview]], on_filled: OnFilled | None
+    ) -> Batch:
+        batch = Batch(threads, merge(spans), self._timeout, on_filled)
+        self._batches.append(batch)
+        return batch
+
+    def _complete(self, batch: Batch, begin: float) -> None:
+        """Wait for a batch, and count its bytes and the seconds since ``begin``."""
+        try:
+            batch.wait()
+        finally:
+            self._end(batch)
+        self._refuse_changed(batch.reads)
+        self._counters.bytes_read += sum(read.nbytes for read in batch.reads)
+        self._counters.read_seconds += time.perf_counter() - begin
+
+    def _end(self, batch: Batch) -> None:
         batch.stop()
         self._batches = [each for each in self._batches if each.pending]
 
-    def _refuse_changed(self, reads: Sequence[_Read]) -> None:
-        """Refuse bytes of files that changed since they were opened. After a read, so that no change slips through."""
-        for path in set(map(itemgetter(0), reads)):
+    def _refuse_changed(self, reads: Sequence[Read]) -> None:
+        """Refuse bytes of files that changed since they were opened; after the reads, so that no change is missed."""
+        for path in {read.path for read in reads}:
             try:
                 version = _version(os.stat(self._absolute[path]))
             except OSError:
                 version = None
             if version != self._versions[path]:
                 what = "is gone" if version is None else "has changed or was replaced"
-                read = next(read for read in reads if read[0] == path)
-                raise _failure(read, read[2], f"{path} {what} since the model was loaded. Load the model again")
+                read = next(read for read in reads if read.path == path)
+                raise read.error(read.nbytes, f"{path} {what} since the model was loaded: load the model again")
 
-    def _copy(self, batch: "_Batch", job: "_Job", reads: deque[_Read]) -> None:
-        """Make one read after another until none is left, but leave to others what is not in the page cache."""
-        for read in batch.taken(reads, job):
+    def _copy_all(self, batch: Batch, job: Job, queue: deque[Read]) -> None:
+        """Copy what is in the page cache, and leave the rest to threads that wait for the device."""
+        for read in batch.take(queue, job):
             job.begin(read, 0)
-            self._read(read, batch, job)
-        # Only now, since the reads above have already made the device begin what is not in the page cache.
-        batch.submit(min(self._waiters, len(batch.cold)), self._finish_all, batch.cold)
+            if self._knows_cached:
+                self._copy(read, batch)
+            else:
+                self._finish(read, batch, job)
+        # Only now, because the attempts above have already started readahead for what is not cached.
+        batch.submit(min(self._device_readers, len(batch.cold)), self._finish_all, batch.cold)
 
-    def _read(self, read: _Read, batch: "_Batch", job: "_Job") -> None:
-        """Make a read; if not all of it is in the page cache, leave it to those who wait for the device."""
-        if not self._knows_cached:
-            return self._finish(read, batch, job)
-        path, offset, nbytes, buffers = read
+    def _copy(self, read: Read, batch: Batch) -> None:
         try:
-            done = os.preadv(self._files[path], buffers, offset, _ONLY_CACHED)
-        except OSError:  # nothing is; or an error, which whoever finishes the read meets again if it persists
+            done = os.preadv(self._files[read.path], read.buffers, read.offset, _ONLY_CACHED)
+        except OSError:
+            # Nothing is cached; or another error, which the device read meets again if it persists.
             done = 0
-        if done < nbytes:
+        if done < read.nbytes:
             batch.cold.append((read, done))
         else:
-            batch.landed(buffers)
+            batch.filled(read.buffers)
 
-    def _finish_all(self, batch: "_Batch", job: "_Job", cold: deque[tuple[_Read, int]]) -> None:
-        """Wait for the device, one read after another until none is left."""
-        for read, done in batch.taken(cold, job):
+    def _finish_all(self, batch: Batch, job: Job, cold: deque[tuple[Read, int]]) -> None:
+        for read, done in batch.take(cold, job):
             job.begin(read, done)
             self._finish(read, batch, job)
 
-    def _finish(self, read: _Read, batch: "_Batch", job: "_Job") -> None:
-        """Make a read whose first ``job.done`` bytes are there."""
+    def _finish(self, read: Read, batch: Batch, job: Job) -> None:
+        """Wait for the device until the rest of a read is there. A signal or the OS may cut a call short."""
         path, offset, nbytes, buffers = read
-        again = True
-        while job.done < nbytes:  # a signal or the OS may cut a read short
+        retried = False
+        while job.done < nbytes:
             try:
-                count = os.preadv(self._files[path], _without(job.done, buffers), offset + job.done)
+                count = os.preadv(self._files[path], _skip(job.done, buffers), offset + job.done)
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.EIO and again:  # devices have bad moments
-                    again = False
+                # Once, because some device errors are transient.
+                if error.errno == errno.EIO and not retried:
+                    retried = True
                     continue
-                failure = _failure(
-                    read, job.done, f"cannot read {nbytes} bytes at offset {offset} of {path}: {error.strerror}"
+                failed = read.error(
+                    job.done, f"cannot read {nbytes} bytes at offset {offset} of {path}: {error.strerror}"
                 )
-                failure.errno = error.errno
-                raise failure from error
+                failed.errno = error.errno
+                raise failed from error
             if not count:
-                short = f"{path} ends {nbytes - job.done} bytes too early: it was truncated. Download it again"
-                raise _failure(read, job.done, short)
+                short = f"{path} ends {nbytes - job.done} bytes too early, it was truncated: download it again"
+                raise read.error(job.done, short)
             job.done += count
             job.since = time.perf_counter()
-        batch.landed(buffers)
+        batch.filled(buffers)
 
 
-def _without(done: int, buffers: list[memoryview]) -> list[memoryview]:
-    """What follows the first ``done`` bytes of buffers."""
+def _skip(nbytes: int, buffers: list[memoryview]) -> list[memoryview]:
+    """Return what follows the first ``nbytes`` bytes of some buffers."""
     for number, buffer in enumerate(buffers):
-        if done < buffer.nbytes:
-            return [buffer[done:], *buffers[number + 1 :]]
-        done -= buffer.nbytes
+        if nbytes < buffer.nbytes:
+            return [buffer[nbytes:], *buffers[number + 1 :]]
+        nbytes -= buffer.nbytes
     return []
 
 
-def _expect_random_reads(file: int) -> None:
-    """Keep the OS from reading on after a span: other experts would take the page cache, and the device's time."""
+def _disable_readahead(file: int) -> None:
+    """Keep the OS from reading past a span, which costs page cache and bandwidth for experts nobody asked for."""
     if sys.platform == "darwin":
         fcntl.fcntl(file, _F_RDAHEAD, 0)
     elif hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
 
 
-def _tells_cached(file: int) -> bool:
-    """Whether a file can be read without waiting for the device."""
+def _knows_cached(file: int) -> bool:
+    """Return whether the OS and the file system can read only what is in the page cache."""
     try:
         return _ONLY_CACHED > 0 and os.preadv(file, [bytearray(1)], 0, _ONLY_CACHED) >= 0
     except BlockingIOError:
         return True
-    except OSError:  # not on this file system
+    except OSError:
         return False
 
 
 def _version(stat: os.stat_result) -> tuple[int, int, int]:
-    """What changes when another file takes a file's place, or other bytes its own."""
+    """Return what changes when a file is replaced or written to."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _close(files: dict[str, int], *pools: Threads) -> None:
-    """Close files, unless a thread is stuck in one of them; then the process is about to end."""
-    deadline = time.perf_counter() + _PATIENCE
-    with suppress(KeyboardInterrupt):  # it cannot go anywhere from here, and Python would print it
-        ended = [pool.close(deadline) for pool in pools]
+def _close(files: dict[str, int], *threads: DaemonThreads) -> None:
+    """Close files, unless a thread is stuck in a read of one; the process is about to end then."""
+    deadline = time.perf_counter() + _CLOSE_SECONDS
+    # An interrupt could not propagate out of a finalizer: Python would print it.
+    with suppress(KeyboardInterrupt):
+        ended = [each.close(deadline) for each in threads]
         if all(ended):
             for file in files.values():
                 os.close(file)

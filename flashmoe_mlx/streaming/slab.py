@@ -1,4 +1,4 @@
-"""Memory for experts: dense arrays whose rows files are read into, in place."""
+"""The memory of a pool: one array per parameter, whose rows files are read into."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,95 +9,87 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.streaming.pinned_memory import device_address, needs_staging
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.streaming.pinned_memory import device_address, needs_pinned_memory
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
-NO_SLOT = 2**32 - 1  # a slot's number where there is none: kernels take its expert for zero
-_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-
-
-def computed_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The dtype to compute in: what is stored, or float32 for half precision on a CPU.
-
-    MLX's CPU kernels accumulate in the activations' dtype, so half precision is inaccurate there, and ten times slower.
-    """
-    on_cpu = mx.default_device().type == mx.cpu
-    return mx.float32 if on_cpu and stored in (mx.float16, mx.bfloat16) else stored
+# Python's memoryview does not support bfloat16, so the memory is an array of unsigned integers of the same size.
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
 class Slab:
-    """One parameter of the experts in a pool: an array ``[slots, *shape]`` that the host may write.
+    """One parameter of the experts in a pool: an array ``[slots, *shape]`` that the host can write to.
 
-    The array is evaluated once and never assigned to or replaced, so that its buffer stays where it is and a file
-    can be read straight into a row. Whoever writes a row makes sure that no unfinished graph reads it.
+    The array is evaluated once and never assigned to, so its buffer never moves, and files can be read straight into
+    its rows. A row may only be written while no unfinished graph reads it.
 
     Args:
-        slots (int): rows.
-        shape (tuple[int, ...]): of one row.
-        stored (mx.Dtype): of the bytes in the file; the array's is :func:`computed_dtype` of it.
-        kept (bool): compute with what is stored. Default: ``False``.
+        slots (int): Number of rows.
+        shape (tuple[int, ...]): Shape of a row.
+        stored (mx.Dtype): The dtype in the file.
+        computed (mx.Dtype): The dtype of the array: ``stored``, or float32 if ``stored`` is half precision.
 
     Attributes:
-        array (mx.array): what to compute with.
-        landing_nbytes (int): bytes of a row as the file has them.
+        slots (int): Number of rows.
+        array (mx.array): The rows, in the computed dtype.
+        stored_nbytes (int): Bytes of a row in the file.
     """
 
-    def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False):
-        dtype = stored if kept else computed_dtype(stored)
-        # Python's memoryview knows no bfloat16, so the memory is made of plain words of that size.
-        self._words = mx.zeros((slots, *shape), _WORDS[dtype.size])
-        self.array = self._words.view(dtype)
-        mx.eval(self._words, self.array)
-        use_large_pages(self._words)
+    def __init__(self, slots: int, shape: tuple[int, ...], stored: mx.Dtype, computed: mx.Dtype):
+        self.slots = slots
+        self.stored_nbytes = prod(shape) * stored.size
         self._shape = shape
         self._stored = stored
-        self._kept = kept
-        self._row_nbytes = row_nbytes(shape, stored, kept)
-        self.landing_nbytes = prod(shape) * stored.size
+        self._row_nbytes = prod(shape) * computed.size
+        self._set_memory(mx.zeros((slots, *shape), _UNSIGNED[computed.size]), computed)
 
-    def moved(self, slots: Sequence[int], count: int) -> Self:
-        """A slab with ``count`` rows, the first of which hold what these ``slots`` hold."""
-        slab = type(self)(0, self._shape, self._stored, self._kept)
-        rows = [*slots, *([0] * (count - len(slots)))]
-        slab._words = self._words[mx.array(rows, mx.uint32)]
-        slab.array = slab._words.view(self.array.dtype)
-        mx.eval(slab._words, slab.array)
-        use_large_pages(slab._words)
-        return slab
+    def resized(self, kept: Sequence[int], slots: int) -> Self:
+        """Return a copy with another number of rows.
 
-    def landing(self, slot: int) -> memoryview:
-        """Where the file's bytes for ``slot`` go: its row, or the row's end if they are to be widened."""
+        Args:
+            kept (Sequence[int]): Rows of this slab, which are the first ones of the copy. The others are undefined.
+            slots (int): Number of rows of the copy.
+        """
+        copy = type(self)(0, self._shape, self._stored, self.array.dtype)
+        copy.slots = slots
+        rows = [*kept, *([0] * (slots - len(kept)))]
+        copy._set_memory(self._memory[mx.array(rows, mx.uint32)], self.array.dtype)
+        return copy
+
+    def buffer(self, slot: int) -> memoryview:
+        """Return the host memory that the file's bytes for a row go to: the row, or its end if they will be widened."""
         end = (slot + 1) * self._row_nbytes
-        return self._bytes[end - self.landing_nbytes : end]
+        return self._bytes[end - self.stored_nbytes : end]
+
+    def widen(self, slot: int) -> None:
+        """Convert what was read into a row to the array's dtype, in place. Every value is kept exactly."""
+        if self.stored_nbytes == self._row_nbytes:
+            return
+        row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
+        if self._stored == mx.bfloat16:
+            # bfloat16 is the upper half of float32.
+            words = np.frombuffer(row, np.uint32)
+            words[...] = np.frombuffer(self.buffer(slot), np.uint16)
+            words <<= 16
+        else:
+            np.frombuffer(row, np.float32)[...] = np.frombuffer(self.buffer(slot), np.float16)
+
+    def address(self, slot: int) -> int:
+        """Return the address of a row: the GPU's, if it has memory of its own."""
+        return self._address + slot * self._row_nbytes
+
+    def _set_memory(self, memory: mx.array, computed: mx.Dtype) -> None:
+        self._memory = memory
+        self.array = memory.view(computed)
+        mx.eval(self._memory, self.array)
+        use_huge_pages(self._memory)
 
     @cached_property
     def _bytes(self) -> memoryview:
-        """The memory, for the host; MLX moves it there if it is a GPU's own."""
-        return memoryview(self._words).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit it
+        """The memory as the host sees it. MLX moves it to the host if it is the GPU's own."""
+        return memoryview(self._memory).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit the buffer protocol
 
     @cached_property
     def _address(self) -> int:
-        if needs_staging():
-            return device_address(self._words)
+        if needs_pinned_memory():
+            return device_address(self._memory)
         return ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
-
-    def address(self, slot: int) -> int:
-        """Where the row of ``slot`` is, for a copy; the device's address if the memory is its own."""
-        return self._address + slot * self._row_nbytes
-
-    def settle(self, slot: int) -> None:
-        """Widen what was read into ``slot`` to the array's dtype, in place and exactly."""
-        if self.landing_nbytes == self._row_nbytes:
-            return
-        row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
-        if self._stored == mx.bfloat16:  # the upper half of a float32
-            words = np.frombuffer(row, np.uint32)
-            words[...] = np.frombuffer(self.landing(slot), np.uint16)
-            words <<= 16
-        else:
-            np.frombuffer(row, np.float32)[...] = np.frombuffer(self.landing(slot), np.float16)
-
-
-def row_nbytes(shape: tuple[int, ...], stored: mx.Dtype, kept: bool = False) -> int:
-    """Bytes of one row of a slab."""
-    return prod(shape) * (stored if kept else computed_dtype(stored)).size

@@ -9,7 +9,7 @@ _LARGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # the second is Linux 6.1's; without it the kernel gets there in its own time
 
 
-def use_large_pages(array: mx.array) -> None:
+def use_huge_pages(array: mx.array) -> None:
     """Let Linux keep an evaluated array in pages of 2 MB, where that is allowed. On a GPU nothing happens.
 
     A CPU reads weights a tenth faster from them: it looks for fewer pages.

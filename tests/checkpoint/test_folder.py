@@ -51,7 +51,7 @@ def check_spans(folder: Path) -> None:
     assert layers
     for path, switch in layers:
         parameters = dict(tree_flatten(switch.parameters()))
-        table = ExpertTable.build(disk, path, parameters)
+        table = ExpertTable.build(disk, path, parameters, lambda stored, name: stored)
         assert [part.name for part in table.parts] == list(parameters)
         for column, array in enumerate(parameters.values()):
             # As words, because Python knows no bfloat16. An expert's nvfp4 scale is a scalar.
@@ -312,7 +312,7 @@ def test_size(size: int | str, nbytes: int) -> None:
 
 
 def test_budget_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "free_memory", lambda: 10**8)
+    monkeypatch.setattr(budget, "available_memory", lambda: 10**8)
     message = refusal(MemoryError, folder, ram_budget="1GB")
     assert "ram_budget" in message
     assert "1.00 GB" in message
@@ -325,13 +325,13 @@ def test_automatic_budget(free: float, fraction: float, folder: Path, monkeypatc
     model, _ = flashmoe_mlx.load(str(folder))
     trunk, experts = model.streaming.trunk_nbytes, model.streaming.experts_nbytes
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 0)
-    monkeypatch.setattr(budget, "free_memory", lambda: trunk + int(experts * free))
+    monkeypatch.setattr(budget, "available_memory", lambda: trunk + int(experts * free))
     model, _ = flashmoe_mlx.load(str(folder), ram_budget="auto")
     assert model.streaming.slots_nbytes == pytest.approx(experts * fraction, rel=0.1)
 
 
 def test_trunk_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "free_memory", lambda: 1000)
+    monkeypatch.setattr(budget, "available_memory", lambda: 1000)
     message = refusal(MemoryError, folder)
     assert "trunk" in message
     assert "ram_budget" not in message  # no budget would help

@@ -13,7 +13,7 @@ from flashmoe_mlx.checkpoint.folder import Checkpoint
 from flashmoe_mlx.checkpoint.manifest import Manifest, digest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.manifest_check import FirstReads
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from tests.conftest import WriteFamily
@@ -93,9 +93,9 @@ def test_first_reads(ahead: bool, tmp_path: Path) -> None:
         opened.seek(2 * 44 + 30)
         opened.write(b"!")
     counters = Counters()
-    pool = Pool(3, table, Reader([str(file)], 2, counters), counters, None, FirstReads(manifest, [table]))
+    pool = Pool(3, table, Reader([str(file)], 2, counters), counters, None, ManifestCheck(manifest, [table]))
     if ahead:
-        pool.expect(table, [1, 2], 0)
+        pool.prefetch(table, [1, 2], 0)
     with pytest.raises(OSError, match=r"expert 2 of 0, at offset 88 of .*experts, is not what the manifest has"):
         pool.fetch(table, [0, 1, 2])
     assert ("0", 2) not in pool.residents

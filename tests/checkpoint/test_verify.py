@@ -89,7 +89,7 @@ def test_quick_reads_headers_only(folder: Path, run: Run, monkeypatch: pytest.Mo
     ("flags", "word"),
     [
         (["--quick", "--sha256"], "--quick"),
-        (["--sample", -1], "sample is -1: it must be a non-negative integer"),
+        (["--sample", -1], "--sample is -1: it must be a non-negative integer"),
         (["--write-manifest", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--manifest", "/no/such/folder/x.json"], "no such manifest"),
         (["--sha256"], "--repo"),

@@ -19,10 +19,10 @@ from mlx_lm.utils import load_tokenizer
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
-from demo.tokenizer import MODEL
+from demo import MODEL
 from flashmoe_mlx import chat
 from flashmoe_mlx.generation.conversation import Conversation
-from flashmoe_mlx.generation.output_parser import Piece
+from flashmoe_mlx.generation.output_parser import Delta
 from flashmoe_mlx.generation.python_tools import Toolbox
 from tests.support.flags import STREAMING, flags
 from tests.support.oracle import streamed
@@ -109,11 +109,11 @@ def test_tools(pipe: Any, tools: Path) -> None:
 def test_thoughts(pipe: Any, talkative: Path, monkeypatch: pytest.MonkeyPatch, thinking: str) -> None:
     """They are no part of the answer, wherever the model sets its line breaks."""
 
-    def answer(conversation: Conversation, *_: Any, **options: Any) -> Iterator[Piece]:
-        yield Piece(reasoning="A bird, ")
-        yield Piece(reasoning="I think.")
-        yield Piece(content="\n\nA ")
-        yield Piece(content="bird.")
+    def answer(conversation: Conversation, *_: Any, **options: Any) -> Iterator[Delta]:
+        yield Delta(reasoning="A bird, ")
+        yield Delta(reasoning="I think.")
+        yield Delta(content="\n\nA ")
+        yield Delta(content="bird.")
         conversation.messages.append({"role": "assistant", "content": "A bird."})
 
     monkeypatch.setattr(Conversation, "answer", answer)

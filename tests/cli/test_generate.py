@@ -21,6 +21,7 @@ from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.model import context
+from flashmoe_mlx.ops.dispatch import Backend
 from tests.conftest import WriteFamily
 from tests.support.flags import STREAMING, flags
 from tests.support.oracle import streamed
@@ -58,6 +59,7 @@ def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return error
 
 
+@pytest.mark.parametrize("backend", [Backend.REFERENCE], ids=["reference"], indirect=True)
 def test_output_is_that_of_mlx_lm_and_a_line_about_experts(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     out = run(capsys, "--model", str(folder))
     model, tokenizer = load_resident(str(folder)), load_tokenizer(folder)
@@ -233,7 +235,7 @@ def test_images_need_pillow(capsys: pytest.CaptureFixture[str], folder: Path, mo
         (["--model", "MODEL", "--config", "nowhere.toml"], "no such config file"),
         (["--model", "MODEL", "--read-threads", "0"], "read_threads is 0"),
         (["--model", "MODEL", "--read-timeout", "0"], "read_timeout is 0.0"),
-        (["--model", "MODEL", "--prefill-step-size", "0"], "prefill_step_size is 0: it must be a positive integer"),
+        (["--model", "MODEL", "--prefill-step-size", "0"], "--prefill-step-size is 0: it must be a positive integer"),
         (["--model", "MODEL", "--image", "x.png"], "MODEL takes no images"),
         (["--model", "MODEL", "--chat-template-config", "{"], "--chat-template-config is not JSON"),
         (["--model", "MODEL", "--chat-template-config", "[]"], "it must be a JSON object"),

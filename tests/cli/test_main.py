@@ -11,9 +11,10 @@ import pytest
 
 import flashmoe_mlx
 from flashmoe_mlx import __main__
+from flashmoe_mlx.cli import version as version_module
 from flashmoe_mlx.cli.commands import COMMANDS
 from flashmoe_mlx.cli.completion import command_parsers, completion
-from flashmoe_mlx.cli.version import backend
+from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.ops.native import Kernels
 from tests.support.flags import flags
 
@@ -98,24 +99,25 @@ def test_version_names_packages_and_backend() -> None:
     assert last.startswith("backend: ")
 
 
-@pytest.mark.parametrize(("cuda", "name"), [(False, "Metal"), (True, "CUDA")])
-def test_the_backend_is_the_gpu_where_there_is_one(cuda: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (Backend.METAL, "Metal kernels on Fast One"),
+        (Backend.CUDA, "CUDA kernels on Fast One"),
+        (Backend.REFERENCE, "MLX operations on Fast One, without native kernels"),
+    ],
+)
+def test_the_backend_is_the_kernels_and_the_device(
+    chosen: Backend, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version_module, "choose_backend", lambda: chosen)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Fast One"})
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
-    assert backend() == f"{name}, Fast One"
+    assert version_module.describe_backend() == words
 
 
-def test_the_backend_of_a_cpu_names_the_native_kernels(native: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert backend().startswith("CPU, ")
-    assert f", with native kernels for {native.instruction_set()} on " in backend()
-
-
-def test_the_backend_of_a_cpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run without them unless they ask for them."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert backend().endswith(", without native kernels")
+def test_native_kernels_are_shown_with_their_instruction_set(native: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(version_module, "choose_backend", lambda: Backend.NATIVE)
+    assert version_module.describe_backend().endswith(f" ({native.instruction_set()}, {native.threads()} threads)")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

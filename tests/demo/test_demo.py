@@ -7,8 +7,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from demo import MODEL
 from demo.talk import talk
-from demo.tokenizer import MODEL
 from flashmoe_mlx import generate
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from tests.support.oracle import streamed
@@ -33,7 +33,7 @@ def define(word: str, tokenizer: TokenizerWrapper, **options: int) -> str:
 
 
 @pytest.mark.parametrize("word", DEFINITIONS)
-def test_definitions(word: str, tokenizer: TokenizerWrapper) -> None:
+def test_definition_is_word_for_word(word: str, tokenizer: TokenizerWrapper) -> None:
     assert define(word, tokenizer) == f"{word} (noun): {DEFINITIONS[word]}."
 
 
@@ -41,7 +41,7 @@ def test_definitions_need_all_experts_of_a_token(tokenizer: TokenizerWrapper) ->
     assert DEFINITIONS["heron"] not in define("heron", tokenizer, experts_per_token=1)
 
 
-def test_tool(tokenizer: TokenizerWrapper) -> None:
+def test_question_is_answered_with_a_tool_call(tokenizer: TokenizerWrapper) -> None:
     question, call, result, answer = talk(streamed(MODEL), tokenizer, "What is the weather in Oslo?")
     assert question["role"] == "user"
     assert [each["function"] for each in call["tool_calls"]] == [{"name": "get_weather", "arguments": {"city": "Oslo"}}]
@@ -59,12 +59,13 @@ def test_all_experts_are_used(tokenizer: TokenizerWrapper, monkeypatch: pytest.M
 
     monkeypatch.setattr(StreamedSwitchGLU, "__call__", counted)
     tokens = mx.array(tokenizer.encode((MODEL.parent / "text.txt").read_text())[:160])
-    mx.eval(streamed(MODEL)(tokens.reshape(8, 20)))  # in rows, because a CPU takes linear attention token by token
+    # In rows, because a CPU runs linear attention token by token.
+    mx.eval(streamed(MODEL)(tokens.reshape(8, 20)))
     assert len(used) == 8
     assert min(map(len, used.values())) >= 0.9 * 64
 
 
-def test_model_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run_the_demo_model_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     generate.main(["--prompt", "What is a heron?", "--verbose", "False"])
     out, error = capsys.readouterr()
     assert DEFINITIONS["heron"] in out

@@ -24,6 +24,7 @@ from flashmoe_mlx.evaluation.logprobs import LogprobsFile, logprobs
 from flashmoe_mlx.evaluation.metrics import Quality, compare, mean, share
 from flashmoe_mlx.evaluation.tasks import Task, TaskScores, answer, final, tool_calls
 from flashmoe_mlx.model.requantize import expert_bits, requantize
+from flashmoe_mlx.ops.dispatch import Backend
 from tests.support.oracle import PROMPT, streamed
 
 TEXT = "A heron is a bird that waits in shallow water. Then it moves."
@@ -146,6 +147,7 @@ def test_a_share_lies_in_its_interval(total: int, part: float) -> None:
         assert 0 <= low <= value <= high <= 1
 
 
+@pytest.mark.parametrize("backend", [Backend.REFERENCE], ids=["reference"], indirect=True)
 def test_logprobs_are_those_of_mlx_lm_decoding_one_token_per_step(folder: Path) -> None:
     model = load_resident(str(folder))
     expected = []
@@ -321,7 +323,7 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "experts_per_token is 0" in fail(capsys, *read, "--experts-per-token", "0")
     assert "not a size" in fail(capsys, *read, "--ram-budget", "much")
     assert "MLX quantizes to" in fail(capsys, *read, "--bits", "7")
-    assert "context is 0: it must be a positive integer" in fail(capsys, *read, "--context", "0")
+    assert "--context is 0: it must be a positive integer" in fail(capsys, *read, "--context", "0")
     assert "cannot write" in fail(capsys, *read, "--csv", str(tmp_path / "none" / "table.csv"))
     assert "No such file" in fail(capsys, *base, "--text", str(tmp_path / "none.txt"))
     text.write_text("")

@@ -60,8 +60,8 @@ def test_streaming_tells(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatc
     token = prefill_token_nbytes(FAMILIES["qwen3_moe"], top_k=4, hidden=128, intermediate=256, itemsize=4)
     streaming = streamed(folder).streaming
     held = streaming.trunk_nbytes + streaming.slots_nbytes
-    monkeypatch.setattr(budget, "free_memory", lambda: held + 4 * 2048 * token)
-    monkeypatch.setattr(swap, "free_memory", budget.free_memory)
+    monkeypatch.setattr(budget, "available_memory", lambda: held + 4 * 2048 * token)
+    monkeypatch.setattr(swap, "available_memory", budget.available_memory)
     assert streamed(folder).streaming.prefill_step_size == 2048
-    monkeypatch.setattr(swap, "free_memory", lambda: held + 4 * 2048 * token - 4)
+    monkeypatch.setattr(swap, "available_memory", lambda: held + 4 * 2048 * token - 4)
     assert streamed(folder).streaming.prefill_step_size == 1024

@@ -1,17 +1,14 @@
 """Whatever is asked of a pool, it keeps what was used last and holds the right bytes."""
 
-import ctypes
 import errno
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +16,13 @@ from hypothesis import strategies as st
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.pinned_memory import Staging
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.read_error import ReadError
 from flashmoe_mlx.streaming.reader import Reader
-from flashmoe_mlx.streaming.slab import NO_SLOT
-from tests.support.disk import content, write_experts
+from flashmoe_mlx.streaming.slot_map import NO_SLOT
+from tests.support.disk import holds, holds_residents, write_experts
+from tests.support.pinned import HostBuffers
 
 LAYERS, EXPERTS = 3, 6
 
@@ -41,32 +39,24 @@ def tables(file: Path) -> list[ExpertTable]:
     return write_experts(file, LAYERS, EXPERTS)
 
 
-class HostStaging(Staging):
-    """Staging without a GPU: the driver's copy is the C library's."""
-
-    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        return (ctypes.c_char * nbytes)()
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if name == "cuMemcpyHtoDAsync_v2":
-            ctypes.memmove(*arguments[:3])
-
-
-def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], staging: Staging | None = None) -> Pool:
+def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], pinned: PinnedBuffers | None = None) -> Pool:
     counters = Counters()
-    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, staging)
+    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, pinned)
+
+
+class EagerReader(Reader):
+    """A reader whose prefetches have written all their bytes when they begin."""
+
+    def start(self, *call: Any) -> Callable[[], None]:
+        wait = super().start(*call)
+        wait()
+        return lambda: None
 
 
 def every_wave(pool: Pool, table: ExpertTable, experts: Sequence[int], together: bool) -> list[list[int]]:
     """What is here, and the waves of what is not."""
     hits, waves = pool.waves(table, experts, together)
     return [hits, *waves] if hits else waves
-
-
-def holds(pool: Pool, slot: int, layer: int, expert: int) -> bool:
-    """Whether a slot has an expert's bytes, as the arrays show them."""
-    rows = [np.asarray(slab.array[slot].view(mx.uint32)).ravel() for slab in pool.slabs.values()]
-    return np.array_equal(np.concatenate(rows), content(layer, expert))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -97,7 +87,7 @@ def test_least_recently_used_leaves_first(
             assert len(set(model.values())) == len(model) <= slots
             assert all(holds(pool, slot, *key) for key, slot in model.items())
             for each in range(LAYERS):
-                places = pool.places(tables[each]).tolist()
+                places = pool.slot_indices(tables[each]).tolist()
                 assert places == [model.get((each, expert), NO_SLOT) for expert in range(EXPERTS)]
 
 
@@ -121,17 +111,19 @@ def test_hits_come_first_if_they_may(file: Path, tables: list[ExpertTable]) -> N
 @given(
     slots=st.integers(1, 8),
     calls=st.lists(st.tuples(CALL, CALL), max_size=20),
-    staged=st.booleans(),
+    pinned=st.booleans(),
 )
 def test_expected_experts_take_no_busy_slot(
     slots: int,
     calls: list[tuple[tuple[int, set[int]], tuple[int, set[int]]]],
-    staged: bool,
+    pinned: bool,
     file: Path,
     tables: list[ExpertTable],
 ) -> None:
     """Whatever is read ahead: what a call computes with stays where it is until the next, and every slot is right."""
-    pool = make_pool(slots, file, tables, HostStaging(44, 5) if staged else None)
+    buffers = HostBuffers(44, 5) if pinned else None
+    counters = Counters()
+    pool = Pool(slots, tables[0], EagerReader([str(file)], 1, counters), counters, buffers)
     for (layer, wanted), (next_layer, guess) in calls:
         busy: dict[int, int] = {}
         for wave in every_wave(pool, tables[layer], sorted(wanted), together=False):
@@ -139,21 +131,21 @@ def test_expected_experts_take_no_busy_slot(
                 busy = {}  # a layer waits for what was computed before
             fetched = pool.fetch(tables[layer], wave)
             busy |= fetched
-        pool.expect(tables[next_layer], sorted(guess), busy=len(busy))
-        if pool._arrival is not None:
-            pool._arrival.wait()  # whatever it writes is written
+        pool.prefetch(tables[next_layer], sorted(guess), busy=len(busy))
         assert all(holds(pool, slot, layer, expert) for expert, slot in busy.items())
     pool.waves(tables[0], [], together=False)
-    assert all(holds(pool, slot, int(key[0]), key[1]) for key, slot in pool._slot_of.items())
-    assert sorted([*pool._slot_of.values(), *pool._free]) == list(range(slots))
-    assert pool._staging is None or pool._staging.free == 5
+    assert holds_residents(pool, tables)
+    everything = [(table, expert) for table in tables for expert in range(EXPERTS)][:slots]
+    fetched = [pool.fetch(table, [expert])[expert] for table, expert in everything]
+    assert sorted(fetched) == list(range(slots))
+    assert buffers is None or buffers.free == 5
 
 
 def test_lookahead_is_counted(file: Path, tables: list[ExpertTable]) -> None:
     counters = Counters()
     pool = Pool(4, tables[0], Reader([str(file)], 1, counters), counters)
     pool.fetch(tables[0], [0])
-    pool.expect(tables[1], [1, 2], busy=1)
+    pool.prefetch(tables[1], [1, 2], busy=1)
     pool.fetch(tables[1], [1, 3])
     assert (counters.lookahead_used, counters.lookahead_wasted) == (1, 1)
     assert (counters.hits, counters.misses, counters.bytes_read) == (1, 2, 4 * 44)
@@ -178,9 +170,9 @@ def test_failed_lookahead_is_read_again(file: Path, tables: list[ExpertTable], m
     with monkeypatch.context() as patch:
         fail_at(tables[0].spans[5][0], patch)
         for _ in range(3):
-            pool.expect(tables[0], [3, 5], busy=0)
+            pool.prefetch(tables[0], [3, 5], busy=0)
             assert pool.fetch(tables[0], [3]).keys() == {3}  # the failure of another is no harm
-            pool.expect(tables[0], [5], busy=0)
+            pool.prefetch(tables[0], [5], busy=0)
             with pytest.raises(ReadError, match="Input/output error"):
                 pool.fetch(tables[0], [5])
     assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [3, 4, 5]).items())
@@ -189,7 +181,8 @@ def test_failed_lookahead_is_read_again(file: Path, tables: list[ExpertTable], m
 def test_interrupted_lookahead_loses_no_slots(
     file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(4, file, tables, HostStaging(44, 4))
+    buffers = HostBuffers(44, 4)
+    pool = make_pool(4, file, tables, buffers)
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -197,17 +190,26 @@ def test_interrupted_lookahead_loses_no_slots(
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pool.expect(tables[0], [1, 2], busy=0)
-    assert pool._staging is not None
-    assert (len(pool._free), pool._staging.free) == (4, 4)
+            pool.prefetch(tables[0], [1, 2], busy=0)
+    assert (pool.slots, buffers.free) == (4, 4)
     assert len(pool.fetch(tables[0], [1, 2, 3, 4])) == 4
 
 
-def test_staging(file: Path, tables: list[ExpertTable]) -> None:
-    """More experts than staging has places for, by way of memory that the host does not compute with."""
-    pool = make_pool(6, file, tables, HostStaging(44, 2))
+def test_more_experts_than_pinned_buffers(file: Path, tables: list[ExpertTable]) -> None:
+    pool = make_pool(6, file, tables, HostBuffers(44, 2))
     fetched = pool.fetch(tables[0], [0, 1, 2, 3, 4])
     assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
+
+
+def test_no_free_pinned_buffer_is_an_error(file: Path, tables: list[ExpertTable]) -> None:
+    buffers = HostBuffers(44, 1)
+    pool = make_pool(6, file, tables, buffers)
+    number, _ = buffers.take([44])
+    with pytest.raises(OSError, match="all pinned memory is blocked by stuck reads"):
+        pool.fetch(tables[0], [0])
+    assert pool.residents == []
+    buffers.give_back([number])
+    assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], range(6)).items())
 
 
 def test_counters(file: Path, tables: list[ExpertTable]) -> None:
@@ -220,11 +222,12 @@ def test_counters(file: Path, tables: list[ExpertTable]) -> None:
     assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 5, 1, 5 * 44)
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
 def test_failed_read_leaves_a_working_pool(
-    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+    pinned: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(3, file, tables, HostStaging(44, 5) if staged else None)
+    buffers = HostBuffers(44, 5) if pinned else None
+    pool = make_pool(3, file, tables, buffers)
     pool.fetch(tables[0], [0, 1, 2])
     with monkeypatch.context() as patch:
         fail_at(tables[0].spans[5][0], patch)
@@ -236,17 +239,18 @@ def test_failed_read_leaves_a_working_pool(
     fetched = pool.fetch(tables[0], [3, 4, 5])
     assert sorted(fetched.values()) == [0, 1, 2]
     assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
-    assert pool._staging is None or pool._staging.free == 5
+    assert buffers is None or buffers.free == 5
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
 def test_slot_of_a_stuck_read_waits_for_it(
-    staged: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+    pinned: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What may still be written to is not given to another expert; when the read is back, it is a slot again."""
     counters = Counters()
     reader = Reader([str(file)], 1, counters, timeout=0.1)
-    pool = Pool(3, tables[0], reader, counters, HostStaging(44, 5) if staged else None)
+    buffers = HostBuffers(44, 5) if pinned else None
+    pool = Pool(3, tables[0], reader, counters, buffers)
     gate = threading.Event()
     preadv = os.preadv
 
@@ -258,22 +262,20 @@ def test_slot_of_a_stuck_read_waits_for_it(
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
-    with pytest.raises(ReadError, match=r"no answer for 0.1 s .* of .*experts.bin"):
+    with pytest.raises(ReadError, match=r"no progress for 0.1 s .* of .*experts.bin"):
         pool.fetch(tables[1], [3])
-    assert pool.slots == (3 if staged else 2)
-    assert pool._staging is None or pool._staging.free == 4
+    assert pool.slots == (3 if pinned else 2)
+    assert buffers is None or buffers.free == 4
     for experts in ([0, 1], [2, 3], [4, 5]):
         fetched = pool.fetch(tables[0], experts)
         assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
         assert len(pool.waves(tables[0], range(6), together=True)[0]) == len(pool.residents)
-    if not staged:
-        with pytest.raises(OSError, match="3 experts need slots, and 1 wait for reads that are stuck"):
+    if not pinned:
+        with pytest.raises(OSError, match="3 experts need slots, but 1 of 3 slots are blocked by stuck reads"):
             pool.fetch(tables[0], [0, 1, 2])
     gate.set()
     deadline = time.monotonic() + 5
-    while pool._withheld:
+    while pool.slots < 3 or (buffers is not None and buffers.free < 5):
         assert time.monotonic() < deadline
         pool.waves(tables[0], [], together=True)
-    assert pool.slots == 3
-    assert pool._staging is None or pool._staging.free == 5
     assert all(holds(pool, slot, 1, expert) for expert, slot in pool.fetch(tables[1], [1, 2, 3]).items())

@@ -4,19 +4,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flashmoe_mlx.streaming import slab
-from flashmoe_mlx.streaming.slab import Slab, row_nbytes
+from flashmoe_mlx.streaming.slab import Slab
 
 BITS = np.arange(1 << 16, dtype=np.uint16)
 """Every half precision number there is."""
 
 
 @pytest.mark.parametrize("stored", [mx.bfloat16, mx.float16], ids=str)
-def test_widening_is_exact(stored: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "computed_dtype", lambda stored: mx.float32)  # as on a CPU
-    rows = Slab(3, (256, 256), stored)
-    rows.landing(1)[:] = BITS.tobytes()
-    rows.settle(1)
+def test_widening_is_exact(stored: mx.Dtype) -> None:
+    rows = Slab(3, (256, 256), stored, mx.float32)
+    rows.buffer(1)[:] = BITS.tobytes()
+    rows.widen(1)
     actual = np.asarray(rows.array[1]).ravel()
     expected = np.asarray(mx.array(BITS).view(stored).astype(mx.float32))
     numbers = ~np.isnan(expected)
@@ -28,30 +26,29 @@ def test_widening_is_exact(stored: mx.Dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("stored", [mx.uint8, mx.uint32, mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_memory_stays_as_stored(stored: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "computed_dtype", lambda stored: stored)  # as on a GPU
+def test_memory_stays_as_stored(stored: mx.Dtype) -> None:
     shape = (3, 8)
-    rows = Slab(2, shape, stored)
+    rows = Slab(2, shape, stored, stored)
     data = np.arange(24 * stored.size, dtype=np.uint8)
-    rows.landing(1)[:] = data.tobytes()
-    rows.settle(1)
+    rows.buffer(1)[:] = data.tobytes()
+    rows.widen(1)
     assert rows.array.dtype == stored
-    assert row_nbytes(shape, stored) == data.nbytes
+    assert rows.stored_nbytes == rows.array[0].nbytes == data.nbytes
     assert np.array_equal(np.asarray(rows.array[1].view(mx.uint8)).ravel(), data)
     assert not mx.any(rows.array[0]).item()
 
 
 def test_a_number_per_expert() -> None:
     """nvfp4 may keep one scale per expert, whose rows have no shape."""
-    rows = Slab(4, (), mx.float32)
-    rows.landing(2)[:] = np.float32(1.5).tobytes()
-    rows.settle(2)
+    rows = Slab(4, (), mx.float32, mx.float32)
+    rows.buffer(2)[:] = np.float32(1.5).tobytes()
+    rows.widen(2)
     assert rows.array.tolist() == [0, 0, 1.5, 0]
 
 
 def test_array_does_not_move() -> None:
     """A graph that was built before a write sees it, and nothing is copied."""
-    rows = Slab(2, (4,), mx.float32)
+    rows = Slab(2, (4,), mx.float32, mx.float32)
     doubled = rows.array * 2
-    rows.landing(0)[:] = np.full(4, 3, np.float32).tobytes()
+    rows.buffer(0)[:] = np.full(4, 3, np.float32).tobytes()
     assert doubled[0].tolist() == [6, 6, 6, 6]

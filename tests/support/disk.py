@@ -1,5 +1,6 @@
 """A file of numbered experts, for tests of what lies below the model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,8 +8,12 @@ import numpy as np
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
 from flashmoe_mlx.checkpoint.span import Span
+from flashmoe_mlx.streaming.pool import Pool
 
-PARTS = (ExpertPart("up.weight", (2, 3), mx.uint32), ExpertPart("up.scales", (5,), mx.float32))
+PARTS = (
+    ExpertPart("up.weight", (2, 3), mx.uint32, mx.uint32),
+    ExpertPart("up.scales", (5,), mx.float32, mx.float32),
+)
 _WORDS = 2 * 3 + 5
 
 
@@ -29,3 +34,15 @@ def write_experts(path: Path, layers: int, experts: int) -> list[ExpertTable]:
 def content(layer: int, expert: int) -> np.ndarray:
     """The words of an expert. No two experts share one."""
     return (np.arange(_WORDS) + _WORDS * (1000 * layer + expert)).astype(np.uint32)
+
+
+def holds(pool: Pool, slot: int, layer: int, expert: int) -> bool:
+    """Return whether a slot has the bytes of an expert, as the arrays of the pool show them."""
+    rows = [np.asarray(slab.array[slot].view(mx.uint32)).ravel() for slab in pool.slabs.values()]
+    return np.array_equal(np.concatenate(rows), content(layer, expert))
+
+
+def holds_residents(pool: Pool, tables: Sequence[ExpertTable]) -> bool:
+    """Return whether the slot of every resident expert has its bytes. No prefetch may be in flight."""
+    slots = {table.layer: pool.slot_indices(table).tolist() for table in tables}
+    return all(holds(pool, slots[layer][expert], int(layer), expert) for layer, expert in pool.residents)

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from flashmoe_mlx.model import budget
-from flashmoe_mlx.streaming import reader
+from flashmoe_mlx.streaming import read_batch
 
 Preadv = Callable[..., int]
 HARMLESS = ("short", "interrupted", "error once", "slow", "not cached")
@@ -81,6 +81,6 @@ def faults(kind: str, share: float, seed: int) -> Iterator[Faults]:
 def hurried(shared_slots: int) -> Iterator[None]:
     """Little patience with stuck reads, and tiny pools where layers share them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "_PATIENCE", 0.02)
+        patch.setattr(read_batch, "_STOP_SECONDS", 0.02)
         patch.setattr(budget, "_SHARED_SLOTS", shared_slots)
         yield

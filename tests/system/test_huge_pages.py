@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flashmoe_mlx.system.huge_pages import use_large_pages
+from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
 def test_arrays_stay_what_they_are() -> None:
@@ -22,7 +22,7 @@ def test_arrays_stay_what_they_are() -> None:
     ):
         before = mx.array(array)
         mx.eval(array, before)
-        use_large_pages(array)
+        use_huge_pages(array)
         assert mx.array_equal(array, before)
 
 
@@ -40,7 +40,7 @@ def test_pages_are_large() -> None:
     before = large()
     array = mx.ones((64 << 20,), mx.uint8)
     mx.eval(array)
-    use_large_pages(array)
+    use_huge_pages(array)
     if mx.default_device().type == mx.cpu:
         assert large() - before > 32 << 20
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flashmoe_mlx.streaming import reader as reader_module
+from flashmoe_mlx.streaming import read_batch
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.read_error import ReadError
 from flashmoe_mlx.streaming.reader import Reader
@@ -148,7 +148,7 @@ def test_relative_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [100, LARGE])
 def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request fails in time, its buffer stays taken until the read is back, and others are read meanwhile."""
-    monkeypatch.setattr(reader_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(read_batch, "_STOP_SECONDS", 0.05)
     reader = Reader([str(file)], 2, Counters(), timeout=0.1)
     reader._knows_cached &= knows_cached
     reads, others = plan(file, [size] * 6), plan(file, [size] * 6)
@@ -165,7 +165,7 @@ def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypat
 
     monkeypatch.setattr(os, "preadv", read)
     for _ in range(3):  # more of them than there are threads
-        with pytest.raises(ReadError, match="no answer for") as error:
+        with pytest.raises(ReadError, match="no progress for") as error:
             reader.start(reads)() if ahead else reader.read(reads)
         assert (error.value.offset, error.value.wanted, error.value.got) == (reads[2][0].offset, size, 0)
         assert [number for number, (_, buffer) in enumerate(reads) if reader.writes([buffer])] == [2]
@@ -195,7 +195,8 @@ reader.read([(Span(sys.argv[1], 0, 5), memoryview(bytearray(5)))])
     begin = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, timeout=30)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("flashmoe_mlx.streaming.read_error.ReadError: no answer for 0.2 s")
+    error = "flashmoe_mlx.streaming.read_error.ReadError: no progress for 0.2 s"
+    assert ended.stderr.splitlines()[-1].startswith(error)
     assert time.monotonic() - begin < 20
 
 
@@ -216,8 +217,8 @@ def test_interrupted_again_while_it_stops(file: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "preadv", slow)
     with monkeypatch.context() as patch:
-        patch.setattr(reader_module._Batch, "wait", lambda _: time.sleep(0.05) or interrupted())
-        patch.setattr(reader_module._Batch, "stop", interrupted)
+        patch.setattr(read_batch.Batch, "wait", lambda _: time.sleep(0.05) or interrupted())
+        patch.setattr(read_batch.Batch, "stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             reader.read(reads)
     assert reader.writes([buffer for _, buffer in reads])

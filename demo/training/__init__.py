@@ -1,0 +1,1 @@
+"""Data, training, export and scores of the demo model."""

@@ -1,0 +1,239 @@
+"""Reads experts into slots, and quarantines memory that a stuck read may still write to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple, Self
+
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.streaming.manifest_check import ManifestCheck
+from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
+from flashmoe_mlx.streaming.read import OnFilled
+from flashmoe_mlx.streaming.reader import Reader
+from flashmoe_mlx.streaming.slab import Slab
+
+# Experts that are read before their copy to the GPU begins: half of what a token of the 397B model needs in a layer.
+_COPIED_AT_ONCE = 5
+
+Buffers = Sequence[memoryview]
+"""Host memory that an expert is read into: one buffer for each of its parts."""
+
+
+class SlotWriter:
+    """Reads experts straight into the rows of their slots, and widens half precision there if slots hold float32.
+
+    One read or one prefetch is in flight at a time. If it fails, call :meth:`abort`.
+
+    Args:
+        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
+        reader (Reader): fills buffers from files.
+        check (ManifestCheck, optional): compares experts with a manifest. Default: ``None``.
+
+    Attributes:
+        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
+    """
+
+    def __init__(self, slabs: Mapping[str, Slab], reader: Reader, check: ManifestCheck | None = None):
+        self.slabs = slabs
+        self._reader = reader
+        self._check = check
+        self._quarantine: dict[int, Buffers] = {}
+
+    @property
+    def blocked(self) -> int:
+        """Return the number of slots in quarantine."""
+        return len(self._quarantine)
+
+    def most_prefetched(self, experts: int) -> int:
+        """Return how many of ``experts`` may be prefetched at once."""
+        return experts
+
+    def read(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Read experts of a layer into slots.
+
+        Raises:
+            ReadError: an expert could not be read.
+            OSError: an expert is not what the manifest has.
+        """
+        buffers = [self._rows[slot] for slot in slots]
+        self._reader.read(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+        self._widen(slots)
+
+    def start(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
+        """Begin to read experts of a layer into slots, in the background.
+
+        Returns:
+            Callable: waits until they are there. Call it once; it raises what :meth:`read` does.
+        """
+        buffers = [self._rows[slot] for slot in slots]
+        wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+
+        def finish() -> None:
+            wait()
+            self._widen(slots)
+
+        return finish
+
+    def abort(self, slots: Sequence[int]) -> list[int]:
+        """Quarantine what the threads of a failed read may still write to.
+
+        Args:
+            slots (Sequence[int]): all that it was to fill.
+
+        Returns:
+            list[int]: the slots that may be used now, of these and of earlier ones.
+        """
+        self._quarantine |= {slot: self._rows[slot] for slot in slots}
+        return self.recover()
+
+    def recover(self) -> list[int]:
+        """End the quarantine of slots that no thread can write to any more, and return them."""
+        return self._pop_idle(self._quarantine)
+
+    def resized(self, kept: Sequence[int], slots: int) -> Self:
+        """Return a writer for new memory. Nothing may be in flight or in quarantine.
+
+        Args:
+            kept (Sequence[int]): old slots, whose bytes the new slots 0, 1, and so on begin with.
+            slots (int): number of new slots.
+        """
+        return type(self)(self._resized_slabs(kept, slots), self._reader, self._check)
+
+    @cached_property
+    def _rows(self) -> list[list[memoryview]]:
+        """The buffers of each slot."""
+        slots = min(slab.slots for slab in self.slabs.values())
+        return [[slab.buffer(slot) for slab in self.slabs.values()] for slot in range(slots)]
+
+    def _on_filled(self, table: ExpertTable, experts: Sequence[int], buffers: Sequence[Buffers]) -> OnFilled | None:
+        return None if self._check is None else self._check.on_filled(table.layer, experts, buffers)
+
+    def _widen(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            for slab in self.slabs.values():
+                slab.widen(slot)
+
+    def _pop_idle(self, quarantine: dict[int, Buffers]) -> list[int]:
+        if not quarantine:
+            return []
+        idle = [number for number, buffers in quarantine.items() if not self._reader.writes(buffers)]
+        for number in idle:
+            del quarantine[number]
+        return idle
+
+    def _resized_slabs(self, kept: Sequence[int], slots: int) -> dict[str, Slab]:
+        return {name: slab.resized(kept, slots) for name, slab in self.slabs.items()}
+
+
+class _Transfer(NamedTuple):
+    """An expert on its path from pinned buffer number ``pinned``, whose views are ``buffers``, to a slot."""
+
+    slot: int
+    pinned: int
+    buffers: Buffers
+
+
+class PinnedSlotWriter(SlotWriter):
+    """Reads experts into pinned memory and copies them to their slots, for a GPU that has memory of its own.
+
+    Args:
+        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
+        reader (Reader): fills buffers from files.
+        pinned (PinnedBuffers): what to read into. Pools may share them.
+        check (ManifestCheck, optional): compares experts with a manifest. Default: ``None``.
+    """
+
+    def __init__(
+        self, slabs: Mapping[str, Slab], reader: Reader, pinned: PinnedBuffers, check: ManifestCheck | None = None
+    ):
+        super().__init__(slabs, reader, check)
+        self._pinned = pinned
+        self._sizes = [slab.stored_nbytes for slab in slabs.values()]
+        self._in_flight: list[_Transfer] = []
+        self._pinned_quarantine: dict[int, Buffers] = {}
+
+    def most_prefetched(self, experts: int) -> int:
+        """Return how many of ``experts`` may be prefetched: half the buffers are for what turns out to be needed."""
+        return min(experts, self._pinned.free // 2)
+
+    def read(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Read experts of a layer into slots, while those before them are copied to the GPU.
+
+        Raises:
+            ReadError: an expert could not be read.
+            OSError: an expert is not what the manifest has, or stuck reads block all pinned memory.
+            RuntimeError: the CUDA driver refused a copy.
+        """
+        step = max(1, min(_COPIED_AT_ONCE, self._pinned.free))
+        for first in range(0, len(experts), step):
+            if self._pinned.free < step:
+                self._finish_copies()
+            group = experts[first : first + step]
+            transfers = self._begin(slots[first : first + step])
+            buffers = [each.buffers for each in transfers]
+            self._reader.read(table.reads(group, buffers), self._on_filled(table, group, buffers))
+            self._copy(transfers)
+        self._finish_copies()
+
+    def start(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
+        """Begin to read experts of a layer, in the background.
+
+        Returns:
+            Callable: copies them to their slots. Call it once; it raises what :meth:`read` does.
+        """
+        transfers = self._begin(slots)
+        buffers = [each.buffers for each in transfers]
+        wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+
+        def finish() -> None:
+            wait()
+            self._copy(transfers)
+            self._finish_copies()
+
+        return finish
+
+    def abort(self, slots: Sequence[int]) -> list[int]:
+        """Quarantine the pinned buffers of a failed read; threads write to nothing else.
+
+        Args:
+            slots (Sequence[int]): all that it was to fill.
+
+        Returns:
+            list[int]: these slots.
+        """
+        self._pinned.synchronize()
+        self._pinned_quarantine |= {each.pinned: each.buffers for each in self._in_flight}
+        self._in_flight.clear()
+        self.recover()
+        return list(slots)
+
+    def recover(self) -> list[int]:
+        """End the quarantine of pinned buffers that no thread can write to any more. No slot is ever in quarantine."""
+        self._pinned.give_back(self._pop_idle(self._pinned_quarantine))
+        return []
+
+    def resized(self, kept: Sequence[int], slots: int) -> Self:
+        """Return a writer for new memory. Nothing may be in flight.
+
+        Args:
+            kept (Sequence[int]): old slots, whose bytes the new slots 0, 1, and so on begin with.
+            slots (int): number of new slots.
+        """
+        resized = type(self)(self._resized_slabs(kept, slots), self._reader, self._pinned, self._check)
+        resized._pinned_quarantine = self._pinned_quarantine
+        return resized
+
+    def _begin(self, slots: Sequence[int]) -> list[_Transfer]:
+        begun = len(self._in_flight)
+        for slot in slots:
+            self._in_flight.append(_Transfer(slot, *self._pinned.take(self._sizes)))
+        return self._in_flight[begun:]
+
+    def _copy(self, transfers: Sequence[_Transfer]) -> None:
+        """Start to copy what has been read to its slots."""
+        for slot, pinned, _ in transfers:
+            self._pinned.copy(pinned, self._sizes, [slab.address(slot) for slab in self.slabs.values()])
+
+    def _finish_copies(self) -> None:
+        self._pinned.synchronize()
+        self._pinned.give_back(each.pinned for each in self._in_flight)
+        self._in_flight.clear()
