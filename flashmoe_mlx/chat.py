@@ -4,9 +4,9 @@ python -m flashmoe_mlx.chat --model FOLDER_OR_REPO --tools my_tools.py
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import sys
@@ -79,7 +79,3 @@ def _chat(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     tools = PythonTools({}) if args.tools is None else PythonTools.load(args.tools)
     mx.random.seed(args.seed)
     ChatLoop(args, config, tools).run()
-
-
-if __name__ == "__main__":
-    main()

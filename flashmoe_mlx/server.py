@@ -4,9 +4,9 @@ python -m flashmoe_mlx.server --model FOLDER_OR_REPO --ram-budget 12GB
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import ipaddress
@@ -244,7 +244,3 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         "top_k": args.top_k,
         "min_p": args.min_p,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
-from flashmoe_mlx.generation import prompt
 from flashmoe_mlx.model.info import Streaming
 from tests.support.serving import DEFINITION, HERON, Running, serve
 
 
 def test_a_shared_system_message_is_prefilled_once() -> None:
     system = {"role": "system", "content": "You are a pocket dictionary. " * 6}
-    with serve() as running, serve(prefix_cache_bytes=0) as forgetful:
+    with serve(min_prefix=32) as running, serve(min_prefix=32, prefix_cache_bytes=0) as forgetful:
         for word in ("heron", "sofa"):
             question = {"messages": [system, {"role": "user", "content": f"What is a {word}?"}], "max_tokens": 3}
             answer, expected = running.chat(**question)[1], forgetful.chat(**question)[1]
