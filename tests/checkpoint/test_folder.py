@@ -31,7 +31,8 @@ INDEX = "model.safetensors.index.json"
         ("qwen3_5_moe", {"group_size": 64, "bits": 3}),
         ("gpt_oss", {"mode": "mxfp4"}),
         ("nemotron_h", None),
-        ("qwen3_moe", {"mode": "nvfp4", "global_scale": True}),  # MLX computes with it on GPUs only
+        # MLX computes with it on GPUs only.
+        ("qwen3_moe", {"mode": "nvfp4", "global_scale": True}),
     ],
 )
 def test_spans(family: str, quantization: dict[str, Any] | None, checkpoint: WriteFamily) -> None:
@@ -334,4 +335,5 @@ def test_trunk_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(budget, "available_memory", lambda: 1000)
     message = refusal(MemoryError, folder)
     assert "trunk" in message
-    assert "ram_budget" not in message  # no budget would help
+    # No budget would help.
+    assert "ram_budget" not in message

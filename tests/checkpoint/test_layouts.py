@@ -96,7 +96,8 @@ def test_interleaved_gpt_oss(checkpoint: WriteFamily, tmp_path: Path) -> None:
         if projection == "up":
             continue
         if projection == "gate":
-            axis = 1  # row 2i is the gate's, row 2i + 1 the up projection's
+            # Row 2i is the gate's, row 2i + 1 the up projection's.
+            axis = 1
             up = stored[f"{parent}.up_proj.{kind}"]
             array = mx.stack([array, up], axis=axis + 1).flatten(axis, axis + 1)
         raw = f"{parent}.{'gate_up' if projection == 'gate' else projection}_proj"
@@ -106,7 +107,8 @@ def test_interleaved_gpt_oss(checkpoint: WriteFamily, tmp_path: Path) -> None:
             tensors[f"{raw}_{kind}"] = array
     config = FAMILIES["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
     folder = write(tmp_path / "raw", tensors, config, source)
-    load_model(folder, lazy=True)  # mlx-lm understands it, by moving bytes
+    # mlx-lm understands it, by moving bytes.
+    load_model(folder, lazy=True)
     assert_cannot_stream(folder, "gate_proj.weight")
 
 

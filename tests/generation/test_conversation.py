@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from demo.tokenizer import MODEL
+from demo import MODEL
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 

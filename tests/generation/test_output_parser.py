@@ -46,9 +46,12 @@ def test_parallel_calls(tokenizer: TokenizerWrapper, size: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        CALL.format("Oslo").removesuffix("</tool_call>"),  # the answer was too long
-        "<tool_call>\nget_weather(Oslo)\n</tool_call>\nDone.",  # no call
-        "a <tool_ca",  # the beginning of a mark
+        # The answer was too long.
+        CALL.format("Oslo").removesuffix("</tool_call>"),
+        # No call.
+        "<tool_call>\nget_weather(Oslo)\n</tool_call>\nDone.",
+        # The beginning of a mark.
+        "a <tool_ca",
         "1 < 2 <think",
         "",
     ],
@@ -92,14 +95,16 @@ def test_other_formats_of_calls(tokenizer: TokenizerWrapper, monkeypatch: pytest
     monkeypatch.setattr(tokenizer, "_tool_parser", mistral.parse_tool_call)
     monkeypatch.setattr(tokenizer, "_tool_call_start", mistral.tool_call_start)
     monkeypatch.setattr(tokenizer, "_tool_call_end", mistral.tool_call_end)
-    text = '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}'  # ends with the answer, without a mark
+    # Ends with the answer, without a mark.
+    text = '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}'
     assert called(read(OutputParser(tokenizer, tools=[TOOL]), text)) == [("get_weather", {"city": "Oslo"})]
 
 
 @pytest.mark.parametrize(
     ("kind", "written", "read_as"),
     [
-        ({"type": "object"}, "{'in_stock': True}", {"in_stock": True}),  # Python's style
+        # Python's style.
+        ({"type": "object"}, "{'in_stock': True}", {"in_stock": True}),
         ({"type": "object"}, '{"in_stock": true}', {"in_stock": True}),
         ({"type": "array"}, "['fiction', 'new']", ["fiction", "new"]),
         ({"anyOf": [{"type": "object"}, {"type": "string"}]}, '{"a": 1}', {"a": 1}),

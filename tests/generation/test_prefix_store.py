@@ -57,7 +57,8 @@ def test_restored_is_uninterrupted(folder: Path, tmp_path: Path) -> None:
     found = PrefixStore(tmp_path / "new" / "store", 1 << 30, MODEL).longest(PROMPT)
     assert found and found[1] == 25
     assert mx.array_equal(read(folder, PROMPT[25:], found[0])[1], expected)
-    assert not mx.array_equal(read(folder, PROMPT[25:])[1], expected)  # the state matters
+    # The state matters.
+    assert not mx.array_equal(read(folder, PROMPT[25:])[1], expected)
 
 
 def test_quantised_and_half_precision(tmp_path: Path) -> None:
@@ -240,7 +241,8 @@ def test_server_after_a_restart(folder: Path, tmp_path: Path) -> None:
     messages = [{"role": "system", "content": words}, {"role": "user", "content": "What is a heron?"}]
     answers, cached = [], []
     for turn in range(3):
-        if turn == 2:  # damaged files are read around
+        # Damaged files are read around.
+        if turn == 2:
             for file in tmp_path.glob("store/*"):
                 file.write_bytes(file.read_bytes()[:-9])
         with serve(folder, open_prefix_store=lambda model: PrefixStore(tmp_path / "store", 1 << 30, MODEL)) as running:

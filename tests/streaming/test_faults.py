@@ -46,7 +46,8 @@ def impatient() -> Iterator[None]:
         yield
 
 
-WAYS = [(0, False), (0.5, False), (0, True)]  # a pool for all layers, one for each, and one that is read ahead of
+# A pool for all layers, one for each, and one that is read ahead of.
+WAYS = [(0, False), (0.5, False), (0, True)]
 
 
 def load(folder: Path, fraction: float, lookahead: bool) -> nn.Module:
@@ -72,7 +73,8 @@ def test_faulty_reads(count: int, folder: Path, answers: list[list[int]], tmp_pa
         kind = (HARMLESS + HARMFUL)[seed % 7]
         model, number = chance.choice(models), chance.randrange(len(QUESTIONS))
         file = tmp_path / "state.safetensors" if chance.random() < 0.3 and number else None
-        most = 0.1 if kind in ("short", "interrupted") else 1  # if every call were, none would come to an end
+        # If every call were, none would come to an end.
+        most = 0.1 if kind in ("short", "interrupted") else 1
         with faults(kind, chance.choice([0.001, 0.01, 0.1, most]), seed) as thrown:
             try:
                 tokens = answer(model, QUESTIONS[number], file)
@@ -150,7 +152,8 @@ def change(shard: Path, what: str, chance: random.Random) -> None:
         with shard.open("r+b") as file:
             file.seek(shard.stat().st_size // 2)
             file.write(bytes(shard.stat().st_size // 2))
-        os.utime(shard, ns=(1, 1))  # clocks of file systems may be too coarse for this test
+        # Clocks of file systems may be too coarse for this test.
+        os.utime(shard, ns=(1, 1))
     elif what == "replaced":
         other = shard.with_name("other")
         other.write_bytes(bytes(shard.stat().st_size))
@@ -200,7 +203,8 @@ def test_evaluation(
         else:
             assert kind in HARMFUL
             assert said.startswith("error: ") and str(folder) in said and said.count("\n") == 1
-            assert "cannot write" not in said  # it is not the reference's file that is to blame
+            # It is not the reference's file that is to blame.
+            assert "cannot write" not in said
     print(*(f"{kind}: {outcome} {n}" for (kind, outcome), n in sorted(outcomes.items())), sep="\n")
     assert all(outcomes[kind, "code 0, with faults"] for kind in HARMLESS)
     assert all(outcomes[kind, "code 1, with faults"] for kind in HARMFUL)

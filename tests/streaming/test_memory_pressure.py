@@ -61,9 +61,11 @@ def test_shrinks_below_the_reserve_and_grows_above_four(tables: list[ExpertTable
 
     assert settle() == [50, 50]
     memory.free = 999
-    assert settle() == [38, 38]  # 1001 bytes missing: 22.75 slots
+    # 1001 bytes missing: 22.75 slots.
+    assert settle() == [38, 38]
     assert 2000 <= memory.free < 2088
-    for free in (1001, 2000, 3999):  # not for every little change
+    # Not for every little change.
+    for free in (1001, 2000, 3999):
         memory.free = free
         assert settle() == [38, 38]
     memory.free = 4001

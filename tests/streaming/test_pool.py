@@ -65,7 +65,8 @@ def test_least_recently_used_leaves_first(
     slots: int, calls: list[tuple[int, set[int]]], file: Path, tables: list[ExpertTable]
 ) -> None:
     pool = make_pool(slots, file, tables)
-    model: OrderedDict[tuple[int, int], int] = OrderedDict()  # (layer, expert) -> slot, least recently used first
+    # (layer, expert) -> slot, least recently used first.
+    model: OrderedDict[tuple[int, int], int] = OrderedDict()
     for layer, wanted in calls:
         present = {expert for expert in wanted if (layer, expert) in model}
         waves = every_wave(pool, tables[layer], sorted(wanted), together=True)
@@ -128,7 +129,8 @@ def test_expected_experts_take_no_busy_slot(
         busy: dict[int, int] = {}
         for wave in every_wave(pool, tables[layer], sorted(wanted), together=False):
             if len(busy) + len(wave) > slots:
-                busy = {}  # a layer waits for what was computed before
+                # A layer waits for what was computed before.
+                busy = {}
             fetched = pool.fetch(tables[layer], wave)
             busy |= fetched
         pool.prefetch(tables[next_layer], sorted(guess), busy=len(busy))
@@ -149,7 +151,8 @@ def test_lookahead_is_counted(file: Path, tables: list[ExpertTable]) -> None:
     pool.fetch(tables[1], [1, 3])
     assert (counters.lookahead_used, counters.lookahead_wasted) == (1, 1)
     assert (counters.hits, counters.misses, counters.bytes_read) == (1, 2, 4 * 44)
-    pool.fetch(tables[1], [4])  # what was of no use leaves first
+    # What was of no use leaves first.
+    pool.fetch(tables[1], [4])
     assert pool.residents == [("0", 0), ("1", 1), ("1", 3), ("1", 4)]
 
 
@@ -171,7 +174,8 @@ def test_failed_lookahead_is_read_again(file: Path, tables: list[ExpertTable], m
         fail_at(tables[0].spans[5][0], patch)
         for _ in range(3):
             pool.prefetch(tables[0], [3, 5], busy=0)
-            assert pool.fetch(tables[0], [3]).keys() == {3}  # the failure of another is no harm
+            # The failure of another is no harm.
+            assert pool.fetch(tables[0], [3]).keys() == {3}
             pool.prefetch(tables[0], [5], busy=0)
             with pytest.raises(ReadError, match="Input/output error"):
                 pool.fetch(tables[0], [5])
@@ -231,7 +235,8 @@ def test_failed_read_leaves_a_working_pool(
     pool.fetch(tables[0], [0, 1, 2])
     with monkeypatch.context() as patch:
         fail_at(tables[0].spans[5][0], patch)
-        for _ in range(3):  # no slot is lost, however often it fails
+        # No slot is lost, however often it fails.
+        for _ in range(3):
             with pytest.raises(ReadError, match="Input/output error"):
                 pool.fetch(tables[0], [4, 5])
             # The two oldest have left, and neither of the new ones is here.

@@ -19,9 +19,11 @@ def test_widening_is_exact(stored: mx.Dtype) -> None:
     expected = np.asarray(mx.array(BITS).view(stored).astype(mx.float32))
     numbers = ~np.isnan(expected)
     assert numbers.sum() > 60000
-    assert np.array_equal(actual.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])  # -0.0 too
+    # -0.0 too.
+    assert np.array_equal(actual.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
     assert np.isnan(actual[~numbers]).all()
-    assert not mx.any(rows.array[0]).item()  # its neighbours stay as they were
+    # Its neighbours stay as they were.
+    assert not mx.any(rows.array[0]).item()
     assert not mx.any(rows.array[2]).item()
 
 

@@ -17,10 +17,12 @@ def residents(model: nn.Module) -> list[list[tuple[str, int]]]:
     return [pool.residents for pool in model.streaming.pools]
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0])  # a pool for each layer, and one for all
+# A pool for each layer, and one for all.
+@pytest.mark.parametrize("fraction", [0.5, 0])
 def test_warm_start(fraction: float, checkpoint: WriteFamily, tmp_path: Path) -> None:
     folder, file = checkpoint("qwen3_5_moe"), str(tmp_path / "residents.json")
-    first = streamed(folder, fraction, config=Config(warm_start=file))  # there is no file yet
+    # There is no file yet.
+    first = streamed(folder, fraction, config=Config(warm_start=file))
     run(first, PROMPT, tokens=4)
     first.streaming.save_residents(file)
     second = streamed(folder, fraction, config=Config(warm_start=file))

@@ -40,7 +40,8 @@ class Faults:
         self._share = share
         self._random = random.Random(seed)
         self._preadv: Preadv = os.preadv
-        self._failed: set[tuple[int, int]] = set()  # files and offsets
+        # Files and offsets.
+        self._failed: set[tuple[int, int]] = set()
 
     def preadv(self, fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         """What takes the place of ``os.preadv``."""

@@ -36,7 +36,8 @@ def test_pages_are_large() -> None:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
-    mx.clear_cache()  # or the array may get memory that has been counted
+    # Or the array may get memory that has been counted.
+    mx.clear_cache()
     before = large()
     array = mx.ones((64 << 20,), mx.uint8)
     mx.eval(array)

@@ -26,8 +26,10 @@ from tests.checkpoint.hostile.headers import FILES, SOUND
 SLACK = 1 << 17
 """Bytes that even a small header takes: a piece of text as it is decoded, and what Python itself keeps."""
 
-_MEASURED = 1 << 10  # one of so many inputs, because measuring memory is slow
-_REPORTED = 500_000  # libFuzzer leaves no chance to count at the end
+# One of so many inputs, because measuring memory is slow.
+_MEASURED = 1 << 10
+# libFuzzer leaves no chance to count at the end.
+_REPORTED = 500_000
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[0-9]+|.', re.DOTALL)
 _TOKENS = (
     *(b"%d" % number for number in (0, 1, 2, 8, 255, 2**32, 2**61, 2**63, 2**64 - 1, 2**64, 10**20)),
@@ -100,7 +102,8 @@ def check_memory(header: bytes, data_nbytes: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Fuzz until libFuzzer's flags say stop."""
-    import atheris  # an extra of its own
+    # An extra of its own.
+    import atheris
 
     counts = Counter[str]()
 

@@ -60,7 +60,8 @@ def test_tokenizer_that_is_only_code(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_trusted_code_runs(folder: Path) -> None:
     """So the tests above would see it if it ran."""
     edit(folder / "config.json", model_file="evil.py")
-    with pytest.raises(AttributeError):  # its Model is None
+    # Its Model is None.
+    with pytest.raises(AttributeError):
         flashmoe_mlx.load(str(folder), trust_remote_code=True)
     assert (folder.parent / MARKER).exists()
 

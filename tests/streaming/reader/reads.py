@@ -7,7 +7,8 @@ import numpy as np
 
 from flashmoe_mlx.checkpoint.span import Span
 
-LARGE = 1 << 18  # bytes; threads share the work
+# Bytes; threads share the work.
+LARGE = 1 << 18
 DATA = np.random.default_rng(0).bytes(8 * LARGE)
 
 Preadv = Callable[..., int]

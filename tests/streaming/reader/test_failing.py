@@ -47,7 +47,8 @@ def test_device_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not complete(reads)
     assert counters.bytes_read == 0
 
-    time.sleep(0.2)  # long enough for a read that somebody forgot
+    # Long enough for a read that somebody forgot.
+    time.sleep(0.2)
     assert [bytes(buffer) for _, buffer in reads] == before
     monkeypatch.setattr(os, "preadv", preadv)
     reader.read(reads)
@@ -117,7 +118,8 @@ def test_changed_file(ahead: bool, change: str, file: Path) -> None:
     if change == "bytes":
         with file.open("r+b") as stream:
             stream.write(b"x")
-        os.utime(file, ns=(1, 1))  # a clock that is too coarse to tell is not what is tested here
+        # A clock that is too coarse to tell is not what is tested here.
+        os.utime(file, ns=(1, 1))
     elif change == "time":
         os.utime(file, ns=(1, 1))
     elif change == "other file":
@@ -164,7 +166,8 @@ def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypat
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
-    for _ in range(3):  # more of them than there are threads
+    # More of them than there are threads.
+    for _ in range(3):
         with pytest.raises(ReadError, match="no progress for") as error:
             reader.start(reads)() if ahead else reader.read(reads)
         assert (error.value.offset, error.value.wanted, error.value.got) == (reads[2][0].offset, size, 0)

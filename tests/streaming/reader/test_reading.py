@@ -69,7 +69,8 @@ def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.Monke
 def test_truncated_file(size: int, threads: int, file: Path) -> None:
     reader = Reader([str(file)], threads, Counters())
     reads = plan(file, [size] * 3)
-    os.truncate(file, 13 * 3 + size - 1)  # the last byte of the last read is gone
+    # The last byte of the last read is gone.
+    os.truncate(file, 13 * 3 + size - 1)
     with pytest.raises(OSError, match="truncated") as error:
         reader.read(reads)
     assert str(file) in str(error.value)
@@ -158,7 +159,8 @@ def test_what_is_not_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -
     reader = Reader([str(file), str(other)], 1, Counters())
     calls = record_calls(monkeypatch)
     one, two, three = neighbours(file, [100, 50, 10])
-    apart = [one, three]  # a gap
+    # A gap.
+    apart = [one, three]
     backwards = [two, one]
     overlap = [one, (Span(str(file), 100, 50), memoryview(bytearray(50)))]
     elsewhere = [one, (Span(str(other), two[0].offset, 50), memoryview(bytearray(50)))]
@@ -171,10 +173,12 @@ def test_what_is_not_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -
     large = neighbours(file, [LARGE] * 7)
     reader.read(large)
     assert complete(large)
-    assert calls == [[LARGE] * 4, [LARGE] * 3]  # 1 MiB
+    # 1 MiB.
+    assert calls == [[LARGE] * 4, [LARGE] * 3]
     calls.clear()
     many = neighbours(file, [1] * (os.sysconf("SC_IOV_MAX") + 5))
-    reader.read(many)  # the OS refuses more buffers
+    # The OS refuses more buffers.
+    reader.read(many)
     assert complete(many)
     assert len(calls) == 2
 
@@ -228,7 +232,8 @@ def test_the_device_has_as_many_reads_as_there_are_threads(
     def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         if flags:
             raise BlockingIOError
-        barrier.wait()  # for seven others
+        # For seven others.
+        barrier.wait()
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
@@ -245,7 +250,8 @@ def test_no_readahead(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "POSIX_FADV_RANDOM", 1, raising=False)
     monkeypatch.setattr(sys, "platform", platform)
     Reader([str(file)], 1, Counters())
-    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]  # 45 is F_RDAHEAD
+    # 45 is F_RDAHEAD.
+    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]
 
 
 @pytest.mark.parametrize("threads", [1, 8])
@@ -286,14 +292,16 @@ def test_start(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(os, "preadv", read)
     reads = plan(file, SIZES * 3)
-    finish = reader.start(iter(reads))  # returns although nothing can be read yet
+    # Returns although nothing can be read yet.
+    finish = reader.start(iter(reads))
     assert counters == Counters()
     gate.set()
     time.sleep(0.1)
     assert complete(reads)
     finish()
     assert counters.bytes_read == sum(SIZES) * 3
-    assert 0 < counters.read_seconds < 0.1  # only what was really waited for
+    # Only what was really waited for.
+    assert 0 < counters.read_seconds < 0.1
     assert threading.main_thread() not in readers
     reader.start([])()
 
@@ -351,7 +359,8 @@ def test_start_fails(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OSError, match="Input/output error"):
         finish()
     before = [bytes(buffer) for _, buffer in reads]
-    assert not cold or b"\xaa" * LARGE in before[1:]  # some were given up
+    # Some were given up.
+    assert not cold or b"\xaa" * LARGE in before[1:]
     assert counters == Counters()
     time.sleep(0.1)
     assert [bytes(buffer) for _, buffer in reads] == before
