@@ -39,8 +39,9 @@ def test_a_quantized_cache_is_used_and_kept(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(PrefixCache, "nearest", lambda *args: found.append(nearest(*args)) or found[-1])
     cache = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
     with serve(kv_cache=cache) as running:
-        for _ in range(2):
-            assert running.chat(messages=HERON)[1]["choices"][0]["message"]["content"] == DEFINITION
+        message = running.chat(messages=HERON)[1]["choices"][0]["message"]
+        assert message["content"] == DEFINITION
+        assert running.chat(messages=[*HERON, message, *HERON])[0] == 200
     kept, tokens = found[-1]
     assert tokens and any(isinstance(layer, QuantizedKVCache) for layer in kept)
 
