@@ -183,6 +183,6 @@ def test_lookahead_and_warm_start(folder: Path, tmp_path: Path, capsys: pytest.C
     first = run(capsys, *model, "--lookahead")
     second = run(capsys, *model)
     assert plain == first.split("Prompt:")[0] == second.split("Prompt:")[0]
-    assert "read ahead were used" in first
+    assert "prefetched experts used" in first
     shares = [float(STATISTICS.search(each)["share"]) for each in (run(capsys, *model[:4]), second)]
     assert shares[0] < shares[1]
