@@ -162,7 +162,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
     """The figures of a run with many clients."""
     tally = Tally()
     resident: list[int] = []
-    with serve("--most-waiting", str(clients // 2)) as (client, process):
+    with serve("--max-queue", str(clients // 2)) as (client, process):
         expected = {word: client.answer(question(word), 60)[0] for word in WORDS}
         kept_before = client.kept_bytes()
         deadline = time.perf_counter() + seconds

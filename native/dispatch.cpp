@@ -7,7 +7,7 @@
 namespace flashmoe {
 namespace {
 
-bool is_supported(const Kernels* kernels) {
+bool is_supported([[maybe_unused]] const Kernels* kernels) {
 #ifdef FLASHMOE_X86
   __builtin_cpu_init();
   if (kernels == avx512_kernels()) {

@@ -26,8 +26,8 @@ class Operation : public mlx::core::Primitive {
   void eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&) override;
 
  protected:
-  // Returns the inputs, with contiguous copies in place of those that are not. The stream keeps copies alive until it
-  // has used them.
+  // Returns the inputs, with copies in place of those that are not contiguous. The stream keeps the copies alive until
+  // it has used them.
   virtual std::vector<mlx::core::array> readable(const std::vector<mlx::core::array>& inputs) const;
 };
 

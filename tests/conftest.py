@@ -12,14 +12,18 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
+from flashmoe_mlx.model import load as load_module
 from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops import native as native_module
+from flashmoe_mlx.ops.dispatch import Backend, choose_backend
 from tests.support.emulator import Emulated
 from tests.support.families import FAMILIES
 from tests.support.oracle import Run, resident, run
 
-collect_ignore = ["support/golden/make_golden.py"]  # needs torch
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # kernels are compared with float32; MLX asks at its first product
+# Needs torch.
+collect_ignore = ["support/golden/make_golden.py"]
+# Kernels are compared with float32. MLX reads this at its first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,20 +33,23 @@ def ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """The backend that models are loaded on: the product's choice, or the one a test is parametrized with."""
+    chosen: Backend = getattr(request, "param", None) or choose_backend()
+    if chosen is Backend.NATIVE and native_module.kernels() is None:
+        pytest.skip("no native kernels")
+    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
+    return chosen
+
+
 @pytest.fixture
 def native() -> native_module.Kernels:
-    """The native kernels run, as on any Linux with a compiler."""
+    """The native kernels."""
     kernels = native_module.kernels()
     if kernels is None:
         pytest.skip("no native kernels")
     return kernels
-
-
-@pytest.fixture(autouse=True)
-def twins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX's own operations run, unless a test asks for ``native``: what is streamed then has the bits of mlx-lm's."""
-    if "native" not in request.fixturenames:
-        monkeypatch.setattr(native_module, "kernels", lambda: None)
 
 
 class WriteFamily(Protocol):
@@ -84,31 +91,45 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> WriteFamily:
 
 
 @pytest.fixture(scope="session")
-def expected() -> Callable[[Path], Run]:
-    """What mlx-lm's own model does with a checkpoint."""
-    return cache(lambda folder: run(resident(folder)))
+def session_runs() -> dict[tuple[Path, Backend], Run]:
+    """Runs of the oracle so far."""
+    return {}
+
+
+@pytest.fixture
+def expected(backend: Backend, session_runs: dict[tuple[Path, Backend], Run]) -> Callable[[Path], Run]:
+    """Return what the oracle does with a checkpoint."""
+
+    def once(folder: Path) -> Run:
+        if (folder, backend) not in session_runs:
+            session_runs[folder, backend] = run(resident(folder))
+        return session_runs[folder, backend]
+
+    return once
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels run in the emulator where a GPU would run them."""
-    kernel = gpu.kernel.__wrapped__
-    monkeypatch.setattr(gpu, "kernel", cache(lambda call: Emulated(kernel(call))))
-    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
-    monkeypatch.setattr(gpu, "on_nvidia", lambda: True)  # whose kernels are Metal's text, too
+    """Kernels of the Metal backend run in the emulator."""
+    compiled = gpu.compiled.__wrapped__
+    monkeypatch.setattr(gpu, "compiled", cache(lambda kernel: Emulated(compiled(kernel))))
+    # CUDA's kernels are the same source.
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
-    mx.disable_compile()  # a compiled function has no values that a program could be given
+    # A compiled function has no values that the emulator could be given.
+    mx.disable_compile()
     yield
     mx.enable_compile()
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels run on the GPU and find NaN where they write."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Kernels run on the GPU, and find NaN where they write."""
     if not (mx.metal.is_available() or mx.cuda.is_available()):
         pytest.skip("no GPU")
-    kernel = gpu.kernel
-    monkeypatch.setattr(gpu, "kernel", lambda call: partial(kernel(call), init_value=float("nan")))
+    compiled = gpu.compiled
+    monkeypatch.setattr(gpu, "compiled", lambda kernel: partial(compiled(kernel), init_value=float("nan")))
     mx.set_default_device(mx.gpu)
-    yield
+    chosen = choose_backend()
+    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
+    yield chosen
     mx.set_default_device(mx.cpu)

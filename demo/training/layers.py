@@ -20,7 +20,7 @@ def replace_in_transformers() -> None:
     """Make every Qwen3.5-MoE of this process use the functions of this module."""
     modeling.causal_conv1d_fn = causal_conv
     modeling.torch_chunk_gated_delta_rule = gated_delta_rule
-    modeling.Qwen3_5MoeExperts.forward = experts  # type: ignore[method-assign]  # the replacement is the purpose
+    modeling.Qwen3_5MoeExperts.forward = experts
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Requests to generate, and the tokens they yield."""
+"""Jobs for the worker, and their answers, token by token."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from flashmoe_mlx.constrain import Processor
+from flashmoe_mlx.generation.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -14,71 +15,74 @@ class Token:
     """One token of an answer.
 
     Args:
-        text (str): that it brings; some bring none, as they are a part of a character.
-        token (int): its number.
-        logprob (float): natural logarithm of its probability.
-        top (tuple[tuple[int, float], ...]): the likeliest tokens and their logprobs, as many as were asked for.
-        finish_reason (str, optional): of the last one, ``"stop"`` or ``"length"``.
+        text (str): The text that it completes; empty while a character is incomplete.
+        id (int): Its index in the vocabulary.
+        logprob (float): Natural logarithm of its probability.
+        top_logprobs (tuple[tuple[int, float], ...]): Id and logprob of the most likely tokens, as many as the job asks
+            for.
+        finish_reason (str, optional): Set on the last token: ``"stop"`` or ``"length"``.
     """
 
     text: str
-    token: int
+    id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: str | None
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to generate.
+class Job:
+    """A prompt to answer, and how to sample the answer.
 
     Args:
-        prompt (Sequence[int]): tokens, at least one.
-        max_tokens (int): the longest answer.
-        beginnings (Sequence[int]): lengths of the parts of the prompt that other prompts may begin with.
-        sampling (dict): for mlx-lm's ``make_sampler``.
-        penalties (dict): for mlx-lm's ``make_logits_processors``.
-        constraints (Sequence): logits processors besides.
-        seed (int, optional): of the sampling. Default: ``None``, another one each time.
-        top_logprobs (int): how many of the likeliest tokens to tell.
-        preamble (int): length of the part of the prompt that is worth keeping on disk, if there is one.
+        prompt (Prompt): The prompt, at least one token.
+        max_tokens (int): Length limit of the answer, in tokens.
+        sampling (dict): Arguments of mlx-lm's ``make_sampler``.
+        penalties (dict): Arguments of mlx-lm's ``make_logits_processors``.
+        constraints (Sequence): Further logits processors, e.g. from :mod:`flashmoe_mlx.constrain`.
+        seed (int, optional): Seed of the sampling. Default: ``None``, a random one.
+        top_logprobs (int): How many of the most likely tokens to report with each token.
     """
 
-    prompt: Sequence[int]
+    prompt: Prompt
     max_tokens: int
-    beginnings: Sequence[int] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     penalties: dict[str, Any] = field(default_factory=dict)
     constraints: Sequence[Processor] = ()
     seed: int | None = None
     top_logprobs: int = 0
-    preamble: int = 0
 
 
-class Generation:
-    """An answer on its way.
+class Answer:
+    """The answer to a job: a queue of tokens between the worker's thread and the one that reads them.
+
+    Args:
+        job (Job): The job.
 
     Attributes:
-        order (Order): what was asked for.
-        cached_tokens (int): of the prompt, whose state was there; known from the first token on.
+        job (Job): The job.
+        cached_tokens (int): Length of the part of the prompt whose state was cached; set before the first token.
+        submitted (float): ``time.perf_counter()`` when the job was submitted.
+        cancelled (bool): Nobody reads this answer any more.
     """
 
-    def __init__(self, order: Order):
-        self.order = order
+    def __init__(self, job: Job):
+        self.job = job
         self.cached_tokens = 0
-        self.began = time.perf_counter()
-        self._events: SimpleQueue[Token | Exception | None] = SimpleQueue()
+        self.submitted = time.perf_counter()
         self.cancelled = False
+        self._events: SimpleQueue[Token | Exception | None] = SimpleQueue()
 
     def cancel(self) -> None:
-        """Let it end at the next token, or at the next chunk of the prompt."""
+        """End the answer at its next token, or at the next prefill chunk."""
         self.cancelled = True
 
     def tokens(self, tick: float) -> Iterator[Token | None]:
-        """Its tokens as they come; ``None`` when ``tick`` seconds have brought none.
+        """Yield the tokens as they are generated, and ``None`` after each ``tick`` seconds without one.
 
         Raises:
-            Exception: what went wrong on the model's thread.
+            WorkerClosed: The worker was closed before the answer was complete.
+            Exception: Any error of the model's thread.
         """
         while True:
             try:

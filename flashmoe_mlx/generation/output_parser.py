@@ -1,43 +1,57 @@
-"""Content, thoughts and tool calls, told apart while the text arrives."""
+"""Split a model's output into content, reasoning and tool calls while it is generated."""
 
 import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 @dataclass
-class Piece:
-    """What some tokens add to an answer."""
+class Delta:
+    """What some tokens add to an answer.
+
+    Args:
+        content (str): Text for the user.
+        reasoning (str): Text of thoughts.
+        tool_calls (list[dict]): Complete calls, in OpenAI's form.
+    """
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
+    def __iadd__(self, other: Self) -> Self:
+        """Append another delta."""
+        self.content += other.content
+        self.reasoning += other.reasoning
+        self.tool_calls += other.tool_calls
+        return self
 
-class Pieces:
-    """Reads the text of one answer.
+
+class OutputParser:
+    """Parses the text of one answer as it arrives.
 
     Args:
-        tokenizer: mlx-lm's; it knows the marks that the model sets. ``None`` reads plain text.
-        stops (Sequence[str]): texts that end the content. They mean nothing inside thoughts and calls.
-        thinks (bool): the text begins inside a thought.
-        tools (Sequence[dict]): what may be called. Without them, a call is content like any other.
+        tokenizer (TokenizerWrapper, optional): mlx-lm's tokenizer, which has the model's markers of thoughts and calls.
+            ``None`` parses plain text.
+        stops (Sequence[str]): Texts that end the content. They have no effect inside thoughts and calls.
+        in_thought (bool): The text begins inside a thought.
+        tools (Sequence[dict]): Functions that may be called. Without them, a call is content.
 
     Attributes:
-        stopped (bool): one of the stops has been met; what comes after it does not count.
-        called (bool): there have been tool calls.
+        stopped (bool): A stop text was found; all text after it is dropped.
+        called (bool): There have been tool calls.
     """
 
     def __init__(
         self,
         tokenizer: TokenizerWrapper | None,
         stops: Sequence[str] = (),
-        thinks: bool = False,
+        in_thought: bool = False,
         tools: Sequence[dict[str, Any]] = (),
     ):
         self._tokenizer = tokenizer
@@ -45,7 +59,7 @@ class Pieces:
         if tokenizer is None:
             self._marks = TextStateMachine().make_state()
         else:
-            state = tokenizer.response_initial_state or ("reasoning" if thinks else "normal")
+            state = tokenizer.response_initial_state or ("reasoning" if in_thought else "normal")
             self._marks = make_text_state_machine(tokenizer).make_state(state)
         self._stops = TextStateMachine({"normal": [(stop, None) for stop in stops]}).make_state()
         self._call: str | None = None
@@ -53,9 +67,18 @@ class Pieces:
         self.stopped = False
         self.called = False
 
-    def read(self, text: str, last: bool) -> Piece:
-        """What ``text`` adds. Its end may be held back until it is known what it begins, unless it is the ``last``."""
-        piece = Piece()
+    def feed(self, text: str, last: bool) -> Delta:
+        """Parse the next part of the text.
+
+        Args:
+            text (str): The part.
+            last (bool): The answer ends with it. Otherwise the end of the text may be held back until it is clear
+                whether a marker begins there.
+
+        Returns:
+            Delta: What the part adds to the answer.
+        """
+        delta = Delta()
         self._marks, parts = TextStateMachine.split(self._marks, text)
         if last:
             self._marks, rest, kind = TextStateMachine.flush(self._marks)
@@ -64,48 +87,50 @@ class Pieces:
             if kind == "tool":
                 self._call = (self._call or "") + part
                 continue
-            self._end_call(piece, whole=True)
+            self._end_call(delta, whole=True)
             if kind == "reasoning":
-                piece.reasoning += part
+                delta.reasoning += part
             else:
-                self._add_content(piece, part)
+                self._add_content(delta, part)
         if last:
-            self._end_call(piece, whole=self._tokenizer is not None and not self._tokenizer.tool_call_end)
+            self._end_call(delta, whole=self._tokenizer is not None and not self._tokenizer.tool_call_end)
             if not self.stopped:
                 self._stops, rest, _ = TextStateMachine.flush(self._stops)
-                piece.content += rest
-        return piece
+                delta.content += rest
+        return delta
 
-    def _add_content(self, piece: Piece, text: str) -> None:
+    def _add_content(self, delta: Delta, text: str) -> None:
         if self.stopped:
             return
         self._stops, parts = TextStateMachine.split(self._stops, text)
         self.stopped = self._stops[0] is None
         content = self._space + "".join(part for _, part in parts)
-        # Space after a call is only worth telling if something follows it.
-        told = content.rstrip() if self.called else content
-        self._space = content[len(told) :]
-        piece.content += told
+        # White space after a call is content only if text follows it.
+        shown = content.rstrip() if self.called else content
+        self._space = content[len(shown) :]
+        delta.content += shown
 
-    def _end_call(self, piece: Piece, whole: bool) -> None:
+    def _end_call(self, delta: Delta, whole: bool) -> None:
         if self._call is None or self.stopped:
             return
         assert self._tokenizer is not None
         text, self._call = self._call, None
         calls = self._parse(text) if whole and self._tools else []
-        if not calls:  # then nothing of it is lost
+        # Text that is not a valid call is content, so that nothing is lost.
+        if not calls:
             text = self._tokenizer.tool_call_start + text + (self._tokenizer.tool_call_end if whole else "")
-            self._add_content(piece, text)
+            self._add_content(delta, text)
         self.called |= bool(calls)
-        piece.tool_calls += calls
+        delta.tool_calls += calls
 
     def _parse(self, text: str) -> list[dict[str, Any]]:
-        """The calls in a text between the marks, as OpenAI shapes them; none if they cannot be read."""
+        """Return the calls in a text between the markers, in OpenAI's form; none if it cannot be parsed."""
         assert self._tokenizer is not None
         try:
             found = self._tokenizer.tool_parser(text.strip(), self._tools)
             return [_shaped(**call) for call in (found if isinstance(found, list) else [found])]
-        except Exception:  # each parser stumbles in its own way over what is no call
+        # Parsers raise arbitrary exceptions on malformed calls.
+        except Exception:
             return []
 
 

@@ -20,7 +20,7 @@ _NAME = re.compile(r"[0-9a-f]{32}-([1-9][0-9]*)-[0-9a-f]{64}\.safetensors")
 _HEADER_NBYTES = 1 << 16  # names and shapes in a file, at most
 
 
-class Prefixes:
+class PrefixStore:
     """Prompt caches on disk. The ones that have not been used for the longest time leave when there are too many.
 
     A prefix is of use only as a whole, because the state of linear attention has no way back. A file that is damaged

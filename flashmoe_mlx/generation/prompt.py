@@ -1,115 +1,116 @@
-"""A request's prompt, as tokens."""
+"""Prompts: messages or text, as tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Self
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.serving.errors import Refusal
-from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest
+Message = dict[str, Any]
+"""A message as chat templates take it: ``role``, ``content``, and e.g. ``tool_calls``."""
 
-_CHUNK = 512  # tokens: a shorter beginning costs little to read again together with what follows it
-_TAIL = 16  # tokens: how long a template's start of an answer may be
+# Tokens: the longest start of an answer that a template may write.
+_MAX_ANSWER_START = 16
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given.
+    """A prompt as the model reads it.
 
     Args:
-        tokens (list[int]): all of it.
-        thinks (bool): the answer begins inside a thought.
-        beginnings (tuple[int, ...]): lengths of the parts that other prompts may begin with: system message and tools,
-            and all but the start of the answer, which a template may leave out once there is an answer.
-        preamble (int): length of the part with system message and tools, 0 if it is short.
+        tokens (list[int]): All of it.
+        in_thought (bool): The answer begins inside a thought, which the template has opened.
+        preamble (int): Length of the prefix with system message and tools, which other conversations may share; 0 if
+            there are none.
+        thought_start (int): Length of the prefix before the marker with which the template starts a thought, open or
+            empty; 0 if there is none. Later prompts share that prefix, but most templates drop the thought from them.
     """
 
     tokens: list[int]
-    thinks: bool = False
-    beginnings: tuple[int, ...] = ()
+    in_thought: bool = False
     preamble: int = 0
+    thought_start: int = 0
 
     @classmethod
-    def of_chat(cls, request: ChatRequest, tokenizer: TokenizerWrapper, options: dict[str, Any]) -> Self:
+    def from_messages(
+        cls,
+        messages: Sequence[Message],
+        tokenizer: TokenizerWrapper,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Render a conversation with the model's chat template.
 
         Args:
-            request: the conversation.
-            tokenizer: mlx-lm's.
-            options: for the template.
+            messages (Sequence[dict]): The conversation.
+            tokenizer (TokenizerWrapper): mlx-lm's tokenizer of the model.
+            tools (Sequence[dict]): Functions that the model may call, in OpenAI's form.
+            template_options (dict, optional): Variables of the template, e.g. ``{"enable_thinking": False}``.
 
         Raises:
-            Refusal: the model has no template, or it does not take this conversation.
+            ValueError: The model has no chat template or no tool calls, or its template rejects the messages.
         """
-        if not tokenizer.has_chat_template:
-            raise Refusal(400, "This model has no chat template: use /v1/completions.")
-        options = {**options, **_thinking(request, tokenizer)}
-        tools = request.tools if request.tool_choice != "none" else []
-        if tools and not tokenizer.has_tool_calling:
-            raise Refusal(400, "mlx-lm knows no tool calls of this model.", "tools")
-        messages = request.conversation()
+        check_chat(tokenizer, tools)
 
-        def render(messages: Sequence[dict[str, Any]], start: bool) -> list[int]:
-            try:
-                tokens: list[int] = tokenizer.apply_chat_template(
-                    list(messages), tools=tools or None, add_generation_prompt=start, **options
-                )
-            except Exception as error:  # templates refuse in many ways, most of them by an error of their own
-                raise Refusal(400, f"The chat template does not take these messages: {error}", "messages") from error
-            return tokens
+        def render(messages: Sequence[Message], start_answer: bool) -> list[int]:
+            rendered: list[int] = tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=start_answer,
+                **(template_options or {}),
+            )
+            return rendered
 
-        tokens = render(messages, True)
-        start, end = -1, -1
-        if tokenizer.has_thinking:
-            start, end = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
+        # Templates raise errors of many types, most of them their own.
+        try:
+            tokens = render(messages, True)
+        except Exception as error:
+            raise ValueError(f"the chat template rejects these messages: {error}") from error
+        system = list(takewhile(lambda message: message["role"] == "system", messages))
         preamble = 0
-        system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-        if len(tokens) > _CHUNK and (tools or system):
-            other = render([*messages[:system], {"role": "user", "content": ""}], False)
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(other, tokens, strict=False))
-            preamble = sum(1 for _ in same)
-        beginnings = {preamble, start} if start >= len(tokens) - _TAIL else {preamble}
-        beginnings = {length for length in beginnings if length >= _CHUNK}
-        return cls(tokens, start > end, tuple(sorted(beginnings)), preamble if preamble in beginnings else 0)
+        if tools or system:
+            # A template may reject a conversation that has only begun; then nothing is known to be shared.
+            with suppress(Exception):
+                preamble = _common_length(tokens, render([*system, {"role": "user", "content": ""}], False))
+        opened, closed = -1, -1
+        if tokenizer.has_thinking:
+            opened, closed = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
+        starts_answer = opened >= max(0, len(tokens) - _MAX_ANSWER_START)
+        return cls(tokens, opened > closed, preamble, opened if starts_answer else 0)
 
     @classmethod
-    def of_completion(cls, request: CompletionRequest, tokenizer: TokenizerWrapper) -> Self:
-        """Encode a text, or take the tokens as they are.
+    def from_text(cls, text: str | Sequence[int], tokenizer: TokenizerWrapper) -> Self:
+        """Encode a text, or check tokens.
+
+        Args:
+            text (str or Sequence[int]): The text, or its tokens.
+            tokenizer (TokenizerWrapper): mlx-lm's tokenizer of the model.
 
         Raises:
-            Refusal: it is empty, or a token is not of the vocabulary.
+            ValueError: It is empty, or a token is not in the vocabulary.
         """
-        prompt = request.prompt
-        tokens = tokenizer.encode(prompt, verbose=False) if isinstance(prompt, str) else prompt
+        tokens = list(tokenizer.encode(text, verbose=False) if isinstance(text, str) else text)
         if not tokens:
-            raise Refusal(400, "The prompt is empty.", "prompt")
+            raise ValueError("the prompt is empty")
         if max(tokens) >= len(tokenizer):
-            raise Refusal(400, f"{max(tokens)} is no token: the vocabulary has {len(tokenizer)}.", "prompt")
+            raise ValueError(f"{max(tokens)} is not a token: the vocabulary has {len(tokenizer)}")
         return cls(tokens)
 
 
-def _thinking(request: ChatRequest, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """What the template is told about thinking.
+def check_chat(tokenizer: TokenizerWrapper, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a model can chat, and call tools if there are some.
 
     Raises:
-        Refusal: something that the model or its template does not know.
+        ValueError: It cannot.
     """
-    options: dict[str, Any] = {}
-    wanted = request.chat_template_kwargs.enable_thinking
-    if request.reasoning_effort == "none":
-        if wanted:
-            raise Refusal(400, "enable_thinking and reasoning_effort contradict each other.", "reasoning_effort")
-        wanted = False
-    elif request.reasoning_effort is not None:
-        if "reasoning_effort" not in str(tokenizer.chat_template):
-            raise Refusal(
-                400, 'This model can think or, with "none", not think: it knows no degrees.', "reasoning_effort"
-            )
-        options["reasoning_effort"] = request.reasoning_effort
-    if wanted and not tokenizer.has_thinking:
-        raise Refusal(400, "This model does not think.", "chat_template_kwargs.enable_thinking")
-    if wanted is not None:
-        options["enable_thinking"] = wanted
-    return options
+    if not tokenizer.has_chat_template:
+        raise ValueError("this model has no chat template: it can only continue a text")
+    if tools and not tokenizer.has_tool_calling:
+        raise ValueError("mlx-lm has no parser for this model's tool calls: leave out the tools")
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,230 +1,213 @@
-"""The model's one thread: requests take turns on it, in the order they came."""
+"""The thread that loads a model and runs one job after the other on it."""
 
-import copy
-import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, stream_generate, wired_limit
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor
-from flashmoe_mlx.generation.job import Generation, Order, Token
-from flashmoe_mlx.generation.prefix_store import Prefixes
-from flashmoe_mlx.serving.errors import Refusal
-from flashmoe_mlx.serving.metrics import Metrics
+from flashmoe_mlx.generation.generator import Generator
+from flashmoe_mlx.generation.job import Answer, Job, Token
+from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
+from flashmoe_mlx.generation.prefix_store import PrefixStore
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
 
-class Generations:
-    """Loads a model on a thread of its own, and runs it there: MLX's arrays belong to the thread that made them.
-
-    One request at a time: a batch would need the experts of all its requests at once, and round differently.
+class QueueFull(Exception):
+    """A job was rejected because too many are waiting.
 
     Args:
-        load (Callable): gives model and tokenizer, like :func:`flashmoe_mlx.load`.
-        metrics (Metrics): what happens is counted there.
-        most_waiting (int): requests, besides the one that runs.
-        prefix_bytes (int): memory for the state of prompts that may come again.
-        prefill_step_size (int, optional): tokens of a prompt at a time. Default: what the model's loading chose.
-        kv_cache (dict, optional): mlx-lm's settings of a quantised KV cache. Default: it is not.
-        on_disk (Callable, optional): gives the loaded model's store of preambles. Default: memory keeps them alone.
+        max_queue (int): How many may wait.
+    """
+
+    def __init__(self, max_queue: int):
+        super().__init__(f"{max_queue} jobs are waiting already: try again later")
+        self.max_queue = max_queue
+
+
+class WorkerClosed(Exception):
+    """The worker was closed, so a job was rejected or its answer ended early."""
+
+    def __init__(self) -> None:
+        super().__init__("the model is shutting down")
+
+
+class Worker:
+    """Loads a model on a thread of its own and runs jobs there, because MLX arrays belong to the thread that made them.
+
+    Jobs run one at a time, in the order they were submitted: a batch would need the experts of all its jobs at once,
+    and its rounding would make an answer depend on the other jobs.
+
+    Args:
+        load (Callable): Returns model and tokenizer, as :func:`flashmoe_mlx.load` does.
+        count (Callable): Adds to totals, given as keyword arguments, e.g. ``count(prompt_tokens=3)``. Called on the
+            worker's thread.
+        max_queue (int): How many jobs may wait while one runs.
+        prefix_cache_bytes (int): Memory for the prefix cache.
+        prefill_step_size (int, optional): Tokens in a prefill chunk. Default: as the loaded model suggests.
+        kv_cache (dict, optional): mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``. Default: the KV
+            cache is not quantized.
+        open_prefix_store (Callable, optional): Returns the prefix store on disk for the loaded model. Default: prefixes
+            are kept in memory only.
+        min_prefix (int): Tokens: a shorter prefix is cheap to prefill again, and its state is not kept. Default:
+            ``512``.
 
     Attributes:
-        model (nn.Module): the loaded model. Only its ``streaming`` may be used on other threads.
-        tokenizer (TokenizerWrapper): the loaded tokenizer.
-        closed (bool): it takes no more requests.
+        model (nn.Module): The loaded model. Other threads may use only its ``streaming``.
+        tokenizer (TokenizerWrapper): The loaded tokenizer.
+        prefixes (PrefixCache): The prefix cache. Other threads may use it only while the worker is idle.
+        closed (bool): No more jobs are accepted.
 
     Raises:
-        Exception: what ``load`` raises.
+        Exception: Any error of ``load`` or ``open_prefix_store``.
     """
 
     def __init__(
         self,
         load: Callable[[], Sequence[Any]],
-        metrics: Metrics,
-        most_waiting: int,
-        prefix_bytes: int,
+        count: Callable[..., None],
+        max_queue: int,
+        prefix_cache_bytes: int,
         prefill_step_size: int | None = None,
-        kv_cache: dict[str, Any] | None = None,
-        on_disk: Callable[[nn.Module], Prefixes] | None = None,
+        kv_cache: Mapping[str, Any] | None = None,
+        open_prefix_store: Callable[[nn.Module], PrefixStore] | None = None,
+        min_prefix: int = 512,
     ):
-        self._metrics = metrics
-        self._most_waiting = most_waiting
-        self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
+        self._count, self._max_queue, self._min_prefix = count, max_queue, min_prefix
         self._lock = threading.Lock()
-        self._accepted: list[Generation] = []  # the first one runs
+        # The first one runs, the others wait.
+        self._accepted: list[Answer] = []
         self.closed = False
-        self._prefixes = LRUPromptCache(max_size=1024, max_bytes=prefix_bytes)
         self._thread = DaemonThreads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
-        self._thread.submit(lambda: _settle(loaded, load))
+        self._thread.submit(lambda: _fulfill(loaded, load))
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
         self.model, self.tokenizer = loaded.result()[:2]
-        self._on_disk = on_disk and on_disk(self.model)
-        self._step = prefill_step_size or self.model.streaming.prefill_step_size
+        store = open_prefix_store and open_prefix_store(self.model)
+        self.prefixes = PrefixCache(max_bytes=prefix_cache_bytes, store=store)
+        self._generator = Generator(self.model, self.tokenizer, self.prefixes, prefill_step_size, kv_cache)
 
-    def submit(self, order: Order) -> Generation:
-        """Queue an order.
+    @property
+    def idle(self) -> bool:
+        """No job is running or waiting."""
+        return not self._accepted
+
+    def submit(self, job: Job) -> Answer:
+        """Queue a job.
 
         Raises:
-            Refusal: too many wait already, or it is closed.
+            QueueFull: ``max_queue`` jobs are waiting already.
+            WorkerClosed: The worker accepts no more jobs.
         """
         with self._lock:
             if self.closed:
-                raise Refusal(503, "The server is shutting down.")
-            if self._wanted() > self._most_waiting:
-                raise Refusal(429, f"{self._most_waiting} requests are waiting already.", code="rate_limit_exceeded")
-            generation = Generation(order)
-            self._accepted.append(generation)
-        self._thread.submit(lambda: self._run(generation))
-        return generation
+                raise WorkerClosed
+            if self._wanted() > self._max_queue:
+                raise QueueFull(self._max_queue)
+            answer = Answer(job)
+            self._accepted.append(answer)
+        self._thread.submit(lambda: self._run(answer))
+        return answer
 
     def refuse_context(self, tokens: int) -> None:
-        """Refuse a context that memory cannot hold, with the KV cache as it is here.
+        """Refuse a context whose KV cache would not fit in memory.
 
         Args:
-            tokens (int): of prompt and answer.
+            tokens (int): Length of prompt and answer together.
 
         Raises:
-            MemoryError: it does not fit.
+            MemoryError: It does not fit.
         """
-        self.model.streaming.refuse_context(tokens, self._kv_cache["kv_bits"], self._kv_cache["kv_group_size"])
+        self._generator.refuse_context(tokens)
 
     def gauges(self) -> dict[str, float]:
-        """How many requests wait and run, and the bytes of kept prefixes."""
+        """Return the numbers of waiting and running jobs, and the bytes of the prefix cache."""
         with self._lock:
             wanted = self._wanted()
         return {
             "waiting_requests": max(0, wanted - 1),
             "running_requests": min(1, wanted),
-            "prefix_bytes": self._prefixes.nbytes,
+            "prefix_bytes": self.prefixes.nbytes,
         }
 
-    def close(self, patience: float) -> None:
-        """Take no more requests; cancel those that wait, and the one that runs if it has not ended by itself then.
+    def close(self, timeout: float) -> None:
+        """Accept no more jobs, cancel those that wait, and the running one if it does not end in time.
 
         Args:
-            patience (float): seconds for it.
+            timeout (float): Seconds that the running job may still take.
         """
         with self._lock:
             self.closed = True
             running, waiting = self._accepted[:1], self._accepted[1:]
-        for generation in waiting:
-            generation.put(Refusal(503, "The server is shutting down."))
-            generation.cancel()
-        deadline = time.perf_counter() + patience
-        while self._accepted and time.perf_counter() < deadline:
+        for answer in waiting:
+            answer.put(WorkerClosed())
+            answer.cancel()
+        deadline = time.perf_counter() + timeout
+        while not self.idle and time.perf_counter() < deadline:
             time.sleep(0.02)
-        for generation in running:
-            generation.put(Refusal(503, "The server is shutting down."))
-            generation.cancel()
+        for answer in running:
+            answer.put(WorkerClosed())
+            answer.cancel()
         self._thread.close(deadline + 2)
 
     def _wanted(self) -> int:
-        """Requests that somebody waits for; the others end once it is their turn."""
-        return sum(not generation.cancelled for generation in self._accepted)
+        """Count the answers that somebody reads; cancelled ones end as soon as it is their turn."""
+        return sum(not answer.cancelled for answer in self._accepted)
 
-    def _run(self, generation: Generation) -> None:
-        begin = time.perf_counter()
+    def _run(self, answer: Answer) -> None:
+        began = time.perf_counter()
         try:
-            if not generation.cancelled:
-                for token in self._generate(generation):
-                    generation.put(token)
-        except Exception as error:  # this request's; the next one works
-            self._metrics.add(generation_errors=1)
-            generation.put(error)
+            if not answer.cancelled:
+                for token in self._generate(answer):
+                    answer.put(token)
+        # An error ends this answer only; the next job runs.
+        except Exception as error:
+            self._count(generation_errors=1)
+            answer.put(error)
         finally:
-            self._metrics.add(generation_seconds=time.perf_counter() - begin)
+            self._count(generation_seconds=time.perf_counter() - began)
             with self._lock:
-                self._accepted.remove(generation)
-            generation.put(None)
+                self._accepted.remove(answer)
+            answer.put(None)
 
-    def _generate(self, generation: Generation) -> Iterator[Token]:
-        order = generation.order
-        prompt = list(order.prompt)
-        mx.random.seed(secrets.randbits(63) if order.seed is None else order.seed % 2**64)
-        cache, generation.cached_tokens = self._nearest(prompt[:-1])  # the last one is always computed
-        with wired_limit(self.model, [generation_stream]), mx.stream(generation_stream):  # as mlx-lm generates
-            self._prefill(generation, prompt, cache)
-        if generation.cancelled:
+    def _generate(self, answer: Answer) -> Iterator[Token]:
+        job, prompt = answer.job, answer.job.prompt
+        mx.random.seed(secrets.randbits(63) if job.seed is None else job.seed % 2**64)
+        kinds: dict[int, Kind] = {prompt.thought_start: "user", prompt.preamble: "system"}
+        keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
+        context = self._generator.prefill(prompt.tokens, keep, cancelled=lambda: answer.cancelled)
+        answer.cached_tokens = context.cached_tokens
+        if answer.cancelled:
             return
-        self._metrics.add(prompt_tokens=len(prompt), cached_prompt_tokens=generation.cached_tokens)
-        before = mx.array(prompt[:-1], mx.int32)
-        processors = [_after(before, penalty) for penalty in make_logits_processors(**order.penalties)]
-        responses = stream_generate(
-            self.model,
-            self.tokenizer,
-            prompt[-1:],
-            max_tokens=order.max_tokens,
-            sampler=make_sampler(**order.sampling),
-            logits_processors=[*processors, *order.constraints],
-            prompt_cache=cache,
-            **self._kv_cache,
+        self._count(prompt_tokens=len(prompt.tokens), cached_prompt_tokens=answer.cached_tokens)
+        before = mx.array(prompt.tokens[:-1], mx.int32)
+        penalties = [_after(before, penalty) for penalty in make_logits_processors(**job.penalties)]
+        responses = self._generator.decode(
+            context,
+            job.max_tokens,
+            sampler=make_sampler(**job.sampling),
+            logits_processors=[*penalties, *job.constraints],
+            stopped=lambda: answer.cancelled,
         )
-        for count, response in enumerate(responses):
-            if count == 0:
-                self._metrics.add(first_token_seconds=time.perf_counter() - generation.began)
-            self._metrics.add(generated_tokens=1)
-            prompt.append(response.token)
+        for index, response in enumerate(responses):
+            if index == 0:
+                self._count(first_token_seconds=time.perf_counter() - answer.submitted)
+            self._count(generated_tokens=1)
             logprob = _finite(response.logprobs[response.token].item())
-            top = _likeliest(response.logprobs, order.top_logprobs)
+            top = _top_logprobs(response.logprobs, job.top_logprobs)
             yield Token(response.text, response.token, logprob, top, response.finish_reason)
-            if generation.cancelled:
-                break
-        self._prefixes.insert_cache(None, prompt, cache)  # it has seen every token so far
-
-    def _nearest(self, prompt: list[int]) -> tuple[list[Any], int]:
-        """The state that can be gone on from with the fewest tokens left, and how many it has seen."""
-        cache, rest = self._prefixes.fetch_nearest_cache(None, prompt)
-        seen = len(prompt) - len(rest)
-        try:
-            found = self._on_disk and self._on_disk.longest(prompt, beyond=seen)
-        except OSError as error:
-            logging.warning("cannot look for a preamble on disk: %s", error)
-            found = None
-        if found:
-            cache, seen = found
-            self._prefixes.insert_cache(None, prompt[:seen], copy.deepcopy(cache), cache_type="system")
-        return cache or make_prompt_cache(self.model), seen
-
-    def _keep_on_disk(self, preamble: list[int], cache: list[Any]) -> None:
-        try:
-            if self._on_disk is not None:
-                self._on_disk.store(preamble, cache)
-        except OSError as error:  # the answer does not depend on it
-            logging.warning("cannot keep a preamble: %s", error)
-
-    def _prefill(self, generation: Generation, prompt: list[int], cache: list[Any]) -> None:
-        """Read all of the prompt but its last token, in chunks that end where other prompts may go another way."""
-        position, end = generation.cached_tokens, len(prompt) - 1
-        cuts = set() if can_trim_prompt_cache(cache) else set(generation.order.beginnings)
-        preamble = generation.order.preamble if self._on_disk is not None else 0
-        cuts |= {preamble}
-        while position < end and not generation.cancelled:
-            stop = min([position + self._step, end, *(cut for cut in cuts if cut > position)])
-            self.model(mx.array(prompt[position:stop])[None], cache=cache)
-            maybe_quantize_kv_cache(cache, **self._kv_cache)
-            mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
-            position = stop
-            if position in cuts:  # a system's state is kept longest
-                self._prefixes.insert_cache(None, prompt[:position], copy.deepcopy(cache), cache_type="system")
-            if position == preamble:
-                self._keep_on_disk(prompt[:position], cache)
 
 
-def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+def _fulfill(future: Future[Any], work: Callable[[], Any]) -> None:
     try:
         future.set_result(work())
     except BaseException as error:
@@ -232,11 +215,11 @@ def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
 
 
 def _after(before: mx.array, processor: Processor) -> Processor:
-    """A processor that sees the whole prompt, of which mlx-lm is only given the last token."""
+    """Return a processor that sees the whole prompt, of which mlx-lm gets only the last token."""
     return lambda tokens, logits: processor(mx.concatenate([before, tokens.astype(before.dtype)]), logits)
 
 
-def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
+def _top_logprobs(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
     if count == 0:
         return ()
     values = np.array(logprobs.astype(mx.float32))
@@ -244,5 +227,5 @@ def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
 
 
 def _finite(logprob: float) -> float:
-    """What is impossible has no logprob that JSON could hold; this is OpenAI's number for it."""
+    """Return a number that JSON can hold; OpenAI's API reports -9999 for impossible tokens."""
     return max(float(logprob), -9999.0)

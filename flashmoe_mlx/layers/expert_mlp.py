@@ -21,21 +21,17 @@ class ExpertMLP:
     Args:
         switch (nn.Module): mlx-lm's ``SwitchGLU`` or ``SwitchMLP``, holding the arrays to compute with.
         backend (Backend): The model's.
-
-    Attributes:
-        has_kernels (bool): The backend has kernels for this layer's activation and quantization.
     """
 
     def __init__(self, switch: nn.Module, backend: Backend):
         self._backend = backend
         self._reference: ExpertFunction = switch.__call__
-        self._matrices = _swiglu_matrices(switch)
-        self.has_kernels = self._matrices is not None and backend is not Backend.REFERENCE
-        self._kernels = _fused(self._matrices, backend) if self._matrices is not None else self._reference
+        self._matrices = None if backend is Backend.REFERENCE else _swiglu_matrices(switch)
+        self._kernels = None if self._matrices is None else _fused(self._matrices, backend)
 
     def implementation(self, x: mx.array, indices: mx.array) -> ExpertFunction:
         """Choose what computes a call, once for all its waves: two choices round differently on a GPU."""
-        if not self.has_kernels or self._matrices is None:
+        if self._matrices is None or self._kernels is None:
             return self._reference
         gate, up, down = self._matrices
         served = gate_up.serves(self._backend, x, indices, gate, up) and matvec.serves(self._backend, x, indices, down)
@@ -53,9 +49,8 @@ class ExpertMLP:
             mx.array, optional: ``[..., top_k, hidden]``, zero for experts in no slot; ``None`` if no kernel computes
             this call.
         """
-        if not self.has_kernels or self.implementation(x, indices) is not self._kernels:
-            return None
-        return self._kernels(x, slots[indices])
+        compute = self.implementation(x, indices)
+        return compute(x, slots[indices]) if compute is self._kernels else None
 
     def splits(self, function: ExpertFunction) -> bool:
         """Return whether a call computed in parts has the same bits.
@@ -63,7 +58,7 @@ class ExpertMLP:
         Kernels and MLX's CPU products compute each pair of token and expert by itself. On a GPU, MLX chooses its
         products by the shape of the whole call, and they round differently.
         """
-        return (self.has_kernels and function is self._kernels) or mx.default_device().type == mx.cpu
+        return function is self._kernels or mx.default_device().type == mx.cpu
 
 
 def _fused(matrices: tuple[Quantized, Quantized, Quantized], backend: Backend) -> ExpertFunction:

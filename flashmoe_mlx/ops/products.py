@@ -21,9 +21,6 @@ from flashmoe_mlx.ops.matrices import Quantized
 MAX_PAIRS = 128
 """Pairs of a token and an expert that GPU kernels serve. Larger products are matrix products, where MLX is faster."""
 
-MAX_TOP_K = 16
-"""Experts per token that GPU kernels serve."""
-
 
 def gpu_serves(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
     """Return whether the GPU's product kernels serve these operands.
@@ -33,10 +30,8 @@ def gpu_serves(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one per product.
         matrices (Quantized): What they are multiplied with.
     """
-    return (
-        0 < slots.size <= MAX_PAIRS
-        and slots.shape[-1] <= MAX_TOP_K
-        and all(matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices)
+    return 0 < slots.size <= MAX_PAIRS and all(
+        matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices
     )
 
 

@@ -6,7 +6,10 @@ import mlx.nn as nn
 from flashmoe_mlx.ops import gpu, native
 from flashmoe_mlx.ops.dispatch import GPUS, Backend, Operation
 from flashmoe_mlx.ops.matrices import Quantized
-from flashmoe_mlx.ops.products import MAX_TOP_K, gpu_serves, linear
+from flashmoe_mlx.ops.products import gpu_serves, linear
+
+# Lanes of a SIMD group that hold the chosen experts.
+_MAX_TOP_K = 16
 
 
 def _router_and_shared_on_gpu(x: mx.array, router: Quantized, gate: Quantized, up: Quantized) -> bool:
@@ -60,7 +63,7 @@ def _(x: mx.array, router: Quantized, gate: Quantized, up: Quantized) -> tuple[m
 
 
 def _route_on_gpu(logits: mx.array, top_k: int, normalize: bool) -> bool:
-    return top_k <= MAX_TOP_K and logits.size >= gpu.DEVICE_MEMORY
+    return top_k <= _MAX_TOP_K and logits.size >= gpu.DEVICE_MEMORY
 
 
 @Operation

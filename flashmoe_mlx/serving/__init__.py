@@ -1,1 +1,1 @@
-"""HTTP around a generation: connections, routes and the APIs that clients speak."""
+"""HTTP in front of the worker: connections, routes and the APIs that clients speak."""

@@ -1,4 +1,4 @@
-"""What the server has done, in Prometheus' text format."""
+"""Counters and gauges of the server, in Prometheus' text format."""
 
 import threading
 from collections import Counter
@@ -7,51 +7,51 @@ from collections.abc import Mapping
 from flashmoe_mlx.streaming.counters import Counters
 
 _HELP = {
-    "requests": "Requests answered, by route and HTTP status.",
-    "prompt_tokens": "Tokens of prompts.",
-    "cached_prompt_tokens": "Tokens of prompts whose state was kept from earlier requests.",
-    "generated_tokens": "Tokens of answers.",
-    "generation_errors": "Answers that ended with an error.",
-    "cancelled": "Answers that nobody waited for any more.",
-    "first_token_seconds": "Time from a request to its first token.",
-    "generation_seconds": "Time that the model worked on requests.",
-    "waiting_requests": "Requests that wait for their turn.",
-    "running_requests": "Requests that the model works on.",
-    "prefix_bytes": "Memory for the state of prompts that may come again.",
-    "expert_hits": "Experts that were needed and in memory.",
-    "expert_misses": "Experts that had to be read.",
-    "expert_hit_rate": "Share of experts that were in memory.",
-    "expert_evictions": "Experts that had to leave memory for others.",
+    "requests": "HTTP requests answered, by route and status.",
+    "prompt_tokens": "Prompt tokens of all requests.",
+    "cached_prompt_tokens": "Prompt tokens whose state was in the prefix cache.",
+    "generated_tokens": "Tokens generated.",
+    "generation_errors": "Requests whose generation failed.",
+    "cancelled": "Requests whose client disconnected before the answer was complete.",
+    "first_token_seconds": "Time from the arrival of a request to its first token, summed over requests.",
+    "generation_seconds": "Time the model spent on requests, prefill included.",
+    "waiting_requests": "Requests in the queue.",
+    "running_requests": "Requests being generated.",
+    "prefix_bytes": "Memory used by the prefix cache, in bytes.",
+    "expert_hits": "Experts needed that were resident.",
+    "expert_misses": "Experts needed that had to be read.",
+    "expert_hit_rate": "Share of the experts needed that were resident.",
+    "expert_evictions": "Experts evicted from memory.",
     "expert_bytes_read": "Bytes of experts read from the checkpoint.",
-    "expert_read_seconds": "Time spent waiting for these reads.",
+    "expert_read_seconds": "Time spent waiting for expert reads.",
 }
 
 
 class Metrics:
-    """Counts that only grow. Threads may add to them at once."""
+    """Thread-safe counters, and their text for a scrape."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._totals: Counter[str] = Counter()
 
-    def request(self, route: str, status: int) -> None:
-        """Count an answer of HTTP."""
+    def count_request(self, route: str, status: int) -> None:
+        """Count one answered HTTP request."""
         with self._lock:
             self._requests[route, status] += 1
 
     def add(self, **amounts: float) -> None:
-        """Add to totals, by their names."""
+        """Increase counters, given by their names."""
         with self._lock:
             for name, amount in amounts.items():
                 self._totals[name] += amount  # type: ignore[assignment]
 
     def text(self, counters: Counters, gauges: Mapping[str, float]) -> str:
-        """All of it as text.
+        """Return all metrics in Prometheus' text format.
 
         Args:
-            counters (Counters): the model's.
-            gauges (Mapping[str, float]): what goes up and down, by name.
+            counters (Counters): The model's expert counters.
+            gauges (Mapping[str, float]): Current values by name.
         """
         with self._lock:
             requests, totals = dict(self._requests), dict(self._totals)

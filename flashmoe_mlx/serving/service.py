@@ -3,183 +3,108 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from flashmoe_mlx import constrain
-from flashmoe_mlx.generation.job import Generation, Order
-from flashmoe_mlx.generation.prompt import Prompt
-from flashmoe_mlx.generation.worker import Generations
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.generation.job import Answer, Job
+from flashmoe_mlx.generation.worker import Worker
+from flashmoe_mlx.serving.errors import ApiError, sentence, worker_errors
 from flashmoe_mlx.serving.metrics import Metrics
-from flashmoe_mlx.serving.openai.reply import Reply
-from flashmoe_mlx.serving.openai.schema import ChatRequest, JsonFormat, Request, Sampling, SchemaFormat
+from flashmoe_mlx.serving.openai.request import make_job
+from flashmoe_mlx.serving.openai.schema import Request
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for at most.
+    """Upper limits of a request.
 
     Args:
-        prompt_tokens (int): the longest prompt.
-        max_tokens (int): the longest answer.
+        prompt_tokens (int): Length of the longest prompt.
+        completion_tokens (int): Largest ``max_tokens``.
     """
 
     prompt_tokens: int
-    max_tokens: int
+    completion_tokens: int
 
 
 class Service:
-    """One model, whatever name a request gives it: no request loads another.
+    """Answers requests with one model, whatever model name they give: no request loads another.
 
     Args:
-        name (str): what the model is called.
-        generations: the model's thread.
-        metrics: what is counted.
-        limits: what a request may ask for.
-        defaults (Mapping): of a request's fields that have no default of OpenAI's.
-        template_options (Mapping): what the chat template is told, unless a request says otherwise.
+        name (str): The model's name in answers.
+        worker (Worker): Generates the answers.
+        metrics (Metrics): The server's counters.
+        limits (Limits): Upper limits of a request.
+        defaults (Mapping): Values of request fields that have no default of OpenAI's.
+        template_options (Mapping): Variables of the chat template, unless a request sets them.
+
+    Attributes:
+        tokenizer (TokenizerWrapper): The model's tokenizer.
     """
 
     def __init__(
         self,
         name: str,
-        generations: Generations,
+        worker: Worker,
         metrics: Metrics,
         limits: Limits,
         defaults: Mapping[str, Any],
         template_options: Mapping[str, Any],
     ):
         self.name = name
+        self.metrics = metrics
         self.defaults = defaults
-        self._generations = generations
-        self._metrics = metrics
+        self.tokenizer = worker.tokenizer
+        self._worker = worker
         self._limits = limits
-        self._template_options = dict(template_options)
-        self._tokenizer = generations.tokenizer
-        self._always_sampled = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
-        self._vocabulary = constrain.vocabulary_of(self._tokenizer)
-        if self._tokenizer.has_tool_calling and not constrain.can_constrain_calls(self._tokenizer):
-            logging.warning("this model's tool calls are in a format that is not constrained here: they may not parse")
+        self._template_options = template_options
+        self._vocabulary = constrain.vocabulary_of(self.tokenizer)
+        if self.tokenizer.has_tool_calling and not constrain.can_constrain_calls(self.tokenizer):
+            logging.warning("tool calls of this model cannot be constrained to their schemas: they may fail to parse")
         self._created = int(time.time())
-        self._tokenizing = threading.Lock()  # tokenizers may be changed for a moment while they work
+        # Some tokenizers change their state for a moment while they encode.
+        self._tokenizing = threading.Lock()
 
-    def start(self, request: Request) -> tuple[Reply, Generation]:
+    def start(self, request: Request) -> Answer:
         """Queue a request.
 
         Raises:
-            Refusal: it cannot be answered.
+            ApiError: It exceeds a limit, the model does not support it, or the queue is full or closed.
         """
         with self._tokenizing:
-            prompt = self._prompt(request)
-            constraints = self._constraints(request, prompt)
-        self._refuse_excess(request, prompt)
-        generation = self._generations.submit(
-            Order(
-                prompt.tokens,
-                request.max_tokens,
-                prompt.beginnings,
-                self._sampling(request),
-                _penalties(request),
-                constraints,
-                request.seed,
-                _top_logprobs(request),
-                prompt.preamble,
-            )
-        )
-        return Reply(request, prompt, generation, self._tokenizer, self.name), generation
+            job = make_job(request, self.tokenizer, self._vocabulary, self._template_options)
+        self._check_limits(request, job)
+        with worker_errors():
+            return self._worker.submit(job)
 
     @property
     def healthy(self) -> bool:
-        """Whether it takes requests."""
-        return not self._generations.closed
+        """Requests are accepted."""
+        return not self._worker.closed
 
     def model(self) -> dict[str, Any]:
-        """What OpenAI's API says about a model."""
+        """Return the description of the model, in the shape of OpenAI's API."""
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "local"}
 
-    def count(self, route: str, status: int) -> None:
-        """Count an answer of HTTP."""
-        self._metrics.request(route, status)
+    def metrics_text(self) -> str:
+        """Return the metrics in Prometheus' text format."""
+        return self.metrics.text(self._worker.model.streaming.counters, self._worker.gauges())
 
-    def metrics(self) -> str:
-        """What has happened so far, in Prometheus' text format."""
-        return self._metrics.text(self._generations.model.streaming.counters, self._generations.gauges())
-
-    def _prompt(self, request: Request) -> Prompt:
-        if isinstance(request, ChatRequest):
-            return Prompt.of_chat(request, self._tokenizer, self._template_options)
-        return Prompt.of_completion(request, self._tokenizer)
-
-    def _refuse_excess(self, request: Request, prompt: Prompt) -> None:
-        where = "messages" if isinstance(request, ChatRequest) else "prompt"
-        tokens, most = len(prompt.tokens), self._limits.prompt_tokens
-        if tokens > most:
-            message = f"The prompt has {tokens:,} tokens, and this server takes {most:,}: shorten it."
-            raise Refusal(400, message, where, "context_length_exceeded")
-        if request.max_tokens > self._limits.max_tokens:
-            message = f"max_tokens is {request.max_tokens:,}, and this server generates {self._limits.max_tokens:,}."
-            raise Refusal(400, message, "max_tokens")
-        if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < len(self._tokenizer):
-            raise Refusal(400, f"The vocabulary has {len(self._tokenizer)} tokens, from 0 on.", "logit_bias")
+    def _check_limits(self, request: Request, job: Job) -> None:
+        tokens, vocabulary, limits = len(job.prompt.tokens), len(self.tokenizer), self._limits
+        if tokens > limits.prompt_tokens:
+            message = f"The prompt has {tokens:,} tokens; the limit is {limits.prompt_tokens:,}."
+            raise ApiError(400, message, request.prompt_field, "context_length_exceeded")
+        if request.max_tokens > limits.completion_tokens:
+            message = f"max_tokens is {request.max_tokens:,}; the limit is {limits.completion_tokens:,}."
+            raise ApiError(400, message, "max_tokens")
+        if not all(0 <= token < vocabulary for token in request.logit_bias):
+            message = f"logit_bias has a token outside the vocabulary of {vocabulary:,} tokens."
+            raise ApiError(400, message, "logit_bias")
         try:
-            self._generations.refuse_context(tokens + request.max_tokens)
+            self._worker.refuse_context(tokens + request.max_tokens)
         except MemoryError as error:
-            raise Refusal(400, f"{error}.", where, "context_length_exceeded") from error
-
-    def _constraints(self, request: Request, prompt: Prompt) -> Sequence[constrain.Processor]:
-        """What holds tool calls and JSON to their schemas."""
-        if not isinstance(request, ChatRequest):
-            return []
-        wanted = request.response_format
-        try:
-            if isinstance(wanted, JsonFormat | SchemaFormat):
-                schema = wanted.json_schema.schema if isinstance(wanted, SchemaFormat) else {"type": "object"}
-                return [constrain.json(self._tokenizer, schema, thinking=prompt.thinks, vocabulary=self._vocabulary)]
-            if request.tools and request.tool_choice != "none":
-                choice = request.tool_choice
-                if choice == "auto" and not constrain.can_constrain_calls(self._tokenizer):
-                    return []  # its log has said so
-                choice = choice if isinstance(choice, str) else msgspec.to_builtins(choice)
-                return [
-                    constrain.constrained(
-                        self._tokenizer,
-                        tools=request.tools,
-                        tool_choice=choice,
-                        thinking=prompt.thinks,
-                        vocabulary=self._vocabulary,
-                    )
-                ]
-        except ValueError as error:
-            raise Refusal(400, str(error)) from error
-        return []
-
-    def _sampling(self, request: Sampling) -> dict[str, Any]:
-        return {
-            "temp": request.temperature,
-            "top_p": request.top_p,
-            "top_k": request.top_k if request.top_k < len(self._tokenizer) else 0,
-            "min_p": request.min_p,
-            "xtc_probability": request.xtc_probability,
-            "xtc_threshold": request.xtc_threshold,
-            "xtc_special_tokens": self._always_sampled,
-        }
-
-
-def _penalties(request: Sampling) -> dict[str, Any]:
-    return {
-        "logit_bias": request.logit_bias,
-        "repetition_penalty": request.repetition_penalty if request.repetition_penalty != 1 else None,
-        "repetition_context_size": request.repetition_context_size,
-        "presence_penalty": request.presence_penalty,
-        "presence_context_size": request.presence_context_size,
-        "frequency_penalty": request.frequency_penalty,
-        "frequency_context_size": request.frequency_context_size,
-    }
-
-
-def _top_logprobs(request: Request) -> int:
-    return request.top_logprobs if isinstance(request, ChatRequest) else request.logprobs or 0
+            message = sentence(str(error))
+            raise ApiError(400, message, request.prompt_field, "context_length_exceeded") from error

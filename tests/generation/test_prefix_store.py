@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from flashmoe_mlx.checkpoint.identity import model_identity
-from flashmoe_mlx.generation.prefix_store import Prefixes
+from flashmoe_mlx.generation.prefix_store import PrefixStore
 from tests.conftest import WriteFamily
 from tests.support.oracle import streamed
 from tests.support.serving import serve
@@ -52,16 +52,16 @@ def fill(nbytes: int = 256_000, value: float = 1) -> list[Any]:
 def test_restored_is_uninterrupted(folder: Path, tmp_path: Path) -> None:
     """The same logits, bit for bit, in a store that another process could have made."""
     cache, _ = read(folder, PROMPT[:25])
-    assert Prefixes(tmp_path / "new" / "store", 1 << 30, MODEL).store(PROMPT[:25], cache)
+    assert PrefixStore(tmp_path / "new" / "store", 1 << 30, MODEL).store(PROMPT[:25], cache)
     _, expected = read(folder, PROMPT[25:], cache)
-    found = Prefixes(tmp_path / "new" / "store", 1 << 30, MODEL).longest(PROMPT)
+    found = PrefixStore(tmp_path / "new" / "store", 1 << 30, MODEL).longest(PROMPT)
     assert found and found[1] == 25
     assert mx.array_equal(read(folder, PROMPT[25:], found[0])[1], expected)
     assert not mx.array_equal(read(folder, PROMPT[25:])[1], expected)  # the state matters
 
 
 def test_quantised_and_half_precision(tmp_path: Path) -> None:
-    store = Prefixes(tmp_path / "store", 1 << 30, MODEL)
+    store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     (cache,) = fill(value=0.3)
     cache.keys, cache.values = cache.keys.astype(mx.bfloat16), cache.values.astype(mx.bfloat16)
     store.store([1], [cache])
@@ -76,7 +76,7 @@ def test_quantised_and_half_precision(tmp_path: Path) -> None:
 
 
 def test_only_whole_prefixes(tmp_path: Path) -> None:
-    store = Prefixes(tmp_path / "store", 1 << 30, MODEL)
+    store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     for length in (3, 5, 9):
         assert store.store(PROMPT[:length], fill())
     lengths = {count: (store.longest(PROMPT[:count]) or (None, 0))[1] for count in range(11)}
@@ -87,8 +87,8 @@ def test_only_whole_prefixes(tmp_path: Path) -> None:
 
 
 def test_other_model(tmp_path: Path) -> None:
-    assert Prefixes(tmp_path / "store", 1 << 30, MODEL).store(PROMPT, fill())
-    other = Prefixes(tmp_path / "store", 1 << 30, OTHER)
+    assert PrefixStore(tmp_path / "store", 1 << 30, MODEL).store(PROMPT, fill())
+    other = PrefixStore(tmp_path / "store", 1 << 30, OTHER)
     assert other.longest(PROMPT) is None
     # Not even if somebody gives the file the other's name.
     (file,) = (tmp_path / "store").iterdir()
@@ -116,7 +116,7 @@ def test_identity(hybrid: Path, tmp_path: Path) -> None:
 
 def test_damaged(tmp_path: Path) -> None:
     """A byte anywhere, a cut, or another file: a miss, and gone."""
-    store = Prefixes(tmp_path / "store", 1 << 30, MODEL)
+    store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     store.store(PROMPT, fill())
     (file,) = (tmp_path / "store").iterdir()
     whole = file.read_bytes()
@@ -131,7 +131,7 @@ def test_damaged(tmp_path: Path) -> None:
 
 def test_bound(tmp_path: Path) -> None:
     """What was not used for the longest time leaves; what is too large never enters."""
-    store = Prefixes(tmp_path / "store", 1_000_000, MODEL)
+    store = PrefixStore(tmp_path / "store", 1_000_000, MODEL)
     for count in range(3):
         assert store.store([count], fill())
         age(store, 10 - count)
@@ -141,11 +141,11 @@ def test_bound(tmp_path: Path) -> None:
     assert [bool(store.longest([count])) for count in range(4)] == [True, False, True, True]
     assert not store.store([4], fill(1_024_000))
     assert store.nbytes <= 1_000_000
-    assert Prefixes(tmp_path / "store", 400_000, OTHER).store([0], fill())
+    assert PrefixStore(tmp_path / "store", 400_000, OTHER).store([0], fill())
     assert store.nbytes <= 400_000
 
 
-def age(store: Prefixes, seconds: int) -> None:
+def age(store: PrefixStore, seconds: int) -> None:
     """Let the newest file look as if it had been used some seconds ago."""
     newest = max(store._files())[2]
     before = newest.stat().st_mtime - seconds
@@ -154,7 +154,7 @@ def age(store: Prefixes, seconds: int) -> None:
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
     """Weights in the same folder are not counted and not removed."""
-    store = Prefixes(tmp_path / "store", 400_000, MODEL)
+    store = PrefixStore(tmp_path / "store", 400_000, MODEL)
     weights = [tmp_path / "store" / name for name in ("model.safetensors", f"{MODEL}-1-model.safetensors")]
     for file in weights:
         file.write_bytes(bytes(1_000_000))
@@ -187,7 +187,7 @@ def test_weights_changed_in_place(hybrid: Path, tmp_path: Path) -> None:
 def test_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        Prefixes(tmp_path / "store", 1 << 30, MODEL).store([1], fill())
+        PrefixStore(tmp_path / "store", 1 << 30, MODEL).store([1], fill())
     finally:
         os.umask(before)
     (file,) = (tmp_path / "store").iterdir()
@@ -195,20 +195,20 @@ def test_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     (tmp_path / "store").chmod(0o750)
     with pytest.raises(PermissionError, match="chmod 700"):
-        Prefixes(tmp_path / "store", 1 << 30, MODEL)
+        PrefixStore(tmp_path / "store", 1 << 30, MODEL)
 
 
 def test_left_over(tmp_path: Path) -> None:
     """What a killed process had begun to write is swept."""
-    Prefixes(tmp_path / "store", 1 << 30, MODEL)
+    PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     (tmp_path / "store" / f".{MODEL}-1-ab.cd.unfinished.safetensors").write_text("half")
-    Prefixes(tmp_path / "store", 1 << 30, MODEL)
+    PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     assert list((tmp_path / "store").iterdir()) == []
 
 
 def use(folder: Path, turn: int) -> None:
     """Store and look up in a folder that another process uses too."""
-    store = Prefixes(folder, 1_000_000, MODEL)
+    store = PrefixStore(folder, 1_000_000, MODEL)
     tokens, cache = [turn % 7], fill(value=turn % 7)
     store.store(tokens, cache)
     found = store.longest(tokens)
@@ -229,7 +229,7 @@ def test_two_processes(tmp_path: Path) -> None:
         use(tmp_path / "store", turn)
         turn += 3
     assert other.exitcode == 0
-    store = Prefixes(tmp_path / "store", 1_000_000, MODEL)
+    store = PrefixStore(tmp_path / "store", 1_000_000, MODEL)
     assert 0 < store.nbytes <= 1_000_000
     assert any(store.longest([number]) for number in range(7))
 
@@ -243,7 +243,7 @@ def test_server_after_a_restart(folder: Path, tmp_path: Path) -> None:
         if turn == 2:  # damaged files are read around
             for file in tmp_path.glob("store/*"):
                 file.write_bytes(file.read_bytes()[:-9])
-        with serve(folder, on_disk=lambda model: Prefixes(tmp_path / "store", 1 << 30, MODEL)) as running:
+        with serve(folder, open_prefix_store=lambda model: PrefixStore(tmp_path / "store", 1 << 30, MODEL)) as running:
             status, answer = running.chat(messages=messages, max_tokens=4)
         assert status == 200
         answers.append(answer["choices"][0]["message"]["content"])

@@ -1,70 +1,79 @@
-"""What the GPU tells the host by letter is what it chose, and a letter that is lost costs nothing but time."""
+"""Pinned read-back returns what the router chose, and a write that is lost costs nothing but time."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from flashmoe_mlx.layers import readback as mailbox
-from flashmoe_mlx.layers.readback import Mailbox
-from flashmoe_mlx.model import swap as model
+from flashmoe_mlx.layers import readback
+from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.model import swap
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from tests.conftest import WriteFamily
 from tests.support.oracle import assert_same, resident, run, streamed
 from tests.support.pinned import HostBuffers
 
 
-class HostMailbox(Mailbox):
-    """A mailbox without a GPU: the host writes what the kernel would, if the letter is not to be lost."""
+class HostReadback(PinnedReadback):
+    """A read-back without a GPU: the host writes what the kernel would, unless writes are to be lost."""
 
     arrives = True
-    taken: list[list[int] | None]
+    polled: list[list[int] | None]
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken = []
+        self.polled = []
 
-    def take(self) -> list[int] | None:
-        self.taken.append(super().take())
-        return self.taken[-1]
+    def poll(self) -> list[int] | None:
+        self.polled.append(super().poll())
+        return self.polled[-1]
 
-    def _staging(self) -> PinnedBuffers:
+    def _allocate(self) -> PinnedBuffers:
         return HostBuffers(8 * 1024, 1)
 
-    def _write(self, numbers: mx.array, letter: mx.array) -> mx.array:
+    def _write(self, numbers: mx.array, sequence: mx.array) -> mx.array:
         if self.arrives:
             for i, number in enumerate(np.asarray(numbers).ravel().tolist()):
-                self._words[i] = letter.item() << 32 | number
-        return letter
+                self._words[i] = sequence.item() << 32 | number
+        return sequence
 
 
-def test_letters() -> None:
-    box = HostMailbox()
+def test_poll_returns_what_was_written() -> None:
+    pinned = HostReadback()
     for numbers in ([[7, 0, 511]], [[2**32 - 1]], [list(range(40))]):
-        box.post(mx.array(numbers, mx.uint32))
-        assert box.take() == numbers[0]
-    assert box.post(mx.zeros((1025,), mx.uint32)) is None
+        pinned.write(mx.array(numbers, mx.uint32))
+        assert pinned.poll() == numbers[0]
+    assert pinned.write(mx.zeros((1025,), mx.uint32)) is None
 
 
-def test_an_old_letter_is_not_taken_for_a_new_one() -> None:
-    box = HostMailbox()
-    box.post(mx.array([1, 2, 3, 4]))
-    box.post(mx.array([5, 6]))
-    box.arrives = False
-    box.post(mx.array([7, 8, 9]))
-    assert box.take() is None
-    box._words[0] = box._letter << 32 | 7  # on its way
-    assert box.take() is None
+def test_a_stale_value_is_never_taken_for_a_new_one() -> None:
+    pinned = HostReadback()
+    pinned.write(mx.array([1, 2, 3, 4]))
+    pinned.write(mx.array([5, 6]))
+    pinned.arrives = False
+    pinned.write(mx.array([7, 8, 9]))
+    assert pinned.poll() is None
+    # One of three words has arrived.
+    pinned._words[0] = pinned._sequence << 32 | 7
+    assert pinned.poll() is None
 
 
 @pytest.mark.parametrize("arrives", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss"])
-def test_the_same_tokens(family: str, arrives: bool, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes: list[HostMailbox] = []
-    fence = model.Fence
-    monkeypatch.setattr(model, "Fence", lambda counters, _: fence(counters, boxes.append(HostMailbox()) or boxes[-1]))
-    monkeypatch.setattr(HostMailbox, "arrives", arrives)
-    monkeypatch.setattr(mailbox, "_PATIENCE", 1e-5)
+def test_read_back_does_not_change_the_output(
+    family: str, arrives: bool, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[HostReadback] = []
+    sync = swap.RouterSync
+
+    def with_readback(counters: object, _: object) -> object:
+        pinned.append(HostReadback())
+        return sync(counters, pinned[-1])
+
     folder = checkpoint(family)
-    assert_same(run(streamed(folder, 0.25)), run(resident(folder)))
-    assert boxes[-1].taken
-    assert all((numbers is not None) == arrives for numbers in boxes[-1].taken)
+    wanted = run(resident(folder))
+    monkeypatch.setattr(swap, "RouterSync", with_readback)
+    monkeypatch.setattr(HostReadback, "arrives", arrives)
+    monkeypatch.setattr(readback, "_POLL_TIMEOUT", 1e-5)
+    assert_same(run(streamed(folder, 0.25)), wanted)
+    assert pinned[-1].polled
+    assert all((numbers is not None) == arrives for numbers in pinned[-1].polled)

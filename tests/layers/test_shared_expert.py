@@ -1,4 +1,4 @@
-"""A layer that is started early runs once, whoever calls it first."""
+"""A module that is started early runs once, in whatever order it is started and called."""
 
 from itertools import chain
 
@@ -9,18 +9,19 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.layers.qwen3_next import swap_trunk
-from flashmoe_mlx.layers.shared_expert import Early, make_early
+from flashmoe_mlx.layers.decode_step import MAX_TOKENS
+from flashmoe_mlx.layers.fused_decoder import FusedDecoderLayer
+from flashmoe_mlx.layers.shared_expert import OverlappedModule, overlap
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
-from flashmoe_mlx.model.swap import _start_early
-from flashmoe_mlx.ops.dispatch import FEW_TOKENS
+from flashmoe_mlx.ops.dispatch import Backend
+from flashmoe_mlx.ops.native import Kernels
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_same, resident, run, streamed
+from tests.support.oracle import assert_same, mlx_lm_model, resident, run, streamed
 
 
 class Counting(nn.Module):
-    """Doubles, and counts how often."""
+    """Doubles its input, and counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,14 +33,14 @@ class Counting(nn.Module):
 
 
 @pytest.fixture
-def early() -> Early:
-    return make_early(Counting())
+def early() -> OverlappedModule:
+    return overlap(Counting())
 
 
-X = mx.ones((1, FEW_TOKENS, 4))
+X = mx.ones((1, MAX_TOKENS, 4))
 
 
-def test_started_and_called(early: Early) -> None:
+def test_a_call_takes_the_started_output(early: OverlappedModule) -> None:
     for calls in (1, 2):
         x = X + calls
         early.start(x)
@@ -47,42 +48,47 @@ def test_started_and_called(early: Early) -> None:
         assert early.calls == calls
 
 
-def test_called_and_started(early: Early) -> None:
+def test_a_start_after_the_call_computes_nothing(early: OverlappedModule) -> None:
     y = early(X)
     early.start(X)
     assert mx.array_equal(y, 2 * X)
     assert early.calls == 1
 
 
-def test_called_with_something_else(early: Early) -> None:
+def test_another_input_is_computed_anew(early: OverlappedModule) -> None:
     early.start(X)
     assert mx.array_equal(early(X + 1), 2 * X + 2)
     assert mx.array_equal(early(X), 2 * X)
     assert early.calls == 3
-    early.start(X + 2)  # the block gives it other arrays than the switch layer: no more in vain
+    # The block gives it other arrays than the switch layer, so starting it would be in vain.
+    early.start(X + 2)
     assert early.calls == 3
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
-def test_experts_of_another_width(lookahead: bool, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a block projects the experts' input, its router and shared expert want another one."""
+def test_a_block_may_project_its_experts_input(
+    lookahead: bool, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then its router and shared expert need another input than the experts."""
     monkeypatch.setitem(FAMILIES, "nemotron_h latent", FAMILIES["nemotron_h"] | {"moe_latent_size": 64})
     folder = checkpoint("nemotron_h latent")
     model = streamed(folder, config=Config(lookahead=lookahead))
     assert_same(run(model, tokens=4), run(resident(folder), tokens=4))
 
 
-def test_a_prompt_is_not_started(early: Early) -> None:
-    early.start(mx.ones((1, FEW_TOKENS + 1, 4)))
+def test_a_prompt_is_not_started(early: OverlappedModule) -> None:
+    early.start(mx.ones((1, MAX_TOKENS + 1, 4)))
     assert early.calls == 0
 
 
+@pytest.mark.parametrize("backend", [Backend.REFERENCE], ids=["reference"], indirect=True)
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3"])
-def test_shared_experts_are_started(family: str, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a model each of them is started once a token, and computed once."""
+def test_a_shared_expert_is_started_and_computed_once_a_token(
+    family: str, backend: Backend, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = streamed(checkpoint(family))
     layers = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitchGLU)]
-    shared = [m for _, m in model.named_modules() if isinstance(m, Early)]
+    shared = [m for _, m in model.named_modules() if isinstance(m, OverlappedModule)]
     assert 0 < len(shared) == len(layers)
     computed: list[mx.array] = []
     launched: list[mx.array] = []
@@ -101,25 +107,26 @@ def test_shared_experts_are_started(family: str, checkpoint: WriteFamily, monkey
     assert len(started) == len(shared)
 
 
-def test_where_the_router_begins_it(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer of few launches begins its shared expert together with the router, and gives what is left of it."""
+def test_a_fused_layer_launches_its_shared_expert_with_the_resident_experts(
+    checkpoint: WriteFamily, native: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = streamed(checkpoint("qwen3_5_moe"))
+    assert all(isinstance(layer, FusedDecoderLayer) for layer in model.layers)
     layers = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitchGLU)]
-    swap_trunk(model)
-    _start_early(model, layers[0].hidden)
-    assert {id(layer.start_early.__self__) for layer in layers} == set(map(id, model.layers))
+    cache = make_prompt_cache(model)
+    # Fused steps need a state to continue.
+    mx.eval(model(mx.array([[3]]), cache=cache))
     launched: list[mx.array] = []
     launch = mx.async_eval
-    monkeypatch.setattr(mx, "async_eval", lambda arrays: launched.extend(arrays) or launch(arrays))
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([[3]]), cache=cache))  # a first token is mlx-lm's
-    launched.clear()
+    monkeypatch.setattr(
+        mx, "async_eval", lambda *each: launched.extend(each[0] if isinstance(each[0], list) else each) or launch(*each)
+    )
     mx.eval(model(mx.array([[5]]), cache=cache))
     assert sum(y.shape == (1, 1, layers[0].hidden) for y in launched) == len(layers)
 
 
-def test_parameters_keep_their_names(checkpoint: WriteFamily) -> None:
+def test_parameters_keep_mlx_lms_names(checkpoint: WriteFamily) -> None:
     """Adapters that are attached later find the layers where mlx-lm has them."""
     folder = checkpoint("qwen3_5_moe")
-    names = {name for name, _ in tree_flatten(resident(folder).parameters()) if "switch_mlp" not in name}
+    names = {name for name, _ in tree_flatten(mlx_lm_model(folder).parameters()) if "switch_mlp" not in name}
     assert {name for name, _ in tree_flatten(streamed(folder).parameters())} == names

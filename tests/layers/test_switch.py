@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers import switch as layers
-from flashmoe_mlx.layers.expert_mlp import Experts
+from flashmoe_mlx.layers.expert_mlp import ExpertMLP
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops.native import Kernels
@@ -35,22 +35,23 @@ def models(request: pytest.FixtureRequest, checkpoint: WriteFamily) -> tuple[nn.
         return streamed(folder), resident(folder)
 
 
-def test_lazy_calls(models: tuple[nn.Module, nn.Module]) -> None:
+def test_lazy_calls_are_right_in_any_order(models: tuple[nn.Module, nn.Module]) -> None:
     model, oracle = models
     inputs = [mx.array([prompt]) for prompt in ([3], [200], PROMPT, [11], OTHER_PROMPT)]
-    outputs = [model(each) for each in inputs]  # nothing has asked for a result yet
+    # Nothing has been evaluated yet.
+    outputs = [model(each) for each in inputs]
     for each, output in reversed(list(zip(inputs, outputs, strict=True))):
         assert mx.array_equal(output, oracle(each))
 
 
-def test_call_that_is_never_evaluated(models: tuple[nn.Module, nn.Module]) -> None:
+def test_a_call_may_never_be_evaluated(models: tuple[nn.Module, nn.Module]) -> None:
     model, oracle = models
     model(mx.array([OTHER_PROMPT]))
     assert mx.array_equal(model(mx.array([PROMPT])), oracle(mx.array([PROMPT])))
 
 
-def test_slow_computation(models: tuple[nn.Module, nn.Module]) -> None:
-    """A call whose slots are still to be read does not lose them to the next, which waits for no input."""
+def test_slots_wait_for_slow_computation(models: tuple[nn.Module, nn.Module]) -> None:
+    """A call whose slots are still to be read does not lose them to the next one, which waits for no input."""
     model, oracle = models
     path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, StreamedSwitchGLU))
     switch = dict(oracle.named_modules())[path]
@@ -65,7 +66,7 @@ def test_slow_computation(models: tuple[nn.Module, nn.Module]) -> None:
         assert mx.array_equal(output, switch(x, indices))
 
 
-def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
+def test_generations_may_interleave(models: tuple[nn.Module, nn.Module]) -> None:
     def steps(model: nn.Module, prompt: list[int]) -> Iterator[tuple[int, mx.array]]:
         return generate_step(mx.array(prompt), model, max_tokens=16, prompt_cache=make_prompt_cache(model))
 
@@ -79,20 +80,21 @@ def test_interleaved_generation(models: tuple[nn.Module, nn.Module]) -> None:
 
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("threads", [1, 16])
-@pytest.mark.parametrize("slots", [4, 7])  # a token's experts exactly, and a few more
-def test_slow_jittering_reader(
+# A token's experts exactly, and a few more.
+@pytest.mark.parametrize("slots", [4, 7])
+def test_late_reads_change_nothing(
     lookahead: bool, threads: int, slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reads that end late and in any order, while mlx-lm decodes a token ahead."""
+    """They end in any order, while mlx-lm decodes a token ahead."""
     random = Random(slots)
-    read = Reader._read
+    read = Reader._copy
 
     def slow_read(self: Reader, *args: Any) -> None:
         time.sleep(random.random() * 1e-3)
         read(self, *args)
 
-    monkeypatch.setattr(reader, "_LARGE", 1)  # so that threads share even these small reads
-    monkeypatch.setattr(Reader, "_read", slow_read)
+    monkeypatch.setattr(reader, "_LARGE_NBYTES", 1)  # so that threads share even these small reads
+    monkeypatch.setattr(Reader, "_copy", slow_read)
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_5_moe")
     model = streamed(folder, config=Config(read_threads=threads, lookahead=lookahead))
@@ -102,20 +104,23 @@ def test_slow_jittering_reader(
 
 @pytest.mark.parametrize("fraction", [0, 0.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lookahead(family: str, fraction: float, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guess changes when experts are read, and nothing else."""
+def test_lookahead_changes_nothing(
+    family: str, fraction: float, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 12)
     folder = checkpoint(family)
     model = streamed(folder, fraction, config=Config(lookahead=True))
     assert_same(run(model, tokens=8), run(resident(folder), tokens=8))
     counters = model.streaming.counters
-    assert any(layer.lookahead for layer in model.modules() if isinstance(layer, StreamedSwitchGLU)) == (
+    assert any(layer._lookahead for layer in model.modules() if isinstance(layer, StreamedSwitchGLU)) == (
         counters.lookahead_used + counters.lookahead_wasted > 0
     )
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_fewer_slots_than_a_token_needs(slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_may_hold_less_than_a_token_needs(
+    slots: int, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_moe")
     assert_same(run(streamed(folder), tokens=8), run(resident(folder), tokens=8))
@@ -123,25 +128,25 @@ def test_fewer_slots_than_a_token_needs(slots: int, checkpoint: WriteFamily, mon
 
 @pytest.mark.parametrize("fraction", [0, 0.25, 0.6])
 @pytest.mark.parametrize("slots", [3, 5, 12])
-def test_launched_ahead(
+def test_resident_experts_are_launched_before_the_sync(
     fraction: float, slots: int, native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where kernels run, whatever is in slots is computed before the host knows what is needed, with the same bits."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     launched: list[mx.array | None] = []
-    ahead = Experts.ahead
-    monkeypatch.setattr(Experts, "ahead", lambda *args: launched.append(ahead(*args)) or launched[-1])
+    resident_output = ExpertMLP.resident
+    monkeypatch.setattr(ExpertMLP, "resident", lambda *args: launched.append(resident_output(*args)) or launched[-1])
     folder = checkpoint("qwen3_5_moe")
     assert_same(run(streamed(folder, fraction)), run(streamed(folder, 1)))
     assert launched
     assert all(y is not None for y in launched)
 
 
-def test_hits_wait_for_nothing(native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If all experts are in slots, nothing is launched once their numbers are known."""
+def test_hits_launch_nothing_after_the_sync(
+    native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint("qwen3_5_moe")
     wanted = run(streamed(folder, 1))
-    monkeypatch.setattr(budget.Share, "all_resident", False)
+    monkeypatch.setattr(budget.PoolPlan, "all_resident", False)
     model = streamed(folder, 1)
     run(model)
     misses = model.streaming.counters.misses
@@ -150,15 +155,16 @@ def test_hits_wait_for_nothing(native: Kernels, checkpoint: WriteFamily, monkeyp
     monkeypatch.setattr(layers, "_launch", lambda *args: launched.append("late") or launch(*args))
     assert_same(run(model), wanted)
     assert model.streaming.counters.misses == misses
-    assert len(launched) == sum(isinstance(m, StreamedSwitchGLU) for m in model.modules()) * 2  # the prompt's
+    # Those of the two prompts.
+    assert len(launched) == sum(isinstance(m, StreamedSwitchGLU) for m in model.modules()) * 2
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5])
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3", "gpt_oss"])
-def test_lookahead_with_kernels(
+def test_prefetched_experts_are_computed_too(
     family: str, fraction: float, native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is on its way when a layer is called is computed as well, also in a layer that guesses nothing itself."""
+    """Also in a layer without a lookahead of its own."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 12)
     folder = checkpoint(family)
     model = streamed(folder, fraction, config=Config(lookahead=True))
@@ -166,7 +172,7 @@ def test_lookahead_with_kernels(
     assert model.streaming.counters.lookahead_used > 0
 
 
-def test_no_tokens(checkpoint: WriteFamily) -> None:
+def test_a_call_of_no_tokens_is_empty(checkpoint: WriteFamily) -> None:
     model = streamed(checkpoint("qwen3_5_moe"))
     layer = next(m for m in model.modules() if isinstance(m, StreamedSwitchGLU))
     y = layer(mx.zeros((1, 0, layer.hidden)), mx.zeros((1, 0, 4), mx.uint32))

@@ -103,9 +103,9 @@ def test_fewer_experts_per_token(family: str, checkpoint: WriteFamily, monkeypat
     used: set[int] = set()
     call = StreamedSwitchGLU.__call__
 
-    def note(self: StreamedSwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
+    def note(self: StreamedSwitchGLU, x: mx.array, indices: mx.array, **overlap: Any) -> mx.array:
         used.add(indices.shape[-1])
-        return call(self, x, indices)
+        return call(self, x, indices, **overlap)
 
     monkeypatch.setattr(StreamedSwitchGLU, "__call__", note)
     actual = run(model, tokens=16)

@@ -85,5 +85,6 @@ def test_shrunk_pools_give_their_pages_back(folder: Path) -> None:
         subprocess.check_output([sys.executable, "-c", SHRINKING, str(folder)])
     )
     assert text == same == again
-    assert before - less > 250e6  # of 400 MB a token's experts stay
+    # Of 400 MB, one token's experts stay.
+    assert before - less > 250e6
     assert after - less > 250e6

@@ -1,4 +1,4 @@
-"""Requests of all kinds, most of them wrong: none is a fault of the server."""
+"""Random requests, most of them invalid: none causes a server error."""
 
 import json
 import shutil
@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
-from demo.talk import TOOL
 from demo import MODEL
-from tests.serving.test_server import CHAT, HERON
-from tests.support.serving import Running, serve
+from demo.talk import TOOL
+from tests.support.serving import CHAT, HERON, Running, serve
 
 numbers = st.one_of(st.integers(-3, 30), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 words = st.one_of(st.text(max_size=8), st.sampled_from(["", "user", "a", "<|im_end|>", "<tool_call>", "</think>"]))
@@ -27,7 +26,7 @@ junk = st.recursive(
 
 
 def record(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """An object of these fields."""
+    """Generate objects with all or some of these fields."""
     return st.one_of(st.fixed_dictionaries(fields), st.fixed_dictionaries({}, optional=fields))
 
 
@@ -100,7 +99,7 @@ COMPLETION_FIELDS = SAMPLING | {
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, Any]:
-    """A route, and a body with some fields changed, perhaps one of them to junk."""
+    """Generate a path, and a valid body with some fields replaced, perhaps one of them by junk."""
     if draw(st.integers(0, 19)) == 0:
         return CHAT, draw(junk)
     path, body, fields = draw(
@@ -116,7 +115,7 @@ def requests(draw: st.DrawFn) -> tuple[str, Any]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A tiny model that talks nonsense with the demo model's tokens, for speed."""
+    """Yield a server of a tiny random model with the demo model's tokens, for speed."""
     folder = tmp_path_factory.mktemp("tiny")
     config = qwen3_5_moe(layers=4, experts=8, top_k=2, hidden=64, intermediate=64, vocab=6144)
     write_checkpoint(folder, config, quantization={"group_size": 64, "bits": 8}, dtype=mx.float32)
@@ -127,7 +126,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(10000, marks=pytest.mark.soak)])
-def test_no_request_is_a_fault_of_the_server(running: Running, count: int) -> None:
+def test_no_request_causes_a_server_error(running: Running, count: int) -> None:
     outcomes: Counter[int] = Counter()
 
     @settings(
@@ -156,12 +155,12 @@ def test_no_request_is_a_fault_of_the_server(running: Running, count: int) -> No
     ask()
     print(dict(outcomes))
     assert outcomes[200] and outcomes[400]
-    assert running.generations.gauges()["running_requests"] == 0
+    assert running.worker.gauges()["running_requests"] == 0
     assert running.chat(messages=HERON, max_tokens=1)[0] == 200
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=40), st.dictionaries(st.from_regex(r"\A[A-Za-z-]{1,12}\Z"), st.text("aZ09 ,;="), max_size=3))
-def test_no_bytes_are_a_fault_of_the_server(running: Running, body: bytes, headers: dict[str, str]) -> None:
+def test_no_body_or_header_causes_a_server_error(running: Running, body: bytes, headers: dict[str, str]) -> None:
     status, _, answer = running.ask("POST", CHAT, body, headers)
     assert 400 <= status < 500 and answer["error"]["message"]

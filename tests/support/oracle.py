@@ -1,4 +1,4 @@
-"""What is compared: tokens and every logit of a run, and mlx-lm's own model to compare with."""
+"""Runs of models, compared token by token and logit by logit, and the oracle to compare with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from mlx_lm.generate import generate_step
 
 import flashmoe_mlx
 from benchmarks.exact import load_resident
+from flashmoe_mlx.model import load as load_module
+from flashmoe_mlx.ops.dispatch import Backend
 
 PROMPT: list[int] = [(37 * i * i + 11) % 320 for i in range(20)]
 """Long enough to route to most experts of a layer at once."""
@@ -23,9 +26,27 @@ class Run(NamedTuple):
     logprobs: mx.array
 
 
-def resident(folder: Path, **config: Any) -> nn.Module:
-    """The oracle: the model that mlx-lm itself loads, in the precision that streaming computes in."""
+EACH_BACKEND = pytest.mark.parametrize(
+    "backend", [Backend.NATIVE, Backend.REFERENCE], ids=["native", "reference"], indirect=True
+)
+"""Runs a test on the native kernels, which are the product's choice on a CPU, and on MLX operations."""
+
+
+def mlx_lm_model(folder: Path, **config: Any) -> nn.Module:
+    """Load a model as mlx-lm does, in the precision that streaming computes in."""
     return load_resident(str(folder), **config)
+
+
+def resident(folder: Path, **config: Any) -> nn.Module:
+    """Load the oracle: on MLX operations mlx-lm's own model, on kernels ours with all experts in memory.
+
+    Kernels accumulate in another order than MLX, so only the former has the same bits as mlx-lm.
+    """
+    if load_module.choose_backend() is Backend.REFERENCE:
+        return mlx_lm_model(folder, **config)
+    model, _ = flashmoe_mlx.load(str(folder), ram_budget="1GB", model_config=config)
+    assert model.streaming.slots_nbytes == model.streaming.experts_nbytes
+    return model
 
 
 def streamed(folder: Path, fraction: float = 0, **options: Any) -> nn.Module:

@@ -1,1 +1,1 @@
-"""OpenAI's API: what a request may say and how an answer looks."""
+"""OpenAI's API: the schema of its requests and the shape of its replies."""

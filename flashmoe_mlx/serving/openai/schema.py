@@ -1,35 +1,29 @@
-"""The fields of OpenAI's requests, as msgspec structures."""
+"""Schema of OpenAI's requests, as msgspec structures. A field that is not here is refused."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from flashmoe_mlx.serving.errors import Refusal
+from flashmoe_mlx.serving.errors import ApiError
 
-MOST_MESSAGES = 1024
-
-MOST_TOOLS = 128
+MAX_MESSAGES = 1024
+MAX_TOOLS = 128
 
 _Positive = Annotated[int, Meta(ge=1)]
-
 _Natural = Annotated[int, Meta(ge=0)]
-
 _Share = Annotated[float, Meta(ge=0, le=1)]
-
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
 _Word = Annotated[str, Meta(min_length=1, max_length=1024)]
-
 _Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class _Strict(Struct, forbid_unknown_fields=True):
-    """Knows its fields and no others."""
+    """Refuses unknown fields."""
 
 
 class TextPart(_Strict):
-    """A part of a message. Images, sounds and files are not supported."""
+    """A text part of a message. Images, audio and files are not supported."""
 
     type: Literal["text"]
     text: str
@@ -39,14 +33,14 @@ Content = str | list[TextPart]
 
 
 class CalledFunction(_Strict):
-    """A function that the model called; the arguments are JSON, as text or as they are."""
+    """A function that the model called, with its arguments as JSON text or as an object."""
 
     name: str
     arguments: str | dict[str, Any]
 
 
 class ToolCall(_Strict):
-    """A call that an earlier answer made."""
+    """A tool call of an earlier answer."""
 
     id: str
     function: CalledFunction
@@ -60,19 +54,19 @@ class _Message(_Strict, tag_field="role", kw_only=True):
 
 
 class SystemMessage(_Message, tag="system"):
-    """What the model is to be."""
+    """Instructions to the model."""
 
 
 class DeveloperMessage(_Message, tag="developer"):
-    """The newer name of a system message."""
+    """Instructions to the model, under OpenAI's newer name of the role."""
 
 
 class UserMessage(_Message, tag="user"):
-    """What a person said."""
+    """A message of the user."""
 
 
 class AssistantMessage(_Message, tag="assistant", kw_only=True):
-    """What the model said."""
+    """An earlier answer of the model."""
 
     content: Content = ""
     tool_calls: list[ToolCall] = []
@@ -81,7 +75,7 @@ class AssistantMessage(_Message, tag="assistant", kw_only=True):
 
 
 class ToolMessage(_Message, tag="tool", kw_only=True):
-    """What a call gave."""
+    """The result of a tool call."""
 
     tool_call_id: str
 
@@ -90,7 +84,7 @@ Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | To
 
 
 class Function(_Strict):
-    """A function that the model may call; the parameters are a JSON schema of an object."""
+    """A function that the model may call, with the JSON schema of its parameters."""
 
     name: _Name
     description: str | None = None
@@ -106,20 +100,20 @@ class Tool(_Strict):
 
 
 class NamedFunction(_Strict):
-    """Which function."""
+    """The name of a function."""
 
     name: str
 
 
 class NamedTool(_Strict):
-    """The one tool that must be called."""
+    """A tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class TextFormat(_Strict, tag_field="type", tag="text"):
-    """Any text."""
+    """Free text."""
 
 
 class JsonFormat(_Strict, tag_field="type", tag="json_object"):
@@ -127,7 +121,7 @@ class JsonFormat(_Strict, tag_field="type", tag="json_object"):
 
 
 class NamedSchema(_Strict):
-    """A JSON schema. It is enforced whatever ``strict`` says."""
+    """A JSON schema. It is always enforced, with or without ``strict``."""
 
     name: str
     schema: dict[str, Any]
@@ -136,26 +130,26 @@ class NamedSchema(_Strict):
 
 
 class SchemaFormat(_Strict, tag_field="type", tag="json_schema"):
-    """JSON that fits a schema."""
+    """JSON that matches a schema."""
 
     json_schema: NamedSchema
 
 
 class StreamOptions(_Strict):
-    """What a stream brings besides."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class TemplateOptions(_Strict):
-    """What the chat template is told."""
+    """Variables of the chat template."""
 
     enable_thinking: bool | None = None
 
 
 class Sampling(_Strict, kw_only=True):
-    """What both kinds of request share. Some fields only tell OpenAI something, and mean nothing here."""
+    """Fields of both kinds of request. Those that only concern OpenAI's service, such as ``user``, have no effect."""
 
     model: str = ""
     stream: bool = False
@@ -181,18 +175,21 @@ class Sampling(_Strict, kw_only=True):
 
     @property
     def stops(self) -> list[str]:
-        """The texts that end an answer."""
+        """Texts that end an answer, as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class ChatRequest(Sampling, kw_only=True):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MOST_MESSAGES)]
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Positive | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MOST_TOOLS)] = []  # as given: templates print them
+    # Kept as sent, because templates print them; read_request() validates them.
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] = []
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     response_format: TextFormat | JsonFormat | SchemaFormat = msgspec.field(default_factory=TextFormat)
@@ -204,20 +201,27 @@ class ChatRequest(Sampling, kw_only=True):
     service_tier: Literal["auto", "default"] = "auto"
     store: Literal[False] = False
 
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Tools that the model may call."""
+        return self.tools if self.tool_choice != "none" else []
+
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them, results of calls in the order of the calls.
+        """Return the messages as chat templates take them, with the results of calls in the order of the calls.
 
         Raises:
-            Refusal: a call's arguments are not a JSON object, or a result belongs to no call.
+            ApiError: The arguments of a call are not a JSON object, or a result belongs to no call.
         """
         conversation: list[dict[str, Any]] = []
-        order: dict[str, int] = {}  # of the calls that may have results now
+        # Positions of the calls of the last answer, by their ids: only these may have results now.
+        order: dict[str, int] = {}
         results: list[tuple[int, dict[str, Any]]] = []
         for index, message in enumerate(self.messages):
             where = f"messages[{index}]"
             if isinstance(message, ToolMessage):
                 if message.tool_call_id not in order:
-                    raise Refusal(400, f"No call before has the id {message.tool_call_id!r}.", f"{where}.tool_call_id")
+                    reason = f"The last answer has no call with the id {message.tool_call_id!r}."
+                    raise ApiError(400, reason, f"{where}.tool_call_id")
                 results.append((order[message.tool_call_id], _plain(message, where)))
                 continue
             conversation += [result for _, result in sorted(results, key=lambda pair: pair[0])]
@@ -231,6 +235,8 @@ class ChatRequest(Sampling, kw_only=True):
 class CompletionRequest(Sampling, kw_only=True):
     """The body of ``/v1/completions``: one prompt, as text or tokens."""
 
+    prompt_field: ClassVar[str] = "prompt"
+
     prompt: str | Annotated[list[_Natural], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: Literal[1] = 1
@@ -242,7 +248,7 @@ Request = ChatRequest | CompletionRequest
 
 
 def _plain(message: Message, where: str) -> dict[str, Any]:
-    """A message as chat templates take it."""
+    """Return a message as chat templates take it."""
     role = "system" if isinstance(message, DeveloperMessage) else str(message.__struct_config__.tag)
     content = message.content
     plain: dict[str, Any] = {
@@ -269,7 +275,7 @@ def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
         if isinstance(arguments, str):
             arguments = msgspec.json.decode(arguments or "{}")
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The arguments are not JSON: {error}.", f"{where}.function.arguments") from error
+        raise ApiError(400, f"The call's arguments are not JSON: {error}.", f"{where}.function.arguments") from error
     if not isinstance(arguments, dict):
-        raise Refusal(400, "The arguments are not a JSON object.", f"{where}.function.arguments")
+        raise ApiError(400, "The call's arguments are not a JSON object.", f"{where}.function.arguments")
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

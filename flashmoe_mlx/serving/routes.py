@@ -1,0 +1,163 @@
+"""Routes: the paths of the server and the functions that answer them.
+
+An API of another dialect is a row in ``ROUTES`` and a folder beside ``openai/``.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from flashmoe_mlx.generation.job import Answer, Token
+from flashmoe_mlx.serving.errors import ApiError, worker_errors
+from flashmoe_mlx.serving.http import BaseHandler
+from flashmoe_mlx.serving.openai.reply import Reply
+from flashmoe_mlx.serving.openai.request import read_request
+from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest, Request
+
+# Seconds between two checks that the client is still connected.
+_POLL_INTERVAL = 0.25
+# Seconds without an event after which a stream sends a comment.
+_KEEPALIVE_INTERVAL = 5
+
+
+class Handler(BaseHandler):
+    """Dispatches the requests of one connection to the functions of ``ROUTES``."""
+
+    def do_GET(self) -> None:
+        """Answer a GET request."""
+        self.respond(self._dispatch)
+
+    def do_POST(self) -> None:
+        """Answer a POST request."""
+        self.respond(self._dispatch)
+
+    def complete(self, reply: Reply, answer: Answer, stream: bool) -> None:
+        """Send what is generated, as one answer or as an event stream.
+
+        Args:
+            reply (Reply): Gives the answer the shape of an API.
+            answer (Answer): Yields the tokens.
+            stream (bool): Send each part as soon as there is one.
+
+        Raises:
+            ApiError: The generation failed, or the server is shutting down, before anything was sent.
+            ConnectionError: The client has disconnected.
+        """
+        if stream:
+            self._stream(reply, answer)
+            return
+        for token in self._tokens(answer):
+            if token is not None:
+                reply.add(token)
+            if reply.finished:
+                break
+        self.send(200, reply.whole())
+
+    def _dispatch(self) -> None:
+        path = self.path.partition("?")[0]
+        route = self._find_route(path)
+        if route is None:
+            raise ApiError(404, f"Unknown path {path!r}.")
+        if route.method != self.command:
+            raise ApiError(405, f"{path} takes {route.method}, not {self.command}.", headers={"Allow": route.method})
+        self.route = path
+        route.function(self)
+
+    def _find_route(self, path: str) -> "Route | None":
+        if self.command == "GET" and path == f"/v1/models/{self.server.service.name}":
+            return Route("GET", send_model)
+        return ROUTES.get(path)
+
+    def _stream(self, reply: Reply, answer: Answer) -> None:
+        """Send server-sent events. An error before the first one has a status of its own, a later one is an event."""
+        last = time.monotonic()
+        try:
+            for token in self._tokens(answer):
+                if token is not None:
+                    reply.add(token)
+                    for event in reply.events():
+                        self.send_event(event)
+                        last = time.monotonic()
+                elif time.monotonic() - last > _KEEPALIVE_INTERVAL:
+                    self.send_event(b": keepalive\n\n")
+                    last = time.monotonic()
+                if reply.finished:
+                    break
+        except ApiError as error:
+            if not self.streaming:
+                raise
+            self.send_event(reply.error_event(error))
+
+    def _tokens(self, answer: Answer) -> Iterator[Token | None]:
+        """Yield tokens as they come, and ``None`` at least every ``_POLL_INTERVAL`` seconds.
+
+        Raises:
+            ApiError: The generation failed, or the server is shutting down.
+            ConnectionError: The client has disconnected.
+        """
+        try:
+            with worker_errors():
+                for token in answer.tokens(_POLL_INTERVAL):
+                    self.check_connection()
+                    yield token
+        except (ApiError, ConnectionError):
+            raise
+        except Exception as error:
+            logging.error("a generation failed: %s", error, exc_info=not isinstance(error, OSError | MemoryError))
+            raise ApiError(500, f"The model failed: {' '.join(str(error).split())}") from error
+
+
+def send_health(handler: Handler) -> None:
+    """Send the health of the server: status 200 while it accepts requests, else 503."""
+    if handler.server.service.healthy:
+        handler.send(200, {"status": "ok"})
+    else:
+        handler.send(503, {"status": "unavailable"})
+
+
+def send_metrics(handler: Handler) -> None:
+    """Send the metrics in Prometheus' text format."""
+    handler.send(200, handler.server.service.metrics_text(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def send_models(handler: Handler) -> None:
+    """Send the list of the one model."""
+    handler.send(200, {"object": "list", "data": [handler.server.service.model()]})
+
+
+def send_model(handler: Handler) -> None:
+    """Send the description of the one model."""
+    handler.send(200, handler.server.service.model())
+
+
+def complete_openai(handler: Handler, kind: type[Request]) -> None:
+    """Generate the answer to a request of OpenAI's API."""
+    service = handler.server.service
+    request = read_request(kind, handler.body(), service.defaults)
+    answer = service.start(request)
+    try:
+        reply = Reply(request, answer, service.tokenizer, service.name)
+        handler.complete(reply, answer, request.stream)
+    except (ConnectionError, TimeoutError):
+        service.metrics.add(cancelled=1)
+        raise
+    finally:
+        answer.cancel()
+
+
+class Route(NamedTuple):
+    """A method and the function that answers it."""
+
+    method: str
+    function: Callable[[Handler], None]
+
+
+ROUTES = {
+    "/health": Route("GET", send_health),
+    "/metrics": Route("GET", send_metrics),
+    "/v1/models": Route("GET", send_models),
+    "/v1/chat/completions": Route("POST", partial(complete_openai, kind=ChatRequest)),
+    "/v1/completions": Route("POST", partial(complete_openai, kind=CompletionRequest)),
+}
