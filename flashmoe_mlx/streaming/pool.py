@@ -109,10 +109,10 @@ class Pool:
         return indices[table.layer]
 
     def touch(self, table: ExpertTable, experts: Sequence[int]) -> bool:
-        """Mark experts of a layer as used now and count them as hits, if all are resident and nothing is in flight.
+        """Mark experts of a layer as used now and count them as hits, if all are resident and no prefetch is in flight.
 
         Returns:
-            bool: True if it is so. Otherwise nothing has changed.
+            bool: They were marked. Otherwise nothing has changed.
         """
         if self._prefetch is not None or not self._memory.slot_map.touch(table.layer, experts):
             return False
@@ -160,7 +160,7 @@ class Pool:
 
         Raises:
             ReadError: An expert could not be read. Then none of the missing ones is resident.
-            OSError: An expert is not what the manifest has, or stuck reads block too many slots.
+            OSError: An expert differs from the manifest, or stuck reads block too many slots.
             RuntimeError: The CUDA driver refused a copy.
         """
         self._finish_prefetch(table, experts)
@@ -219,7 +219,7 @@ class Pool:
 
         Raises:
             ReadError: An expert could not be read.
-            OSError: An expert is not what the manifest has.
+            OSError: An expert differs from the manifest.
         """
         self._finish_prefetch(table, experts)
         self._recover()

@@ -52,7 +52,7 @@ class SlotWriter:
 
         Raises:
             ReadError: An expert could not be read.
-            OSError: An expert is not what the manifest has.
+            OSError: An expert differs from the manifest.
         """
         buffers = [self._rows[slot] for slot in slots]
         self._reader.read(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
@@ -100,7 +100,7 @@ class SlotWriter:
 
     @cached_property
     def _rows(self) -> list[list[memoryview]]:
-        """The buffers of each slot."""
+        """Return the buffers of each slot."""
         slots = min(slab.slots for slab in self.slabs.values())
         return [[slab.buffer(slot) for slab in self.slabs.values()] for slot in range(slots)]
 
@@ -160,7 +160,7 @@ class PinnedSlotWriter(SlotWriter):
 
         Raises:
             ReadError: An expert could not be read.
-            OSError: An expert is not what the manifest has, or stuck reads block all pinned memory.
+            OSError: An expert differs from the manifest, or stuck reads block all pinned memory.
             RuntimeError: The CUDA driver refused a copy.
         """
         step = max(1, min(_COPIED_AT_ONCE, self._pinned.free))
