@@ -293,6 +293,6 @@ def test_lookahead_and_warm_start_do_not_change_the_text(
     first = run(capsys, *model, "--lookahead")
     second = run(capsys, *model)
     assert plain == first.split("Prompt:")[0] == second.split("Prompt:")[0]
-    assert "read ahead were used" in first
+    assert "prefetched experts used" in first
     shares = [float(STATISTICS.search(each)["share"]) for each in (run(capsys, *model[:4]), second)]
     assert shares[0] < shares[1]

@@ -1,4 +1,4 @@
-"""Model folders of which one thing is wrong each."""
+"""Model folders with one fault each."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from flashmoe_mlx.checkpoint.folder import INDEX
 
 FIRST = "model-00001-of-00003.safetensors"
 MARKER = "it-ran"
-"""What the code that comes with a hostile folder would write beside it."""
+"""File that the code in a hostile folder would write next to it."""
 
 Change = Callable[[Path], Any]
 
 
 def _config(**entries: Any) -> Change:
-    """Give config.json these entries, and the folder a module that tells whether it ran."""
+    """Add entries to config.json, and a module to the folder that leaves a marker if it runs."""
 
     def change(folder: Path) -> None:
         _edit(folder / "config.json", lambda config: config.update(entries))
@@ -38,12 +38,12 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def _places(name: str) -> Change:
-    """Let the index say that a tensor of FIRST is in the file ``name``."""
+    """Let the index name the file ``name`` for a tensor of FIRST."""
     return lambda folder: _edit(folder / INDEX, lambda index: index["weight_map"].update({first_tensor(folder): name}))
 
 
 def first_tensor(folder: Path) -> str:
-    """One that the index has in the file FIRST."""
+    """Return a tensor that the index has in the file FIRST."""
     return min(name for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items() if file == FIRST)
 
 
@@ -53,7 +53,7 @@ def _twice_in_index(folder: Path) -> None:
 
 
 def _link(name: str, target: str) -> Change:
-    """Move a file to ``target``, seen from the folder, and leave a link."""
+    """Move a file to ``target``, relative to the folder, and leave a link."""
 
     def change(folder: Path) -> None:
         place = folder / target
@@ -65,7 +65,7 @@ def _link(name: str, target: str) -> Change:
 
 
 def _instead(name: str, make: Change) -> Change:
-    """Put something else in the place of a file."""
+    """Replace a file by something else."""
 
     def change(folder: Path) -> None:
         (folder / name).unlink()
@@ -149,11 +149,11 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "shard that is two dots": (_places(".."), _PLACE % ".."),
     "shard that is a dot": (_places("."), _PLACE % "."),
     "shard without a name": (_places(""), _PLACE % ""),
-    "shard that is not there": (
+    "shard that is missing": (
         _places("model-7.safetensors"),
         "{folder}: model-7.safetensors is in the index but missing: download it again",
     ),
-    "shard that has it not": (
+    "shard without the tensor": (
         _places("model-00003-of-00003.safetensors"),
         "{folder}: {tensor} is not in model-00003-of-00003.safetensors, as the index says: download both again",
     ),
@@ -167,7 +167,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         "{folder}/" + INDEX + " is a broken link: download it again",
     ),
     "index is a folder": (_instead(INDEX, Path.mkdir), _NO_FILE % INDEX),
-    "tensor that the index has not": (
+    "tensor that is not in the index": (
         _stray,
         "{folder}: model-extra.safetensors holds model.extra, which is not in the index: remove the stray file",
     ),
@@ -185,4 +185,4 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "shard is a folder": (_instead(FIRST, Path.mkdir), _NO_FILE % FIRST),
     "shard is a pipe": (_instead(FIRST, lambda file: os.mkfifo(file)), _NO_FILE % FIRST),
 }
-"""By what is wrong: what to do to a sound folder, and the message it is refused with."""
+"""By the fault: the change to a sound folder, and the message that it is refused with."""
