@@ -196,7 +196,8 @@ def test_a_tool_runs_only_after_a_yes(tools: Path) -> None:
         run.type("y\n")
         said = run.until("\r\n> ")
         assert "window" in said and "7 degrees and rainy in Oslo" in said
-        assert "\x1b[2mPrompt: " in said  # dimmed
+        dimmed = "\x1b[2m"
+        assert f"{dimmed}Prompt: " in said
         run.type(f"{OSLO}\n")
         run.until("[y/N] ")
         run.type("n\n")
