@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 @dataclass
 class Delta:
-    """What some tokens add to an answer.
+    """The part that one or more tokens add to an answer.
 
     Args:
         content (str): Text for the user.
