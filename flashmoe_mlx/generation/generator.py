@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
+from flashmoe_mlx.generation.prompt_logprobs import scored_chunk
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -89,6 +90,7 @@ class Generator:
         *,
         cancelled: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int], None] = lambda processed, total: None,
+        take_logits: Callable[[mx.array], None] | None = None,
     ) -> Context:
         """Run all tokens of a prompt but the last one through the model, in chunks.
 
@@ -98,12 +100,16 @@ class Generator:
                 are added to the prefix cache unless it can do without.
             cancelled (Callable, optional): Asked before each chunk; if true, the context stays incomplete.
             progress (Callable, optional): Called with the numbers of tokens processed so far and in total.
+            take_logits (Callable, optional): Called with the logits of each chunk, ``[1, length, vocabulary]``. Then
+                all tokens are computed, in smaller chunks. Default: logits are not computed.
 
         Returns:
             Context: The prompt and the state of the model.
         """
         end = len(tokens) - 1
-        cache, cached = self.prefixes.nearest(tokens[:end])
+        # A cached state has no logits.
+        cache, cached = (None, 0) if take_logits else self.prefixes.nearest(tokens[:end])
+        step_size = min(self._step_size, scored_chunk(len(self.tokenizer))) if take_logits else self._step_size
         cache = cache or make_prompt_cache(self.model, self._max_kv_size)
         keep = {length: kind for length, kind in keep.items() if self.prefixes.needs_prefix(cache, kind)}
         position = cached
@@ -112,8 +118,10 @@ class Generator:
             while position < end and not cancelled():
                 progress(position - cached, end - cached)
                 # Chunks end where prompts may diverge.
-                stop = min([position + self._step_size, end, *(length for length in keep if length > position)])
-                self.model(mx.array(list(tokens[position:stop]))[None], cache=cache)
+                stop = min([position + step_size, end, *(length for length in keep if length > position)])
+                logits = self.model(mx.array(list(tokens[position:stop]))[None], cache=cache)
+                if take_logits is not None:
+                    take_logits(logits)
                 maybe_quantize_kv_cache(cache, **self._kv_cache)
                 mx.eval([layer.state for layer in cache])
                 mx.clear_cache()

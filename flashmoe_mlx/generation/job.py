@@ -8,6 +8,7 @@ from typing import Any
 
 from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.generation.prompt_logprobs import PromptToken
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Job:
 
     Args:
         prompt (Prompt): The prompt, at least one token.
-        max_tokens (int): Length limit of the answer, in tokens.
+        max_tokens (int): Length limit of the answer, in tokens. With 0, the prompt is computed and nothing generated.
         sampling (dict): Arguments of mlx-lm's ``make_sampler``.
         penalties (dict): Arguments of mlx-lm's ``make_logits_processors``.
         constraints (Sequence): Further logits processors, e.g. from :mod:`flashmoe_mlx.constrain`.
         seed (int, optional): Seed of the sampling. Default: ``None``, a random one.
         top_logprobs (int): How many of the most likely tokens to report with each token.
+        prompt_logprobs (bool): Compute the logprobs of the prompt's tokens, too.
     """
 
     prompt: Prompt
@@ -51,6 +53,7 @@ class Job:
     constraints: Sequence[Processor] = ()
     seed: int | None = None
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
 
 class Answer:
@@ -62,6 +65,8 @@ class Answer:
     Attributes:
         job (Job): The job.
         cached_tokens (int): Length of the part of the prompt whose state was cached; set before the first token.
+        prompt_logprobs (list[PromptToken]): The prompt's tokens if the job asks for their logprobs; set before the
+            first token.
         submitted (float): ``time.perf_counter()`` when the job was submitted.
         cancelled (bool): Nobody reads this answer any more.
     """
@@ -69,6 +74,7 @@ class Answer:
     def __init__(self, job: Job):
         self.job = job
         self.cached_tokens = 0
+        self.prompt_logprobs: list[PromptToken] = []
         self.submitted = time.perf_counter()
         self.cancelled = False
         self._events: SimpleQueue[Token | Exception | None] = SimpleQueue()

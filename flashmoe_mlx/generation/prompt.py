@@ -91,7 +91,12 @@ class Prompt:
         Raises:
             ValueError: It is empty, or a token is not in the vocabulary.
         """
-        tokens = list(tokenizer.encode(text, verbose=False) if isinstance(text, str) else text)
+        if isinstance(text, str):
+            # A text that begins with the BOS token needs no second one.
+            begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+            tokens = list(tokenizer.encode(text, verbose=False, add_special_tokens=not begun))
+        else:
+            tokens = list(text)
         if not tokens:
             raise ValueError("the prompt is empty")
         if max(tokens) >= len(tokenizer):

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.job import Answer, Job, Token
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
 from flashmoe_mlx.generation.prefix_store import PrefixStore
+from flashmoe_mlx.generation.prompt_logprobs import PromptLogprobs, finite, top_logprobs
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
 
@@ -108,15 +110,25 @@ class Worker:
             QueueFull: ``max_queue`` jobs are waiting already.
             WorkerClosed: The worker accepts no more jobs.
         """
+        return self.submit_all([job])[0]
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Queue the jobs of one request, all of them or none.
+
+        Raises:
+            QueueFull: ``max_queue`` jobs are waiting already.
+            WorkerClosed: The worker accepts no more jobs.
+        """
         with self._lock:
             if self.closed:
                 raise WorkerClosed
             if self._wanted() > self._max_queue:
                 raise QueueFull(self._max_queue)
-            answer = Answer(job)
-            self._accepted.append(answer)
-        self._thread.submit(lambda: self._run(answer))
-        return answer
+            answers = [Answer(job) for job in jobs]
+            self._accepted += answers
+        for answer in answers:
+            self._thread.submit(partial(self._run, answer))
+        return answers
 
     def refuse_context(self, tokens: int) -> None:
         """Refuse a context whose KV cache would not fit in memory.
@@ -184,11 +196,17 @@ class Worker:
         mx.random.seed(secrets.randbits(63) if job.seed is None else job.seed % 2**64)
         kinds: dict[int, Kind] = {prompt.thought_start: "user", prompt.preamble: "system"}
         keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
-        context = self._generator.prefill(prompt.tokens, keep, cancelled=lambda: answer.cancelled)
+        scores = PromptLogprobs(prompt.tokens, job.top_logprobs) if job.prompt_logprobs else None
+        context = self._generator.prefill(
+            prompt.tokens, keep, cancelled=lambda: answer.cancelled, take_logits=scores and scores.add
+        )
         answer.cached_tokens = context.cached_tokens
         if answer.cancelled:
             return
+        answer.prompt_logprobs = scores.tokens if scores else []
         self._count(prompt_tokens=len(prompt.tokens), cached_prompt_tokens=answer.cached_tokens)
+        if job.max_tokens == 0:
+            return
         before = mx.array(prompt.tokens[:-1], mx.int32)
         penalties = [_after(before, penalty) for penalty in make_logits_processors(**job.penalties)]
         responses = self._generator.decode(
@@ -202,8 +220,9 @@ class Worker:
             if index == 0:
                 self._count(first_token_seconds=time.perf_counter() - answer.submitted)
             self._count(generated_tokens=1)
-            logprob = _finite(response.logprobs[response.token].item())
-            top = _top_logprobs(response.logprobs, job.top_logprobs)
+            logprob = finite(response.logprobs[response.token].item())
+            logprobs = np.array(response.logprobs.astype(mx.float32)) if job.top_logprobs else np.empty(0)
+            top = top_logprobs(logprobs, job.top_logprobs)
             yield Token(response.text, response.token, logprob, top, response.finish_reason)
 
 
@@ -217,15 +236,3 @@ def _fulfill(future: Future[Any], work: Callable[[], Any]) -> None:
 def _after(before: mx.array, processor: Processor) -> Processor:
     """Return a processor that sees the whole prompt, of which mlx-lm gets only the last token."""
     return lambda tokens, logits: processor(mx.concatenate([before, tokens.astype(before.dtype)]), logits)
-
-
-def _top_logprobs(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
-    if count == 0:
-        return ()
-    values = np.array(logprobs.astype(mx.float32))
-    return tuple((int(token), _finite(values[token])) for token in np.argsort(-values, kind="stable")[:count])
-
-
-def _finite(logprob: float) -> float:
-    """Return a number that JSON can hold; OpenAI's API reports -9999 for impossible tokens."""
-    return max(float(logprob), -9999.0)

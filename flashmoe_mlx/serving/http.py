@@ -4,7 +4,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import re
 import select
 import socket
 import threading
@@ -15,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from flashmoe_mlx.serving.body import decoded, read_body
 from flashmoe_mlx.serving.errors import ApiError
 from flashmoe_mlx.serving.service import Service
 
-MAX_BODY_BYTES = 8 * 2**20
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_CONNECTIONS = 128
 
@@ -62,7 +61,11 @@ class Server(ThreadingHTTPServer):
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._lock = threading.Lock()
         self._answers = 0
-        super().__init__(address, handler)
+        try:
+            super().__init__(address, handler)
+        except OSError as error:
+            host, port = address
+            raise OSError(f"cannot listen on port {port} of {host}: {error.strerror}; choose another --port") from error
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
@@ -166,29 +169,20 @@ class BaseHandler(BaseHTTPRequestHandler):
                     self.refuse(ApiError(500, "Internal server error: see the server's log."))
 
     def body(self) -> bytes:
-        """Return the body of the request.
+        """Return the body of the request, decompressed.
 
         Raises:
-            ApiError: It is too large, its length is not given, or it did not arrive in time.
+            ApiError: It is too large or malformed, or it did not arrive in time.
         """
-        lengths = self.headers.get_all("Content-Length", [])
-        if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]) or "Transfer-Encoding" in self.headers:
-            raise ApiError(411, "Send exactly one Content-Length, and no Transfer-Encoding.")
-        length = int(lengths[0])
-        if length > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body has {length:,} bytes; the limit is {MAX_BODY_BYTES:,}.")
-        body = self.rfile.read(length)
-        if len(body) < length:
-            message = f"Only {len(body):,} of the body's {length:,} bytes arrived within {_REQUEST_TIMEOUT} s."
-            raise ApiError(408, message)
+        body = read_body(self.rfile, self.headers)
         self._body_is_read = True
         self._arrival.cancel()
-        return body
+        return decoded(body, self.headers)
 
     def send(
         self, status: int, content: Any, kind: str = "application/json", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a whole answer.
+        """Send a whole answer; to a HEAD request, all but its body.
 
         Args:
             status (int): HTTP status.
@@ -207,7 +201,8 @@ class BaseHandler(BaseHTTPRequestHandler):
         if not self._body_is_read:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
         if not self._body_is_read:
             self._drain()
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.serving.errors import ApiError, worker_errors
@@ -16,6 +17,8 @@ from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.request import read_request
 from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest, Request
 
+# The path of a model is this and its name.
+_MODEL_PREFIX = "/v1/models/"
 # Seconds between two checks that the client is still connected.
 _POLL_INTERVAL = 0.25
 # Seconds without an event after which a stream sends a comment.
@@ -27,6 +30,10 @@ class Handler(BaseHandler):
 
     def do_GET(self) -> None:
         """Answer a GET request."""
+        self.respond(self._dispatch)
+
+    def do_HEAD(self) -> None:
+        """Answer a HEAD request: as GET, without the body."""
         self.respond(self._dispatch)
 
     def do_POST(self) -> None:
@@ -57,18 +64,25 @@ class Handler(BaseHandler):
 
     def _dispatch(self) -> None:
         path = self.path.partition("?")[0]
-        route = self._find_route(path)
-        if route is None:
+        found = self._find_route(path)
+        if found is None:
             raise ApiError(404, f"Unknown path {path!r}.")
-        if route.method != self.command:
-            raise ApiError(405, f"{path} takes {route.method}, not {self.command}.", headers={"Allow": route.method})
-        self.route = path
+        label, route = found
+        # HEAD is GET, and send() leaves the body out.
+        if route.method != ("GET" if self.command == "HEAD" else self.command):
+            allowed = {"Allow": "GET, HEAD" if route.method == "GET" else route.method}
+            raise ApiError(405, f"{path} takes {route.method}, not {self.command}.", headers=allowed)
+        self.route = label
         route.function(self)
 
-    def _find_route(self, path: str) -> "Route | None":
-        if self.command == "GET" and path == f"/v1/models/{self.server.service.name}":
-            return Route("GET", send_model)
-        return ROUTES.get(path)
+    def _find_route(self, path: str) -> "tuple[str, Route] | None":
+        """Return the route of a path, and its label in the metrics."""
+        name = self.server.service.name
+        # The standard library decodes the request line as Latin-1; clients write other characters and spaces with %.
+        plain = unquote_to_bytes(path.encode("latin-1")).decode(errors="replace")
+        if f"{_MODEL_PREFIX}{name}" in (plain, path):
+            return f"{_MODEL_PREFIX}NAME", Route("GET", send_model)
+        return (path, ROUTES[path]) if path in ROUTES else None
 
     def _stream(self, reply: Reply, answer: Answer) -> None:
         """Send server-sent events. An error before the first one has a status of its own, a later one is an event."""
