@@ -78,7 +78,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument("--top-p", type=float, default=1.0, help="Nucleus sampling (default: %(default)s, off)")
     group.add_argument("--top-k", type=int, default=0, help="Top-k sampling (default: %(default)s, off)")
     group.add_argument("--min-p", type=float, default=0.0, help="Min-p sampling (default: %(default)s, off)")
-    group.add_argument("--max-tokens", type=int, default=512, help="Tokens to generate (default: %(default)s)")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="Tokens to generate (default: as many as the context and --max-completion-tokens allow)",
+    )
     group = stock.add_argument_group("limits of a request")
     group.add_argument(
         "--max-prompt-tokens", type=int, default=32768, metavar="N", help="Longest prompt (default: %(default)s)"
@@ -164,7 +169,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
             _name(args.model),
             worker,
             metrics,
-            Limits(args.max_prompt_tokens, max(args.max_completion_tokens, args.max_tokens)),
+            Limits(args.max_prompt_tokens, max(args.max_completion_tokens, args.max_tokens or 0)),
             _defaults(args),
             args.chat_template_args,
         )
@@ -183,7 +188,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raise a ValueError for values that are wrong whatever the model is."""
     for name in ("max_tokens", "max_prompt_tokens", "max_completion_tokens"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} is {getattr(args, name)}: it must be a positive integer")
     if args.max_queue < 0:
         raise ValueError(f"--max-queue is {args.max_queue}: it must not be negative")

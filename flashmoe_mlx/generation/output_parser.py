@@ -2,12 +2,14 @@
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from flashmoe_mlx.generation.call_stream import CallPart, CallStream
 
 
 @dataclass
@@ -18,17 +20,23 @@ class Delta:
         content (str): Text for the user.
         reasoning (str): Text of thoughts.
         tool_calls (list[dict]): Complete calls, in OpenAI's form.
+        call_parts (list[CallPart]): What is certain of calls that are being written.
+        torn (str): Text of a call that was cut off after parts of it were certain.
     """
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    call_parts: list[CallPart] = field(default_factory=list)
+    torn: str = ""
 
     def __iadd__(self, other: Self) -> Self:
         """Append another delta."""
         self.content += other.content
         self.reasoning += other.reasoning
         self.tool_calls += other.tool_calls
+        self.call_parts += other.call_parts
+        self.torn += other.torn
         return self
 
 
@@ -41,6 +49,8 @@ class OutputParser:
         stops (Sequence[str]): Texts that end the content. They have no effect inside thoughts and calls.
         in_thought (bool): The text begins inside a thought.
         tools (Sequence[dict]): Functions that may be called. Without them, a call is content.
+        certain (Callable): Asked when a call begins: its form is certain, because the answer is under a constraint.
+            Then the parts of the call are returned as they are written.
 
     Attributes:
         stopped (bool): A stop text was found; all text after it is dropped.
@@ -53,6 +63,7 @@ class OutputParser:
         stops: Sequence[str] = (),
         in_thought: bool = False,
         tools: Sequence[dict[str, Any]] = (),
+        certain: Callable[[], bool] = lambda: False,
     ):
         self._tokenizer = tokenizer
         self._tools = list(tools)
@@ -63,6 +74,8 @@ class OutputParser:
             self._markers = make_text_state_machine(tokenizer).make_state(state)
         self._stops = TextStateMachine({"normal": [(stop, None) for stop in stops]}).make_state()
         self._call: str | None = None
+        self._certain = certain
+        self._stream: CallStream | None = None
         self._space = ""
         self.stopped = False
         self.called = False
@@ -85,7 +98,7 @@ class OutputParser:
             parts.append((kind, rest))
         for kind, part in parts:
             if kind == "tool":
-                self._call = (self._call or "") + part
+                self._read_call(delta, part)
                 continue
             self._end_call(delta, whole=True)
             if kind == "reasoning":
@@ -110,16 +123,33 @@ class OutputParser:
         self._space = content[len(shown) :]
         delta.content += shown
 
+    def _read_call(self, delta: Delta, part: str) -> None:
+        assert self._tokenizer is not None
+        if self._call is None and self._tools and not self.stopped and self._certain():
+            self._stream = CallStream(self._tokenizer.tool_parser, self._tools)
+        self._call = (self._call or "") + part
+        if self._stream is not None:
+            delta.call_parts += self._stream.feed(part)
+
     def _end_call(self, delta: Delta, whole: bool) -> None:
         if self._call is None or self.stopped:
             return
         assert self._tokenizer is not None
         text, self._call = self._call, None
+        stream, self._stream = self._stream, None
         calls = self._parse(text) if whole and self._tools else []
+        if whole and stream is not None and stream.begun:
+            # The parser of whole calls may know more than the stream, which then gives the rest.
+            if len(calls) == 1:
+                delta.call_parts += stream.finish(calls[0]["function"]["arguments"])
+            calls = [stream.call()] if stream.complete else []
         # Text that is not a valid call is content, so that nothing is lost.
         if not calls:
             text = self._tokenizer.tool_call_start + text + (self._tokenizer.tool_call_end if whole else "")
-            self._add_content(delta, text)
+            if stream is not None and stream.begun:
+                delta.torn += text
+            else:
+                self._add_content(delta, text)
         self.called |= bool(calls)
         delta.tool_calls += calls
 

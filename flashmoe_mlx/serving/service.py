@@ -3,17 +3,21 @@
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashmoe_mlx import constrain
 from flashmoe_mlx.generation.job import Answer, Job
 from flashmoe_mlx.generation.worker import Worker
-from flashmoe_mlx.serving.errors import ApiError, sentence, worker_errors
+from flashmoe_mlx.serving.errors import ApiError, worker_errors
 from flashmoe_mlx.serving.metrics import Metrics
-from flashmoe_mlx.serving.openai.request import make_job
+from flashmoe_mlx.serving.openai.request import make_jobs
 from flashmoe_mlx.serving.openai.schema import Request
+
+# The field of config.json.
+_POSITIONS = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Limits:
 
     Args:
         prompt_tokens (int): Length of the longest prompt.
-        completion_tokens (int): Largest ``max_tokens``.
+        completion_tokens (int): Length of the longest answer, whatever ``max_tokens`` says.
     """
 
     prompt_tokens: int
@@ -42,6 +46,7 @@ class Service:
 
     Attributes:
         tokenizer (TokenizerWrapper): The model's tokenizer.
+        vocabulary (LLTokenizer): The same for constraints. It knows the bytes of each token.
     """
 
     def __init__(
@@ -60,24 +65,29 @@ class Service:
         self._worker = worker
         self._limits = limits
         self._template_options = template_options
-        self._vocabulary = constrain.vocabulary_of(self.tokenizer)
+        self.vocabulary = constrain.vocabulary_of(self.tokenizer)
         if self.tokenizer.has_tool_calling and not constrain.can_constrain_calls(self.tokenizer):
             logging.warning("tool calls of this model cannot be constrained to their schemas: they may fail to parse")
+        self._context_length = _context_length(worker.model)
         self._created = int(time.time())
         # Some tokenizers change their state for a moment while they encode.
         self._tokenizing = threading.Lock()
 
-    def start(self, request: Request) -> Answer:
-        """Queue a request.
+    def start(self, request: Request) -> list[Answer]:
+        """Queue a request, with one answer for each of its prompts.
 
         Raises:
             ApiError: It exceeds a limit, the model does not support it, or the queue is full or closed.
         """
         with self._tokenizing:
-            job = make_job(request, self.tokenizer, self._vocabulary, self._template_options)
-        self._check_limits(request, job)
+            jobs = make_jobs(request, self.tokenizer, self.vocabulary, self._template_options)
+        vocabulary = len(self.tokenizer)
+        if not all(0 <= token < vocabulary for token in request.logit_bias):
+            message = f"logit_bias has a token outside the vocabulary of {vocabulary:,} tokens."
+            raise ApiError(400, message, "logit_bias")
+        jobs = [replace(job, max_tokens=self._max_tokens(request, job)) for job in jobs]
         with worker_errors():
-            return self._worker.submit(job)
+            return self._worker.submit_all(jobs)
 
     @property
     def healthy(self) -> bool:
@@ -92,19 +102,50 @@ class Service:
         """Return the metrics in Prometheus' text format."""
         return self.metrics.text(self._worker.model.streaming.counters, self._worker.gauges())
 
-    def _check_limits(self, request: Request, job: Job) -> None:
-        tokens, vocabulary, limits = len(job.prompt.tokens), len(self.tokenizer), self._limits
-        if tokens > limits.prompt_tokens:
-            message = f"The prompt has {tokens:,} tokens; the limit is {limits.prompt_tokens:,}."
-            raise ApiError(400, message, request.prompt_field, "context_length_exceeded")
-        if request.max_tokens > limits.completion_tokens:
-            message = f"max_tokens is {request.max_tokens:,}; the limit is {limits.completion_tokens:,}."
-            raise ApiError(400, message, "max_tokens")
-        if not all(0 <= token < vocabulary for token in request.logit_bias):
-            message = f"logit_bias has a token outside the vocabulary of {vocabulary:,} tokens."
-            raise ApiError(400, message, "logit_bias")
+    def _max_tokens(self, request: Request, job: Job) -> int:
+        """Return the length limit of an answer: as asked for, but not more than fits.
+
+        Raises:
+            ApiError: The prompt is too long.
+        """
+        prompt, most = len(job.prompt.tokens), self._limits.completion_tokens
+        if prompt > self._limits.prompt_tokens:
+            raise _too_long(prompt, self._limits.prompt_tokens, request)
+        wanted = most if job.max_tokens < 0 else job.max_tokens
+        if job.max_tokens < 0 and self._context_length > prompt:
+            wanted = min(wanted, self._context_length - prompt)
+        fitting = min(wanted, most)
+        if not self._fits(prompt + fitting):
+            # The longest context that fits: one token less than the shortest one that does not.
+            context = bisect_left(range(prompt + fitting), True, key=lambda tokens: not self._fits(tokens)) - 1
+            if context <= prompt:
+                raise _too_long(prompt, max(0, context), request)
+            fitting = context - prompt
+        if fitting < job.max_tokens:
+            logging.warning("max_tokens is %d: the answer may have %d tokens at most", job.max_tokens, fitting)
+        return fitting
+
+    def _fits(self, tokens: int) -> bool:
+        """Say whether a context fits in memory."""
         try:
-            self._worker.refuse_context(tokens + request.max_tokens)
-        except MemoryError as error:
-            message = sentence(str(error))
-            raise ApiError(400, message, request.prompt_field, "context_length_exceeded") from error
+            self._worker.refuse_context(tokens)
+        except MemoryError:
+            return False
+        return True
+
+
+def _too_long(tokens: int, most: int, request: Request) -> ApiError:
+    # Programs recognize an overflow by these words: both halves, and numbers without separators.
+    message = f"prompt is too long: {tokens} tokens > {most} maximum"
+    message += f"; this model's maximum context length is {most} tokens"
+    return ApiError(400, message, request.prompt_field, "context_length_exceeded")
+
+
+def _context_length(model: Any) -> int:
+    """Return how many positions a model was made for; 0 if its config does not say."""
+    args = getattr(model, "args", None)
+    for config in (getattr(args, "text_config", None), args):
+        length = config.get(_POSITIONS) if isinstance(config, Mapping) else getattr(config, _POSITIONS, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return 0

@@ -56,10 +56,10 @@ def read_request(kind: type[_Request], body: bytes, defaults: Mapping[str, Any])
     return request
 
 
-def make_job(
+def make_jobs(
     request: Request, tokenizer: TokenizerWrapper, vocabulary: Any, template_options: Mapping[str, Any]
-) -> Job:
-    """Return the job that answers a request.
+) -> list[Job]:
+    """Return the jobs that answer a request, one for each prompt. Their ``max_tokens`` is -1 where it is not limited.
 
     Args:
         request (Request): The request.
@@ -70,24 +70,31 @@ def make_job(
     Raises:
         ApiError: The model does not support what the request asks for.
     """
+    prompts, constraints = [], []
+    prompt_logprobs = False
     if isinstance(request, ChatRequest):
-        prompt = _chat_prompt(request, tokenizer, template_options)
-        constraints = _constraints(request, prompt, tokenizer, vocabulary)
+        prompts = [_chat_prompt(request, tokenizer, template_options)]
+        constraints = _constraints(request, prompts[0], tokenizer, vocabulary)
         top_logprobs = request.top_logprobs
     else:
-        with bad_request("prompt"):
-            prompt = Prompt.from_text(request.prompt, tokenizer)
-        constraints = []
         top_logprobs = request.logprobs or 0
-    return Job(
-        prompt,
-        request.max_tokens,
-        sampling=_sampling(request, tokenizer),
-        penalties=_penalties(request),
-        constraints=constraints,
-        seed=request.seed,
-        top_logprobs=top_logprobs,
-    )
+        prompt_logprobs = request.echo and request.logprobs is not None
+        for text in request.prompts():
+            with bad_request("prompt"):
+                prompts.append(Prompt.from_text(text, tokenizer))
+    return [
+        Job(
+            prompt,
+            -1 if request.max_tokens is None else request.max_tokens,
+            sampling=_sampling(request, tokenizer),
+            penalties=_penalties(request),
+            constraints=constraints,
+            seed=request.seed,
+            top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        for prompt in prompts
+    ]
 
 
 def thinking_options(request: ChatRequest, tokenizer: TokenizerWrapper) -> dict[str, Any]:
@@ -133,6 +140,8 @@ def _check_consistency(request: ChatRequest, tools: list[Tool]) -> None:
     if request.max_completion_tokens not in (None, request.max_tokens):
         message = "max_tokens and max_completion_tokens differ: set only one of them."
         raise ApiError(400, message, "max_completion_tokens")
+    if request.max_tokens == 0:
+        raise ApiError(400, "max_tokens is 0: a chat has no answer without tokens.", "max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs requires logprobs: true.", "top_logprobs")
     if request.offered_tools and not isinstance(request.response_format, TextFormat):

@@ -9,6 +9,7 @@ from flashmoe_mlx.serving.errors import ApiError
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
+MAX_PROMPTS = 128
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Natural = Annotated[int, Meta(ge=0)]
@@ -154,7 +155,8 @@ class Sampling(_Strict, kw_only=True):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: _Positive
+    # -1 or None: as many as fit.
+    max_tokens: Annotated[int, Meta(ge=-1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)]
     top_p: Annotated[float, Meta(gt=0, le=1)]
     top_k: _Natural
@@ -185,7 +187,7 @@ class ChatRequest(Sampling, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: _Positive | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=-1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     # Kept as sent, because templates print them; read_request() validates them.
@@ -233,15 +235,32 @@ class ChatRequest(Sampling, kw_only=True):
 
 
 class CompletionRequest(Sampling, kw_only=True):
-    """The body of ``/v1/completions``: one prompt, as text or tokens."""
+    """The body of ``/v1/completions``: one or more prompts, each as text or tokens."""
 
     prompt_field: ClassVar[str] = "prompt"
 
-    prompt: str | Annotated[list[_Natural], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | _Natural | list[_Natural]], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    echo: bool = False
     suffix: Literal[""] = ""
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts: a list of numbers is one prompt, any other list is one prompt an item.
+
+        Raises:
+            ApiError: Numbers are mixed with prompts, or there are too many prompts.
+        """
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [each for each in self.prompt if isinstance(each, int)]
+        if len(numbers) == len(self.prompt):
+            return [numbers]
+        if numbers:
+            raise ApiError(400, "prompt mixes tokens with whole prompts: send a list of either.", "prompt")
+        if len(self.prompt) > MAX_PROMPTS:
+            raise ApiError(400, f"prompt has {len(self.prompt)} prompts; the limit is {MAX_PROMPTS}.", "prompt")
+        return [each for each in self.prompt if not isinstance(each, int)]
 
 
 Request = ChatRequest | CompletionRequest
