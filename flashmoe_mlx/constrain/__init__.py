@@ -1,5 +1,6 @@
 """Grammars that allow only valid tool calls and JSON."""
 
+from flashmoe_mlx.constrain.constraint import Constraint
 from flashmoe_mlx.constrain.processor import (
     Processor,
     can_constrain_calls,
@@ -8,6 +9,17 @@ from flashmoe_mlx.constrain.processor import (
     vocabulary_of,
 )
 from flashmoe_mlx.constrain.schema import Schema
+from flashmoe_mlx.constrain.validation import validate_call
 from flashmoe_mlx.constrain.xml_calls import readable
 
-__all__ = ["Processor", "Schema", "can_constrain_calls", "constrained", "json", "readable", "vocabulary_of"]
+__all__ = [
+    "Constraint",
+    "Processor",
+    "Schema",
+    "can_constrain_calls",
+    "constrained",
+    "json",
+    "readable",
+    "validate_call",
+    "vocabulary_of",
+]

@@ -315,3 +315,12 @@ def test_unsupported_schemas_are_refused_in_one_line(tokenizer, schema, message)
     with pytest.raises(ValueError, match=message) as caught:
         constrain.constrained(tokenizer, tools=[tool])
     assert "\n" not in str(caught.value)
+
+
+def test_a_named_tool_is_called_once(tokenizer):
+    def processor():
+        return constrain.constrained(tokenizer, tools=[TOOL], tool_choice=NAMED)
+
+    assert accepts(processor(), tokenizer, call(WORD), "<|im_end|>")
+    assert not accepts(processor(), tokenizer, call(WORD), call(WORD))
+    assert not accepts(processor(), tokenizer, call(WORD), "\nText")
