@@ -1,6 +1,6 @@
 """Reads a tool call while it is written: its name, then its arguments as pieces of JSON.
 
-Only for calls under a constraint, whose form is certain from the opening tag on: Hermes' JSON style and Qwen's XML style.
+Only for calls under a constraint, whose form is certain from the opening tag on: Hermes' JSON style, Qwen's XML style.
 """
 
 import json
@@ -46,7 +46,8 @@ class CallStream:
 
     Attributes:
         arguments (str): The arguments as far as they are certain.
-        complete (bool): The arguments are a whole JSON object.
+        complete (bool): The arguments are whole.
+        rest (list[CallPart]): Set by :meth:`finish`.
     """
 
     def __init__(self, parser: Parser, tools: Sequence[Mapping[str, Any]]):
@@ -61,6 +62,7 @@ class CallStream:
         self._depth, self._in_string, self._escaped = 0, False, False
         self.arguments = ""
         self.complete = False
+        self.rest: list[CallPart] = []
 
     @property
     def begun(self) -> bool:
@@ -83,21 +85,27 @@ class CallStream:
             return []
         return [CallPart(self._id, "" if begun else self._name, piece)]
 
-    def finish(self, arguments: str) -> list[CallPart]:
-        """Read the arguments of the whole call, from a parser of whole calls, if they continue what is certain so far.
+    def finish(self, calls: Sequence[Mapping[str, Any]], unread: str) -> list[dict[str, Any]]:
+        """Read the end of the call, and set ``rest`` to the parts that it adds.
+
+        Args:
+            calls (Sequence[dict]): What the parser of whole calls read, in OpenAI's form.
+            unread (str): Text that :meth:`feed` has not read.
 
         Returns:
-            list[CallPart]: The rest of the arguments; nothing if they are others.
+            list[dict]: The call, in OpenAI's form; none if what is certain so far does not become a valid call.
         """
-        if self.complete or not self.begun or not arguments.startswith(self.arguments):
+        if len(calls) != 1:
             return []
-        rest, self.arguments, self.complete = arguments[len(self.arguments) :], arguments, True
-        return [CallPart(self._id, "", rest)]
-
-    def call(self) -> dict[str, Any]:
-        """Return the whole call, in OpenAI's form."""
-        function = {"name": self._name, "arguments": self.arguments}
-        return {"id": self._id, "type": "function", "function": function}
+        self.rest = self.feed(unread)
+        whole = calls[0]["function"]["arguments"]
+        # The parser of whole calls may know more forms than this one.
+        if not self.complete and whole.startswith(self.arguments):
+            self.rest.append(CallPart(self._id, "", whole[len(self.arguments) :]))
+            self.arguments, self.complete = whole, True
+        if not self.complete or not _is_object(self.arguments):
+            return []
+        return [{"id": self._id, "type": "function", "function": {"name": self._name, "arguments": self.arguments}}]
 
     # Each step takes what it understands from the buffer and returns JSON text, or None to wait for more.
 
@@ -219,6 +227,13 @@ class CallStream:
 
 def _escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_constant=_refuse), dict)
+    except ValueError:
+        return False
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -76,6 +76,8 @@ class OutputParser:
         self._call: str | None = None
         self._certain = certain
         self._stream: CallStream | None = None
+        # Text of the call that the stream has not read, because its form is not certain any more.
+        self._unread = ""
         self._space = ""
         self.stopped = False
         self.called = False
@@ -128,8 +130,10 @@ class OutputParser:
         if self._call is None and self._tools and not self.stopped and self._certain():
             self._stream = CallStream(self._tokenizer.tool_parser, self._tools)
         self._call = (self._call or "") + part
-        if self._stream is not None:
-            delta.call_parts += self._stream.feed(part)
+        self._unread += part
+        if self._stream is not None and self._certain():
+            delta.call_parts += self._stream.feed(self._unread)
+            self._unread = ""
 
     def _end_call(self, delta: Delta, whole: bool) -> None:
         if self._call is None or self.stopped:
@@ -137,12 +141,11 @@ class OutputParser:
         assert self._tokenizer is not None
         text, self._call = self._call, None
         stream, self._stream = self._stream, None
+        unread, self._unread = self._unread, ""
         calls = self._parse(text) if whole and self._tools else []
-        if whole and stream is not None and stream.begun:
-            # The parser of whole calls may know more than the stream, which then gives the rest.
-            if len(calls) == 1:
-                delta.call_parts += stream.finish(calls[0]["function"]["arguments"])
-            calls = [stream.call()] if stream.complete else []
+        if stream is not None and stream.begun:
+            calls = stream.finish(calls, unread)
+            delta.call_parts += stream.rest if calls else []
         # Text that is not a valid call is content, so that nothing is lost.
         if not calls:
             text = self._tokenizer.tool_call_start + text + (self._tokenizer.tool_call_end if whole else "")

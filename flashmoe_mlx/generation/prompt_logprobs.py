@@ -53,11 +53,10 @@ class PromptLogprobs:
         first = len(self.tokens)
         targets = self._prompt[first : first + len(logprobs)]
         own = mx.take_along_axis(logprobs, mx.array(targets)[:, None], axis=-1)[:, 0]
-        mx.eval(own, logprobs)
-        values = np.array(logprobs) if self._top else None
-        for row, (token, logprob) in enumerate(zip(targets, own.tolist(), strict=True)):
+        own_values, values = np.array(own), np.array(logprobs) if self._top else None
+        for row, token in enumerate(targets):
             top = () if values is None else top_logprobs(values[row], self._top)
-            self.tokens.append(PromptToken(token, finite(logprob), top))
+            self.tokens.append(PromptToken(token, finite(own_values[row]), top))
 
 
 def scored_chunk(vocabulary: int) -> int:

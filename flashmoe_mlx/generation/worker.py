@@ -198,12 +198,12 @@ class Worker:
         keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
         scores = PromptLogprobs(prompt.tokens, job.top_logprobs) if job.prompt_logprobs else None
         context = self._generator.prefill(
-            prompt.tokens, keep, cancelled=lambda: answer.cancelled, take_logits=scores and scores.add
+            prompt.tokens, keep, cancelled=lambda: answer.cancelled, take_logits=None if scores is None else scores.add
         )
         answer.cached_tokens = context.cached_tokens
         if answer.cancelled:
             return
-        answer.prompt_logprobs = scores.tokens if scores else []
+        answer.prompt_logprobs = [] if scores is None else scores.tokens
         self._count(prompt_tokens=len(prompt.tokens), cached_prompt_tokens=answer.cached_tokens)
         if job.max_tokens == 0:
             return

@@ -4,7 +4,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from email.message import Message
-from typing import BinaryIO
+from io import BufferedIOBase
 
 from flashmoe_mlx.serving.errors import ApiError
 
@@ -17,11 +17,11 @@ _MAX_TRAILERS = 16
 _GZIP = 31
 
 
-def read_body(stream: BinaryIO, headers: Message) -> bytes:
+def read_body(stream: BufferedIOBase, headers: Message) -> bytes:
     """Read the body of a request, as it was sent.
 
     Args:
-        stream (BinaryIO): The connection, after the headers.
+        stream (BufferedIOBase): The connection, after the headers.
         headers (Message): The headers.
 
     Raises:
@@ -70,7 +70,7 @@ def decoded(body: bytes, headers: Message) -> bytes:
     return content
 
 
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _chunks(stream: BufferedIOBase) -> Iterator[bytes]:
     """Yield the data of the chunks, up to the last one and its trailers."""
     total = 0
     while True:
@@ -93,7 +93,7 @@ def _chunks(stream: BinaryIO) -> Iterator[bytes]:
     raise ApiError(400, f"The body has more than {_MAX_TRAILERS} trailers.")
 
 
-def _line(stream: BinaryIO) -> bytes:
+def _line(stream: BufferedIOBase) -> bytes:
     line = stream.readline(_MAX_LINE)
     if line.endswith(b"\r\n"):
         return line[:-2]
@@ -102,7 +102,7 @@ def _line(stream: BinaryIO) -> bytes:
     raise ApiError(408, "The body did not arrive completely in time.")
 
 
-def _exactly(stream: BinaryIO, length: int) -> bytes:
+def _exactly(stream: BufferedIOBase, length: int) -> bytes:
     data = stream.read(length)
     if len(data) < length:
         raise ApiError(408, f"The body did not arrive completely in time: {len(data):,} of {length:,} bytes.")

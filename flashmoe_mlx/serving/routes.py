@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.serving.errors import ApiError, worker_errors
 from flashmoe_mlx.serving.http import BaseHandler
-from flashmoe_mlx.serving.openai.reply import Reply
+from flashmoe_mlx.serving.openai.reply import Choice, Reply
 from flashmoe_mlx.serving.openai.request import read_request
 from flashmoe_mlx.serving.openai.schema import ChatRequest, CompletionRequest, Request
 
@@ -40,12 +40,11 @@ class Handler(BaseHandler):
         """Answer a POST request."""
         self.respond(self._dispatch)
 
-    def complete(self, reply: Reply, answer: Answer, stream: bool) -> None:
+    def complete(self, reply: Reply, stream: bool) -> None:
         """Send what is generated, as one answer or as an event stream.
 
         Args:
-            reply (Reply): Gives the answer the shape of an API.
-            answer (Answer): Yields the tokens.
+            reply (Reply): Has the answers and gives them the shape of an API.
             stream (bool): Send each part as soon as there is one.
 
         Raises:
@@ -53,13 +52,10 @@ class Handler(BaseHandler):
             ConnectionError: The client has disconnected.
         """
         if stream:
-            self._stream(reply, answer)
+            self._stream(reply)
             return
-        for token in self._tokens(answer):
-            if token is not None:
-                reply.add(token)
-            if reply.finished:
-                break
+        for _ in self._generate(reply):
+            pass
         self.send(200, reply.whole())
 
     def _dispatch(self) -> None:
@@ -84,25 +80,41 @@ class Handler(BaseHandler):
             return f"{_MODEL_PREFIX}NAME", Route("GET", send_model)
         return (path, ROUTES[path]) if path in ROUTES else None
 
-    def _stream(self, reply: Reply, answer: Answer) -> None:
-        """Send server-sent events. An error before the first one has a status of its own, a later one is an event."""
+    def _stream(self, reply: Reply) -> None:
+        """Send server-sent events. The status goes out at once, so that no proxy waits for it: errors are events."""
+        self.send_event(reply.start_events())
         last = time.monotonic()
         try:
-            for token in self._tokens(answer):
-                if token is not None:
-                    reply.add(token)
-                    for event in reply.events():
-                        self.send_event(event)
-                        last = time.monotonic()
-                elif time.monotonic() - last > _KEEPALIVE_INTERVAL:
-                    self.send_event(b": keepalive\n\n")
+            for choice in self._generate(reply):
+                events = reply.events(choice)
+                # Tokens that are not sent, such as those of a call, are no sign of life.
+                if not events and time.monotonic() - last > _KEEPALIVE_INTERVAL:
+                    events = b": keepalive\n\n"
+                if events:
+                    self.send_event(events)
                     last = time.monotonic()
-                if reply.finished:
-                    break
         except ApiError as error:
-            if not self.streaming:
-                raise
             self.send_event(reply.error_event(error))
+            return
+        self.send_event(reply.end_events())
+
+    def _generate(self, reply: Reply) -> Iterator[Choice]:
+        """Complete the choices of a reply one after the other.
+
+        Yields:
+            Choice: The current choice: after each token, after each ``_POLL_INTERVAL`` without one, and at its end.
+        """
+        for choice in reply.choices:
+            for token in self._tokens(choice.answer):
+                if token is not None:
+                    choice.add(token)
+                if choice.finish_reason is not None:
+                    break
+                yield choice
+            # The next answer need not wait for the rest of this one.
+            choice.answer.cancel()
+            choice.end()
+            yield choice
 
     def _tokens(self, answer: Answer) -> Iterator[Token | None]:
         """Yield tokens as they come, and ``None`` at least every ``_POLL_INTERVAL`` seconds.
@@ -150,15 +162,16 @@ def complete_openai(handler: Handler, kind: type[Request]) -> None:
     """Generate the answer to a request of OpenAI's API."""
     service = handler.server.service
     request = read_request(kind, handler.body(), service.defaults)
-    answer = service.start(request)
+    answers = service.start(request)
     try:
-        reply = Reply(request, answer, service.tokenizer, service.name)
-        handler.complete(reply, answer, request.stream)
+        reply = Reply(request, answers, service.tokenizer, service.vocabulary, service.name)
+        handler.complete(reply, request.stream)
     except (ConnectionError, TimeoutError):
         service.metrics.add(cancelled=1)
         raise
     finally:
-        answer.cancel()
+        for answer in answers:
+            answer.cancel()
 
 
 class Route(NamedTuple):

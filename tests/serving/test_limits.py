@@ -60,7 +60,9 @@ def test_a_silent_stream_gets_keepalive_comments(running: Running, monkeypatch: 
         text = connection.makefile("rb").read().decode()
     head, _, events = text.partition("\r\n\r\n")
     assert "text/event-stream" in head
-    assert events.startswith(": keepalive\n\n") and events.endswith("data: [DONE]\n\n")
+    first, second, *_ = events.split("\n\n")
+    assert '"role": "assistant"' in first and second == ": keepalive"
+    assert events.endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -56,17 +56,6 @@ def test_results_belong_to_their_calls_in_any_order(client: openai.OpenAI) -> No
     assert answer.choices[0].message.content == said
 
 
-def test_a_stream_carries_whole_calls(client: openai.OpenAI) -> None:
-    messages: Messages = [{"role": "user", "content": "What is the weather in Oslo?"}]
-    chunks = list(
-        client.chat.completions.create(model="any", messages=messages, tools=[TOOL], stream=True, max_tokens=60)
-    )
-    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-    assert [(call.index, call.function.arguments) for call in calls if call.function] == [(0, '{"city": "Oslo"}')]
-    assert not any(chunk.choices[0].delta.content for chunk in chunks)
-    assert chunks[-1].choices[0].finish_reason == "tool_calls"
-
-
 def test_without_parallel_tool_calls_there_is_one_call(client: openai.OpenAI) -> None:
     question: Messages = [{"role": "user", "content": "What is the weather in Oslo and in Rome?"}]
     options: Any = {"tools": [TOOL], "parallel_tool_calls": False, "max_tokens": 100}

@@ -1,5 +1,6 @@
 """Requests that are refused: each gets its status and a reason that names what is wrong."""
 
+import re
 import socket
 from typing import Any
 
@@ -7,7 +8,7 @@ import openai
 import pytest
 
 from demo.talk import TOOL
-from flashmoe_mlx.serving import http
+from flashmoe_mlx.serving.body import MAX_BODY_BYTES
 from flashmoe_mlx.serving.routes import ROUTES, Route
 from tests.support.serving import CHAT, HERON, Running, serve
 
@@ -19,7 +20,7 @@ KEY = "0123456789abcdef"
     [
         ({"n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"temperature": -1}, "temperature"),
@@ -79,11 +80,12 @@ def test_a_body_that_is_not_a_json_object_is_refused(running: Running, body: byt
     assert status == 400 and answer["error"]["message"]
 
 
-def test_a_prompt_beyond_the_limit_is_refused(running: Running) -> None:
+def test_a_prompt_beyond_the_limit_is_refused_in_words_that_clients_know(running: Running) -> None:
     status, answer = running.chat(messages=[{"role": "user", "content": "heron " * 10000}])
-    assert (
-        status == 400 and answer["error"]["code"] == "context_length_exceeded" and "8,192" in answer["error"]["message"]
-    )
+    error = answer["error"]
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+    end = r"maximum; this model's maximum context length is 8192 tokens"
+    assert re.fullmatch(rf"prompt is too long: \d+ tokens > 8192 {end}", error["message"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,9 @@ def test_a_prompt_beyond_the_limit_is_refused(running: Running) -> None:
         ("POST", "/health", {"Content-Length": "0"}, 405),
         ("POST", "/v1/chat/completions", {"Content-Length": "99999999"}, 413),
         ("POST", "/v1/chat/completions", {"Content-Length": "-1"}, 411),
-        ("POST", "/v1/chat/completions", {"Transfer-Encoding": "chunked"}, 411),
+        ("POST", "/v1/chat/completions", {"Transfer-Encoding": "gzip"}, 501),
+        ("POST", "/v1/models/demo", {"Content-Length": "0"}, 405),
+        ("GET", "/v1/models/other", {}, 404),
     ],
 )
 def test_foreign_requests_are_refused(
@@ -112,7 +116,7 @@ def test_foreign_requests_are_refused(
 
 
 def test_a_client_that_sends_too_much_still_reads_the_reason(running: Running) -> None:
-    assert running.ask("POST", CHAT, bytes(http.MAX_BODY_BYTES + 1))[0] == 413
+    assert running.ask("POST", CHAT, bytes(MAX_BODY_BYTES + 1))[0] == 413
 
 
 def test_an_unknown_path_is_named(running: Running) -> None:
@@ -120,11 +124,11 @@ def test_an_unknown_path_is_named(running: Running) -> None:
     assert (status, answer["error"]["message"]) == (404, "Unknown path '/v1/foo'.")
 
 
-@pytest.mark.parametrize(("method", "path", "allowed"), [("GET", CHAT, "POST"), ("POST", "/health", "GET")])
+@pytest.mark.parametrize(("method", "path", "allowed"), [("GET", CHAT, "POST"), ("POST", "/health", "GET, HEAD")])
 def test_a_wrong_method_is_answered_with_the_right_one(running: Running, method: str, path: str, allowed: str) -> None:
     status, headers, answer = running.ask(method, path)
     assert (status, headers["Allow"]) == (405, allowed)
-    assert answer["error"]["message"] == f"{path} takes {allowed}, not {method}."
+    assert answer["error"]["message"] == f"{path} takes {allowed.partition(',')[0]}, not {method}."
 
 
 def test_a_row_of_the_table_is_a_route(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class Running:
         finally:
             connection.close()
         is_json = response.headers["Content-Type"] == "application/json"
-        return response.status, response.headers, json.loads(text) if is_json else text
+        return response.status, response.headers, json.loads(text) if is_json and text else text
 
     def chat(self, **fields: Any) -> tuple[int, Any]:
         """Return status and answer of a chat request."""

@@ -70,7 +70,8 @@ def make_jobs(
     Raises:
         ApiError: The model does not support what the request asks for.
     """
-    prompts, constraints = [], []
+    prompts: list[Prompt] = []
+    constraints: Sequence[constrain.Processor] = ()
     prompt_logprobs = False
     if isinstance(request, ChatRequest):
         prompts = [_chat_prompt(request, tokenizer, template_options)]
