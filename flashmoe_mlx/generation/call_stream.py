@@ -95,7 +95,7 @@ class CallStream:
         Returns:
             list[dict]: The call, in OpenAI's form; none if what is certain so far does not become a valid call.
         """
-        if len(calls) != 1:
+        if len(calls) != 1 or not self.begun:
             return []
         self.rest = self.feed(unread)
         whole = calls[0]["function"]["arguments"]
