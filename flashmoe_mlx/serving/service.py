@@ -1,6 +1,5 @@
 """A loaded model that answers requests."""
 
-import functools
 import logging
 import threading
 import time
@@ -82,8 +81,6 @@ class Service:
         """
         with self._tokenizing:
             jobs = make_jobs(request, self.tokenizer, self.vocabulary, self._template_options)
-        for line in [line for job in jobs for each in job.constraints for line in getattr(each, "warnings", ())]:
-            _log_once(line)
         vocabulary = len(self.tokenizer)
         if not all(0 <= token < vocabulary for token in request.logit_bias):
             message = f"logit_bias has a token outside the vocabulary of {vocabulary:,} tokens."
@@ -135,12 +132,6 @@ class Service:
         except MemoryError:
             return False
         return True
-
-
-@functools.lru_cache(maxsize=1024)
-def _log_once(line: str) -> None:
-    """Log a line about a request's schema, whose names are the client's: agents send the same tools again and again."""
-    logging.warning("%s", ascii(line)[1:-1])
 
 
 def _too_long(tokens: int, most: int, request: Request) -> ApiError:

@@ -66,7 +66,11 @@ def test_sigterm_cancels_the_answer_and_exits(
         (["--max-queue", "-1"], "--max-queue is -1: it must not be negative"),
         (["--model", "./nowhere"], "no such folder"),
         (["--chat-template-args", "[]"], "must be a JSON object"),
-        (["--port", "TAKEN"], "Address already in use"),
+        (
+            ["--port", "TAKEN"],
+            "cannot listen on port TAKEN of 127.0.0.1: Address already in use; choose another --port",
+        ),
+        (["--host", "localhost", "--port", "TAKEN"], "port TAKEN of localhost"),
     ],
 )
 def test_a_wrong_argument_gives_one_line_of_error(
@@ -77,4 +81,10 @@ def test_a_wrong_argument_gives_one_line_of_error(
     with pytest.raises(SystemExit) as stop:
         server.main([known.get(arg, arg) for arg in argv])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and error.startswith("error: ") and words in error
+    assert stop.value.code == 1 and error.startswith("error: ")
+    assert words.replace("TAKEN", known["TAKEN"]) in error
+
+
+def test_a_request_without_max_tokens_is_not_limited_by_default() -> None:
+    args = server.setup_arg_parser().parse_args([])
+    assert args.max_tokens is None and server._defaults(args)["max_tokens"] is None
