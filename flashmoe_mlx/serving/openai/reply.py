@@ -9,7 +9,6 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx import __version__
-from flashmoe_mlx.constrain import readable
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 from flashmoe_mlx.serving.errors import ApiError
@@ -34,8 +33,7 @@ class Reply:
         self._include_usage = request.stream_options is not None and request.stream_options.include_usage
         self._include_logprobs = request.logprobs not in (None, False)
         if isinstance(request, ChatRequest):
-            tools = readable(request.offered_tools)
-            self._parser = OutputParser(tokenizer, request.stops, answer.job.prompt.in_thought, tools)
+            self._parser = OutputParser(tokenizer, request.stops, answer.job.prompt.in_thought, request.offered_tools)
             self._one_call = not request.parallel_tool_calls
         else:
             self._parser = OutputParser(None, request.stops)
