@@ -1,70 +1,54 @@
-"""Grammars of Hermes-style tool calls, and of JSON values."""
+"""Hermes-style tool calls: grammars, and a reader."""
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from flashmoe_mlx.constrain.lark import NOT_INFINITE, one_of_calls, without
-from flashmoe_mlx.constrain.schema import Schema, ascii_classes, definitions
+import msgspec
 
-MAX_INTEGER = 2**53 - 1
-"""Largest integer up to which float64, which parsers read numbers as, is exact."""
-
-# Nine decimals.
-_MULTIPLE_OF = 1e-9
+from flashmoe_mlx.constrain.call import Call, whole_characters
+from flashmoe_mlx.constrain.function import Function
+from flashmoe_mlx.constrain.lark import one_of_calls, without
+from flashmoe_mlx.constrain.schema import json_value
 
 
-def json_calls(functions: Sequence[Schema], end: str, closing: str) -> list[str]:
+class _Written(msgspec.Struct):
+    name: str
+    # As written: numbers keep their digits.
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+def json_calls(functions: Sequence[Function], end: str, closing: str) -> list[str]:
     """Return grammars of Hermes-style calls, from the opening tag on. A call must match all of them.
 
     Args:
-        functions (Sequence[dict]): Functions that may be called, in OpenAI's form.
+        functions (Sequence[Function]): Functions that may be called.
         end (str): The closing tag.
         closing (str): The closing tag as a term of the grammar.
     """
+    # A closing tag inside a string would end the call there. The model can write it with an escape.
+    envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {without(end)}) "\\n"\n'
+    grammars = [_grammar(functions, closing), envelope]
+    if any(function.has_lengths for function in functions):
+        grammars.append(_grammar([function.lengths() for function in functions], closing))
+    return grammars
+
+
+def _grammar(functions: Sequence[Function], closing: str) -> str:
     rules = []
     for index, function in enumerate(functions):
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        call = {"name": {"const": function["name"]}, "arguments": schema}
-        whole = {"type": "object", "properties": call, "required": ["name", "arguments"]}
-        whole |= {"additionalProperties": False} | definitions(schema)
-        rules.append(f'call_{index}: "\\n" {json_value(whole)} "\\n"')
-    # A closing tag inside a string would end the call there.
-    envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {without(end)} & {NOT_INFINITE}) "\\n"\n'
-    return [one_of_calls(len(functions), closing, rules), envelope]
+        call = {"name": {"enum": [function.name]}, "arguments": function.schema}
+        whole = {"type": "object", "properties": call, "required": ["name", "arguments"], "additionalProperties": False}
+        rules.append(f'call_{index}: "\\n" {json_value(whole, function.definitions)} "\\n"')
+    return one_of_calls(len(functions), closing, rules)
 
 
-def json_value(schema: Schema) -> str:
-    """Return a term for JSON that fits a schema.
+def read_json_call(text: str) -> Call:
+    """Return the call in a text between the tags.
 
-    There is at most one space after a comma or colon, and numbers are within 2**53 with at most 9 decimals: a weak
-    model could fill its answer with spaces or digits.
+    Raises:
+        ValueError: It is no call.
     """
-    spacing = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-    return "%json " + json.dumps({**_bounded(schema), "x-guidance": spacing})
-
-
-def _bounded(schema: Any) -> Any:
-    """Return the schema with bounds for the numbers that have none."""
-    if not isinstance(schema, Mapping):
-        return schema
-    bounded = dict(schema)
-    for key, part in schema.items():
-        if key in ("properties", "$defs", "definitions"):
-            bounded[key] = {name: _bounded(each) for name, each in part.items()}
-        elif key in ("items", "additionalProperties"):
-            bounded[key] = _bounded(part)
-        elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            bounded[key] = [_bounded(each) for each in part]
-    if "pattern" in schema:
-        bounded["pattern"] = ascii_classes(schema["pattern"])
-    types = schema.get("type", ())
-    types = {types} if isinstance(types, str) else set(types)
-    if types & {"integer", "number"} and not schema.keys() & {"enum", "const"}:
-        if "exclusiveMinimum" not in schema:
-            bounded.setdefault("minimum", -MAX_INTEGER)
-        if "exclusiveMaximum" not in schema:
-            bounded.setdefault("maximum", MAX_INTEGER)
-        if "number" in types:
-            bounded.setdefault("multipleOf", _MULTIPLE_OF)
-    return bounded
+    written = msgspec.json.decode(text, type=_Written)
+    arguments = bytes(written.arguments).decode()
+    if not arguments.startswith("{"):
+        raise ValueError("the arguments are no object")
+    return Call(written.name, whole_characters(arguments))

@@ -4,18 +4,15 @@ import json
 import re
 from collections.abc import Sequence
 
-NOT_INFINITE = r"~/(?s:.*[0-9][eE][+-]?[0-9]{3}.*)/"
-"""Texts without an exponent of three digits, which JSON of any type could have and Python reads as infinity."""
-
 
 def quote(text: str) -> str:
     """Return a text as a literal."""
     return json.dumps(text)
 
 
-def without(tag: str) -> str:
-    """Return a term for texts that do not contain a tag."""
-    escaped = re.escape(tag).replace("/", "\\/")
+def without(text: str) -> str:
+    """Return a term for texts that do not contain a text."""
+    escaped = re.escape(text).replace("/", "\\/")
     return f"~/(?s:.*{escaped}.*)/"
 
 

@@ -2,20 +2,28 @@
 
     generate(model, tokenizer, prompt, logits_processors=[constrained(tokenizer, tools=tools)])
 
-Parse the calls with ``tokenizer.tool_parser(text, readable(tools))``.
+Read the calls with :func:`read_calls`.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import llguidance.hf
 import mlx.core as mx
 
+from flashmoe_mlx.constrain.cleaning import clean
 from flashmoe_mlx.constrain.constraint import Constraint, Markers
-from flashmoe_mlx.constrain.json_calls import json_calls, json_value
+from flashmoe_mlx.constrain.function import functions_of, lengths_of
+from flashmoe_mlx.constrain.json_calls import json_calls
 from flashmoe_mlx.constrain.lark import quote
-from flashmoe_mlx.constrain.schema import Schema
-from flashmoe_mlx.constrain.xml_calls import xml_calls
+from flashmoe_mlx.constrain.reading import format_of
+from flashmoe_mlx.constrain.schema import Schema, json_value
+from flashmoe_mlx.constrain.weakening import weaken
+from flashmoe_mlx.constrain.xml_calls import is_writable, xml_calls, xml_warnings
+
+_LOG = logging.getLogger(__name__)
 
 Processor = Callable[[mx.array, mx.array], mx.array]
 """Returns new logits, from the tokens so far and their logits."""
@@ -31,7 +39,8 @@ def constrained(
 ) -> Constraint:
     """Return a processor that leaves text alone until the model opens a tool call, and then allows only a valid call.
 
-    All calls of an answer are constrained. Thoughts are not, even if they mention calls; but where a call must follow,
+    All calls of an answer are constrained, as far as a grammar can hold their schemas; the constraint's ``warnings``
+    say what is left free. Thoughts are not, even if they mention calls; but where a call must follow,
     the answer cannot end in a thought. A processor is for one answer.
 
     Args:
@@ -44,7 +53,8 @@ def constrained(
         vocabulary (LLTokenizer, optional): From :func:`vocabulary_of`. Default: made here, which takes a second.
 
     Raises:
-        ValueError: The model's format of calls is unknown, a tool is missing, or a schema is not supported.
+        ValueError: The model's format of calls is unknown, a tool is missing, parameters are no schema at all, or the
+            schema of a ``strict`` function cannot be enforced.
     """
     vocabulary = vocabulary or vocabulary_of(tokenizer)
     if not can_constrain_calls(tokenizer):
@@ -56,12 +66,19 @@ def constrained(
             raise ValueError(f"tool_choice: there is no tool {name!r}")
     elif tool_choice not in ("auto", "required"):
         raise ValueError(f'tool_choice is {tool_choice!r}: it must be "auto", "required" or a named function')
-    functions, end = [tool["function"] for tool in tools], tokenizer.tool_call_end
+    functions, end = functions_of(tools), tokenizer.tool_call_end
     closing = _tag(end, tokenizer, vocabulary)
-    if _format(tokenizer) == "json_tools":
-        grammars = json_calls(functions, end, closing)
-    else:
-        grammars = xml_calls(functions, end, closing, tokenizer.tool_parser)
+    is_xml = format_of(tokenizer) == "qwen3_coder"
+    warnings = []
+    for function in functions:
+        found = [*function.warnings, *(xml_warnings(function) if is_xml else ())]
+        _report(found, function.is_strict)
+        warnings += found
+    if is_xml:
+        functions = [function for function in functions if is_writable(function)]
+        if not functions:
+            raise ValueError("no tool has a name that can be written in this model's calls")
+    grammars = (xml_calls if is_xml else json_calls)(functions, end, closing)
     first = None
     if tool_choice != "auto":
         opening = _tag(tokenizer.tool_call_start, tokenizer, vocabulary)
@@ -75,33 +92,50 @@ def constrained(
         one_call=isinstance(tool_choice, Mapping),
         thinking=thinking,
         ends=tokenizer.eos_token_ids,
+        warnings=warnings,
     )
 
 
-def json(tokenizer: Any, schema: Schema, *, thinking: bool = False, vocabulary: Any = None) -> Constraint:
+def json(
+    tokenizer: Any, schema: Schema, *, thinking: bool = False, strict: bool = False, vocabulary: Any = None
+) -> Constraint:
     """Return a processor that allows only JSON that fits a schema, from the first token on.
 
     Args:
         tokenizer (TokenizerWrapper): mlx-lm's tokenizer.
         schema (dict): A JSON schema; ``{"type": "object"}`` allows any object.
         thinking (bool): The prompt ends inside a thought. The JSON begins after it.
+        strict (bool): Refuse a schema that cannot be enforced as a whole.
         vocabulary (LLTokenizer, optional): From :func:`vocabulary_of`. Default: made here, which takes a second.
 
     Raises:
-        ValueError: The schema is not supported, or ``thinking`` is true for a model that does not think.
+        ValueError: The schema is no schema at all, or ``strict`` is true and it cannot be enforced, or ``thinking`` is
+            true for a model that does not think.
     """
     if thinking and not tokenizer.has_thinking:
         raise ValueError("thinking is true, but this model does not think")
-    grammar = f"start: {'SPACE? ' if thinking else ''}json\njson: {json_value(schema)}\nSPACE: /[\\n ]{{1,4}}/\n"
-    vocabulary = vocabulary or vocabulary_of(tokenizer)
+    cleaned = clean(schema, "response_format")
+    weaken(cleaned, "response_format")
+    _report(cleaned.warnings, strict)
+    parts = [(cleaned.schema, cleaned.definitions)]
+    parts += [lengths] if (lengths := lengths_of(*parts[0])) != parts[0] else []
+    space = "SPACE? " if thinking else ""
+    grammars = [
+        f"start: {space}json\njson: {json_value(*part, any_escape=False)}\nSPACE: /[\\n ]{{1,4}}/\n" for part in parts
+    ]
     return Constraint(
-        vocabulary, Markers.of(tokenizer), first=[grammar], thinking=thinking, ends=tokenizer.eos_token_ids
+        vocabulary or vocabulary_of(tokenizer),
+        Markers.of(tokenizer),
+        first=grammars,
+        thinking=thinking,
+        ends=tokenizer.eos_token_ids,
+        warnings=cleaned.warnings,
     )
 
 
 def can_constrain_calls(tokenizer: Any) -> bool:
     """Say whether a model's tool calls can be constrained: in Qwen's XML style or Hermes' JSON style."""
-    return _format(tokenizer) in ("json_tools", "qwen3_coder")
+    return format_of(tokenizer) in ("json_tools", "qwen3_coder")
 
 
 def vocabulary_of(tokenizer: Any) -> Any:
@@ -109,9 +143,17 @@ def vocabulary_of(tokenizer: Any) -> Any:
     return llguidance.hf.from_tokenizer(tokenizer._tokenizer, eos_token=sorted(tokenizer.eos_token_ids))
 
 
-def _format(tokenizer: Any) -> str:
-    """Return the format of calls: the name of mlx-lm's parser."""
-    return str(getattr(tokenizer.tool_parser, "__module__", "").rpartition(".")[2])
+def _report(warnings: Sequence[str], strict: bool) -> None:
+    if strict and warnings:
+        raise ValueError(f"{warnings[0]}; strict allows no such rule: remove it, or strict")
+    for warning in warnings:
+        _log(warning)
+
+
+@lru_cache(maxsize=1024)
+def _log(warning: str) -> None:
+    # Once a process, since clients send the same tools with each request.
+    _LOG.warning("%s", warning)
 
 
 def _tag(text: str, tokenizer: Any, vocabulary: Any) -> str:

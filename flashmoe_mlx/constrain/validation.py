@@ -1,5 +1,6 @@
 """Validation of calls whose constraint was released."""
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +9,15 @@ from jsonschema import Draft202012Validator
 
 from flashmoe_mlx.constrain.schema import Schema
 
+_META = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
+# More oddities than a schema has.
+_MOST_ODDITIES = 1000
+
 
 def validate_call(call: Schema, tools: Sequence[Schema]) -> str | None:
     """Return the first fault of a call in one line, or ``None`` if it fits the schema of its tool.
 
-    Formats are annotations, as in JSON Schema itself. Never raises for a schema or for arguments.
+    Formats are annotations, as in JSON Schema itself. Rules that are not valid JSON Schema are ignored.
 
     Args:
         call (dict): A call in OpenAI's form, ``{"function": {"name": ..., "arguments": ...}}``; the arguments are JSON
@@ -21,13 +26,33 @@ def validate_call(call: Schema, tools: Sequence[Schema]) -> str | None:
     """
     function = call.get("function", call)
     name, arguments = function["name"], function["arguments"]
-    schemas = [tool["function"].get("parameters") or {} for tool in tools if tool["function"]["name"] == name]
+    schemas = [tool["function"].get("parameters") for tool in tools if tool["function"]["name"] == name]
     if not schemas:
         return f"there is no tool {name!r}"
     try:
         values: Any = json.loads(arguments) if isinstance(arguments, str) else arguments
-        fault = next(Draft202012Validator(schemas[0]).iter_errors(values), None)
-    # jsonschema raises many kinds of exceptions for odd schemas.
+        fault = next(Draft202012Validator(_sane(schemas[0])).iter_errors(values), None)
+    # jsonschema raises many kinds of exceptions for schemas of third parties.
     except Exception as error:
-        return f"{name}: the call could not be checked: {str(error).splitlines()[0]}"
-    return None if fault is None else f"{name}{fault.json_path.removeprefix('$')}: {fault.message.splitlines()[0]}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{name}: the call could not be checked: {reason[:200]}"
+    if fault is None:
+        return None
+    return f"{name}{fault.json_path.removeprefix('$')}: {fault.message.splitlines()[0][:200]}"
+
+
+def _sane(schema: Any) -> Any:
+    """Return a schema without the keywords whose values JSON Schema does not allow."""
+    if not isinstance(schema, dict):
+        return True
+    schema = copy.deepcopy(schema)
+    for _ in range(_MOST_ODDITIES):
+        fault = next((each for each in _META.iter_errors(schema) if each.absolute_path), None)
+        if fault is None:
+            break
+        *steps, last = fault.absolute_path
+        part: Any = schema
+        for step in steps:
+            part = part[step]
+        del part[last]
+    return schema

@@ -1,183 +1,132 @@
-"""Grammars of Qwen's XML-style tool calls, which mlx-lm's parser reads back as they were meant.
-
-The parser turns the text of a parameter into a value by the ``type`` of its schema. Texts that it would get wrong, such
-as the string "null", are not in these grammars.
-"""
+"""Qwen's XML-style tool calls: grammars, and a reader."""
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from flashmoe_mlx.constrain.json_calls import MAX_INTEGER, json_value
-from flashmoe_mlx.constrain.lark import NOT_INFINITE, one_of_calls, quote, without
-from flashmoe_mlx.constrain.schema import Schema, alternatives, definitions, parameters_of, parsed_type, whole_text
+from flashmoe_mlx.constrain.call import Call
+from flashmoe_mlx.constrain.function import Function
+from flashmoe_mlx.constrain.lark import one_of_calls, quote, without
+from flashmoe_mlx.constrain.parameter import END, Parameter
 
-Parser = Callable[[str, list[Any]], Any]
-"""One of mlx-lm's parsers of tool calls."""
-
-_CLOSER = "</parameter>"
-_END_OF_VALUE = f"\n{_CLOSER}\n"
 # llguidance records in 64 bits which parameters have been written.
-_MAX_PARAMETERS = 64
-
-_DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
-_DATE = f"[1-9][0-9]{{3}}-{_DAY}"
-_TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
-_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-# Every text of these fits the format; a few rare ones, such as February 29, are left out.
-_FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
-    "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-    "email": "[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:\\.[A-Za-z0-9]+)+",
-    "ipv4": f"{_BYTE}(?:\\.{_BYTE}){{3}}",
-}
+_BITS = 64
+_HEAD = re.compile(r"\s*<function=([^>\n]*)>")
+_NEXT = re.compile(r"<parameter=([^>\n]*)>\n")
+_LENIENT = re.compile(r"<parameter=\s*([^>\n]*)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def xml_calls(functions: Sequence[Schema], end: str, closing: str, parser: Parser) -> list[str]:
+def xml_calls(functions: Sequence[Function], end: str, closing: str) -> list[str]:
     """Return grammars of calls in Qwen's XML style, from the opening tag on. A call must match all of them.
 
-    Parameters come in any order. Numbers stay within 2**53, where the parser is exact.
+    Parameters come in any order.
 
     Args:
-        functions (Sequence[dict]): Functions that may be called, in OpenAI's form.
+        functions (Sequence[Function]): Functions that may be called.
         end (str): The closing tag.
         closing (str): The closing tag as a term of the grammar.
-        parser (Callable): mlx-lm's parser, which will read the call with :func:`readable` tools.
-
-    Raises:
-        ValueError: A schema is not supported.
     """
+    # A closing tag inside a value would end the call there. The model can write it with an escape.
+    envelope = f"start: CALL {closing}\nCALL: /(?s:.*)/ & {without(end)}\n"
+    grammars = [_grammar(functions, closing), envelope]
+    if any(function.has_lengths for function in functions):
+        grammars.append(_grammar([function.lengths() for function in functions], closing))
+    return grammars
+
+
+def xml_warnings(function: Function) -> list[str]:
+    """Return what of a function's schema cannot be held in XML-style calls."""
+    if not is_writable(function):
+        return [f"{function.name!r}: a function of this name cannot be written in this model's calls"]
+    found = []
+    required = function.schema.get("required", [])
+    for key, parameter in parameters_of(function).items():
+        found += [f"{function.name}.{key}: {fault}" for fault in parameter.faults()]
+        if key in required and not parameter.is_writable:
+            found.append(f"{function.name}.{key}: it is required, but cannot be written in this model's calls")
+    if len(required) > _BITS:
+        found.append(f"{function.name}: of {len(required)} required parameters, {_BITS} are enforced")
+    return found
+
+
+def is_writable(function: Function) -> bool:
+    """Say whether the name of a function can be written."""
+    return re.fullmatch(r"[^<>\n]+", function.name) is not None
+
+
+def parameters_of(function: Function) -> dict[str, Parameter]:
+    """Return the parameters, the required ones first."""
+    schema, required = function.schema, function.schema.get("required", [])
+    other = schema.get("additionalProperties", {})
+    properties = dict.fromkeys(required, other) | schema.get("properties", {})
+    return {key: Parameter(key, part, function.definitions) for key, part in properties.items()}
+
+
+def _grammar(functions: Sequence[Function], closing: str) -> str:
+    return one_of_calls(len(functions), closing, [rule for i, each in enumerate(functions) for rule in _call(i, each)])
+
+
+def _call(index: int, function: Function) -> list[str]:
+    """Return the rules of the calls of a function."""
+    head, tail, rest = quote(f"\n<function={function.name}>\n"), quote("</function>\n"), f"rest_{index}"
+    parameters = {key: each for key, each in parameters_of(function).items() if each.is_writable}
+    if not parameters:
+        # Any names are possible where the schema says so, or could not be held.
+        free = f"free_{index}[suffix={quote(END)}]: /<parameter=[^<>\\n]+>\\n(?s:.*)/"
+        is_free = function.schema.get("additionalProperties", _is_open(function)) is not False
+        return [f"call_{index}: {head} free_{index}* {tail}", free] if is_free else [f"call_{index}: {head} {tail}"]
+    required = min(len([key for key in parameters if key in function.schema.get("required", ())]), _BITS)
+    options = [f"{tail} %if is_ones([0:{required}])" if required else tail]
     rules = []
-    for index, function in enumerate(functions):
-        name, schema = function["name"], parameters_of(function)
-        properties, required = schema.get("properties", {}), set(schema.get("required", ()))
-        if len(properties) > _MAX_PARAMETERS:
-            raise ValueError(f"{name}: {len(properties)} parameters are too many: {_MAX_PARAMETERS} are supported")
-        # Required ones have the first bits.
-        keys = sorted(properties, key=lambda key: key not in required)
-        head, tail = quote(f"\n<function={name}>\n"), quote("</function>\n")
-        if not keys:
-            rules.append(f"call_{index}: {head} {tail}")
-            continue
-        rest = f"rest_{index}"
-        options = [f"{tail} %if is_ones([0:{len(required)}])" if required else tail]
-        for number, key in enumerate(keys):
-            rule = f"parameter_{index}_{number}"
-            options.append(f"{rule} {rest}::set_bit({number}) %if bit_clear({number})")
-            rules += _Parameter(f"{name}.{key}", key, properties[key], schema, end, parser).rules(rule)
-        rules += [f"call_{index}: {head} {rest}::0x0", f"{rest}::_: {' | '.join(options)}"]
-    grammar = one_of_calls(len(functions), closing, rules)
-    if "%json" not in grammar:
-        return [grammar]
-    # A string inside an object or array must not contain a closing tag either.
-    value = f"(/(?s:.*)/ & {without(_CLOSER)} & {without(end)} & {NOT_INFINITE})"
-    envelope = f"""start: HEAD PARAMETER* {quote("</function>" + chr(10))} {closing}
-HEAD: /\\n<function=[^>]*>\\n/
-PARAMETER: /<parameter=[^>]*>\\n/ {value} {quote(_END_OF_VALUE)}
-"""
-    return [grammar, envelope]
+    for number, parameter in enumerate(parameters.values()):
+        rule = f"parameter_{index}_{number}"
+        # The last of several values counts.
+        once = f"set_bit({number}) %if bit_clear({number})" if number < _BITS else "_"
+        options.append(f"{rule} {rest}::{once}")
+        rules += parameter.rules(rule)
+    return [f"call_{index}: {head} {rest}::0x0", f"{rest}::_: {' | '.join(options)}", *rules]
 
 
-def readable(tools: Sequence[Schema]) -> list[dict[str, Any]]:
-    """Return tools with which mlx-lm's parser of XML-style calls reads each value as it was meant.
+def _is_open(function: Function) -> bool:
+    """Say whether the function takes parameters of any name: its schema could not be held."""
+    return not function.schema.get("properties") and any("left free" in warning for warning in function.warnings)
 
-    The parser knows a value's type by ``type`` alone: an integer that may be null, for example, must have
-    ``"type": "integer"``.
-    Tools whose schemas are not supported are returned as they are.
+
+def read_xml_call(text: str, functions: Sequence[Function]) -> Call:
+    """Return the call in a text between the tags.
 
     Args:
-        tools (Sequence[dict]): Tools in OpenAI's form.
+        text (str): The text.
+        functions (Sequence[Function]): Functions that may be called; they decide which values are texts.
+
+    Raises:
+        ValueError: It is no call.
     """
-    return [{**tool, "function": _readable(tool["function"])} for tool in tools]
+    head = _HEAD.match(text)
+    if head is None or "</function>" not in text:
+        raise ValueError("there is no whole function in the call")
+    name = head[1].strip()
+    body = text[head.end() : text.rindex("</function>")]
+    written = _values(body.removeprefix("\n"))
+    if written is None:
+        written = {key.strip(): value for key, value in _LENIENT.findall(body)}
+    function = next((each for each in functions if each.name == name), None)
+    parameters = {} if function is None else parameters_of(function)
+    values = [
+        f"{json.dumps(key, ensure_ascii=False)}: {(parameters.get(key) or Parameter(key, {}, {})).read(value)}"
+        for key, value in written.items()
+    ]
+    return Call(name, f"{{{', '.join(values)}}}")
 
 
-class _Parameter:
-    """The values that may be written for one parameter of an XML-style call."""
-
-    def __init__(self, where: str, key: str, schema: Schema, root: Schema, end: str, parser: Parser):
-        if not all(re.fullmatch(r"[^\s<>]+", word) for word in where.rsplit(".", 1)):
-            raise ValueError(f"{where}: names with spaces, < or > are not supported in this model's calls: rename it")
-        self._where, self._key, self._root, self._end, self._parser = where, key, root, end, parser
-        self._choices = alternatives(schema, root, where)
-        self._type = parsed_type(self._choices)
-
-    def rules(self, name: str) -> list[str]:
-        """Return the rule of this name, and the ones that it refers to."""
-        values = [value for choice in self._choices if (value := self._value(choice)) is not None]
-        if not values:
-            raise ValueError(f"{self._where}: mlx-lm's parser cannot read any of these values in this model's calls")
-        rules, names = [], []
-        for number, value in enumerate(values):
-            terminal = not value.startswith("%json")
-            names.append(f"{name}_{number}".upper() if terminal else f"{name}_{number}")
-            rules.append(f"{names[-1]}: {value} {quote(_END_OF_VALUE)}")
-        return [f"{name}: {quote(f'<parameter={self._key}>' + chr(10))} ({' | '.join(names)})", *rules]
-
-    def _value(self, schema: Schema) -> str | None:
-        """Return a term for values of one type, or ``None`` if the parser would read them as something else."""
-        if "const" in schema:
-            return self._constant(schema["const"])
-        kind = schema["type"]
-        if kind == "string":
-            return self._text(schema)
-        if kind == "null":
-            return quote("null")
-        if kind in ("object", "array"):
-            return json_value({**schema, **definitions(self._root)})
-        if self._type is None:
+def _values(body: str) -> dict[str, str] | None:
+    """Return the text of each parameter in the form that the grammar has; ``None`` for another form."""
+    found, place = {}, 0
+    while place < len(body):
+        head = _NEXT.match(body, place)
+        end = -1 if head is None else body.find(END, head.end())
+        if head is None or end < 0:
             return None
-        # The parser reads numbers as float64.
-        if kind in ("integer", "number"):
-            bounds = {"minimum": max(schema.get("minimum", -MAX_INTEGER), -MAX_INTEGER)}
-            schema = {**schema, **bounds, "maximum": min(schema.get("maximum", MAX_INTEGER), MAX_INTEGER)}
-        return json_value(schema)
-
-    def _constant(self, value: Any) -> str | None:
-        text = value if isinstance(value, str) else json.dumps(value)
-        if _CLOSER in text or self._end in text:
-            return None
-        call = f"<function=f>\n<parameter={self._key}>\n{text}\n</parameter>\n</function>"
-        properties = {self._key: {"type": self._type} if self._type else {}}
-        tool = {"function": {"name": "f", "parameters": {"properties": properties}}}
-        try:
-            read = self._parser(call, [tool])["arguments"][self._key]
-        except (ValueError, OverflowError):
-            return None
-        return quote(text) if json.dumps(read) == json.dumps(value) else None
-
-    def _text(self, schema: Schema) -> str:
-        parts = [f"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/"]
-        if "pattern" in schema:
-            parts.append(f"/{whole_text(schema['pattern'], self._where)}/")
-        if "format" in schema:
-            if schema["format"] not in _FORMATS:
-                raise ValueError(
-                    f"{self._where}: the format {schema['format']!r} is not supported in this model's calls: "
-                    f"use one of {', '.join(_FORMATS)}"
-                )
-            parts.append(f"/{_FORMATS[schema['format']]}/")
-        parts += [without(_CLOSER), without(self._end), "~/(?i:null)/"]
-        # The parser reads text that looks like JSON as JSON.
-        if self._type != "string":
-            parts.append("~/(?s:[ \\t\\r\\n]*[\\[{].*)/")
-        return f"({' & '.join(parts)})"
-
-
-def _readable(function: Schema) -> Schema:
-    try:
-        schema = parameters_of(function)
-        types = {
-            key: parsed_type(alternatives(value, schema, key)) for key, value in schema.get("properties", {}).items()
-        }
-    except ValueError:
-        return function
-    if not types:
-        return function
-    properties = {}
-    for key, value in schema["properties"].items():
-        rest = {rule: part for rule, part in value.items() if rule != "type"} if isinstance(value, Mapping) else {}
-        properties[key] = rest | ({"type": types[key]} if types[key] else {})
-    return {**function, "parameters": {**schema, "properties": properties}}
+        found[head[1]] = body[head.end() : end]
+        place = end + len(END)
+    return found

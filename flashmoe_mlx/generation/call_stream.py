@@ -8,18 +8,26 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-Parser = Callable[[str, list[Any]], Any]
-"""One of mlx-lm's parsers of tool calls."""
+from flashmoe_mlx.constrain.call import whole_characters
+from flashmoe_mlx.constrain.function import functions_of
+from flashmoe_mlx.constrain.parameter import END, Parameter, unescape
+from flashmoe_mlx.constrain.schema import Schema
+from flashmoe_mlx.constrain.xml_calls import parameters_of
 
 _JSON_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
-_XML_HEAD = re.compile(r"\s*<function=([^\s<>]+)>\n?")
-_XML_PARAMETER = re.compile(r"\s*<parameter=([^\s<>]+)>\n")
+# JSON up to an escape that is not complete, or that the next one may complete.
+_JSON_WHOLE = re.compile(
+    r"(?:[^\\]+|\\[^u]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}"
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}"
+    r"(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?![dD][c-fC-F])[0-9a-fA-F]{2})))*"
+)
+_XML_HEAD = re.compile(r"\s*<function=([^>\n]*)>\n")
+_XML_PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>\n")
 _XML_END = re.compile(r"\s*</function>")
-_CLOSERS = ("\n</parameter>", "</parameter>")
-# The parser reads this text as null, in any case and of any type.
-_NULL = "null"
+# What may become an escaped closing tag, at the end of a text.
+_OPEN_TAG = re.compile(r"<\\*(?:/[a-z_]{0,9})?\Z")
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,7 @@ class CallStream:
     """Reads the text of one call between its tags as it arrives.
 
     Args:
-        parser (Callable): mlx-lm's parser of the model's calls.
-        tools (Sequence[dict]): The tools, as the parser takes them.
+        tools (Sequence[dict]): Functions that may be called, in OpenAI's form.
 
     Attributes:
         arguments (str): The arguments as far as they are certain.
@@ -50,16 +57,19 @@ class CallStream:
         rest (list[CallPart]): Set by :meth:`finish`.
     """
 
-    def __init__(self, parser: Parser, tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, tools: Sequence[Schema]):
         self._id = f"call_{uuid.uuid4().hex}"
         self._name = ""
-        self._parser, self._tools = parser, tools
+        self._tools = tools
         self._buffer = ""
         self._step: Callable[[], str | None] = self._head
-        self._key = ""
-        self._parameters = 0
+        # Of XML: the parameters by name, the current one, and how many there have been.
+        self._parameters: Mapping[str, Parameter] = {}
+        self._parameter = Parameter("", {}, {})
+        self._count = 0
         # Of JSON: how many brackets are open, and whether the text is inside a string or after a backslash there.
         self._depth, self._in_string, self._escaped = 0, False, False
+        self._held = ""
         self.arguments = ""
         self.complete = False
         self.rest: list[CallPart] = []
@@ -89,18 +99,16 @@ class CallStream:
         """Read the end of the call, and set ``rest`` to the parts that it adds.
 
         Args:
-            calls (Sequence[dict]): What the parser of whole calls read, in OpenAI's form.
+            calls (Sequence[dict]): What the reader of whole calls found, in OpenAI's form.
             unread (str): Text that :meth:`feed` has not read.
 
         Returns:
             list[dict]: The call, in OpenAI's form; none if what is certain so far does not become a valid call.
         """
-        if len(calls) != 1 or not self.begun:
-            return []
         self.rest = self.feed(unread)
-        whole = calls[0]["function"]["arguments"]
-        # The parser of whole calls may know more forms than this one.
-        if not self.complete and whole.startswith(self.arguments):
+        whole = calls[0]["function"]["arguments"] if len(calls) == 1 else None
+        # The reader of whole calls knows more forms than this one.
+        if self.begun and not self.complete and whole is not None and whole.startswith(self.arguments):
             self.rest.append(CallPart(self._id, "", whole[len(self.arguments) :]))
             self.arguments, self.complete = whole, True
         if not self.complete or not _is_object(self.arguments):
@@ -112,8 +120,10 @@ class CallStream:
     def _head(self) -> str | None:
         if found := _JSON_HEAD.match(self._buffer):
             self._name, self._step = json.loads(found[1]), self._json
-        elif (found := _XML_HEAD.match(self._buffer)) and found.end() < len(self._buffer):
-            self._name, self._step = found[1], self._between
+        elif found := _XML_HEAD.match(self._buffer):
+            self._name, self._step = found[1].strip(), self._between
+            tools = [tool for tool in self._tools if tool["function"]["name"] == self._name]
+            self._parameters = parameters_of(functions_of(tools)[0]) if tools else {}
         else:
             return None
         self._buffer = self._buffer[found.end() :]
@@ -131,61 +141,57 @@ class CallStream:
             elif character in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    return self._end(self._buffer[: position + 1])
-        piece, self._buffer = self._buffer, ""
-        return piece or None
+                    return self._end(whole_characters(self._held + self._buffer[: position + 1]))
+        text, self._buffer = self._held + self._buffer, ""
+        whole = _JSON_WHOLE.match(text)
+        end = 0 if whole is None else whole.end()
+        self._held = text[end:]
+        return whole_characters(text[:end]) or None
 
     def _between(self) -> str | None:
         if found := _XML_PARAMETER.match(self._buffer):
-            self._key, self._buffer = found[1], self._buffer[found.end() :]
-            before = ", " if self._parameters else "{"
-            self._parameters += 1
-            self._step = self._text_begin if self._is_text() else self._value
-            return f"{before}{json.dumps(self._key, ensure_ascii=False)}: "
+            key, self._buffer = found[1], self._buffer[found.end() :]
+            self._parameter = self._parameters.get(key) or Parameter(key, {}, {})
+            self._step = self._value
+            self._count += 1
+            return f"{'{' if self._count == 1 else ', '}{json.dumps(key, ensure_ascii=False)}: "
         if _XML_END.match(self._buffer):
-            return self._end("}" if self._parameters else "{}")
+            return self._end("}" if self._count else "{}")
         return None
 
-    def _text_begin(self) -> str | None:
-        """Wait until a text can no longer be the one that is read as null."""
-        text, closed = self._until_closer()
-        if not closed and _NULL.startswith(text.lower()):
+    def _value(self) -> str | None:
+        """Wait for the whole value, or until it can only be a text."""
+        text, closed = self._until_end()
+        if closed:
+            self._close(text)
+            return self._parameter.read(text)
+        if not self._parameter.is_surely_text(text):
             return None
-        if closed and text.lower() == _NULL:
-            return self._value()
         self._step = self._text
         return '"'
 
     def _text(self) -> str | None:
-        text, closed = self._until_closer()
-        self._buffer = self._buffer[len(text) :]
+        text, closed = self._until_end()
         if closed:
-            self._close()
-            return f'{_escaped(text)}"'
-        return _escaped(text) or None
-
-    def _value(self) -> str | None:
-        """Wait for a whole value that is not simply text."""
-        text, closed = self._until_closer()
-        if not closed:
-            return None
+            self._close(text)
+            return f'{_inside_quotes(text)}"'
+        if found := _OPEN_TAG.search(text):
+            text = text[: found.start()]
         self._buffer = self._buffer[len(text) :]
-        self._close()
-        return self._as_json(text)
+        return _inside_quotes(text) or None
 
-    def _until_closer(self) -> tuple[str, bool]:
-        """Return the part of the buffer that belongs to the value, and whether the closing tag follows."""
-        start = self._buffer.find(_CLOSERS[1])
+    def _until_end(self) -> tuple[str, bool]:
+        """Return the part of the buffer that belongs to the value, and whether the end of the value follows."""
+        start = self._buffer.find(END)
         if start >= 0:
-            return self._buffer[:start].removesuffix("\n"), True
-        for length in range(min(len(_CLOSERS[0]), len(self._buffer)), 0, -1):
-            end = self._buffer[-length:]
-            if any(closer.startswith(end) for closer in _CLOSERS):
+            return self._buffer[:start], True
+        for length in range(min(len(END), len(self._buffer)), 0, -1):
+            if self._buffer.endswith(END[:length]):
                 return self._buffer[:-length], False
         return self._buffer, False
 
-    def _close(self) -> None:
-        self._buffer = self._buffer.removeprefix("\n").removeprefix(_CLOSERS[1])
+    def _close(self, value: str) -> None:
+        self._buffer = self._buffer[len(value) + len(END) :]
         self._step = self._between
 
     def _end(self, piece: str) -> str:
@@ -194,47 +200,13 @@ class CallStream:
         self._step = lambda: None
         return piece
 
-    def _parameter(self) -> Mapping[str, Any]:
-        for tool in self._tools:
-            if tool["function"]["name"] == self._name:
-                properties = (tool["function"].get("parameters") or {}).get("properties") or {}
-                parameter = properties.get(self._key)
-                return parameter if isinstance(parameter, Mapping) else {}
-        return {}
 
-    def _is_text(self) -> bool:
-        parameter = self._parameter()
-        return not parameter or parameter.get("type") == "string"
-
-    def _as_json(self, text: str) -> str | None:
-        """Return a value as JSON: as it was written where that is JSON, else as the parser reads it."""
-        try:
-            written = json.loads(text, parse_constant=_refuse)
-        except ValueError:
-            written = text
-        # Without a type, only objects and arrays are told from text.
-        if isinstance(written, dict | list) or ("type" in self._parameter() and not isinstance(written, str)):
-            return text.strip()
-        call = f"<function={self._name}>\n<parameter={self._key}>\n{text}\n</parameter>\n</function>"
-        try:
-            value = self._parser(call, list(self._tools))["arguments"][self._key]
-            return json.dumps(value, ensure_ascii=False, allow_nan=False)
-        # Parsers raise arbitrary exceptions on malformed calls. Nothing after this value is certain.
-        except Exception:
-            self._step = lambda: None
-            return None
-
-
-def _escaped(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+def _inside_quotes(text: str) -> str:
+    return json.dumps(unescape(text), ensure_ascii=False)[1:-1]
 
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text, parse_constant=_refuse), dict)
-    except ValueError:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
         return False
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

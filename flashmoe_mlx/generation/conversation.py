@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
+from flashmoe_mlx.constrain import Processor, constrained, vocabulary_of
 from flashmoe_mlx.generation.generator import Generator, Sampler
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 from flashmoe_mlx.generation.prompt import Message, Prompt, check_chat
@@ -87,7 +87,7 @@ class Conversation:
             prompt.tokens, {prompt.thought_start or len(prompt.tokens) - 1: "user"}, progress=progress
         )
         computed, seconds = len(prompt.tokens) - context.cached_tokens, 0.0
-        parser = OutputParser(self._tokenizer, in_thought=prompt.in_thought, tools=readable(self._tools))
+        parser = OutputParser(self._tokenizer, in_thought=prompt.in_thought, tools=self._tools)
         whole = Delta()
         for response in self._generator.decode(
             context, max_tokens, sampler=sampler, logits_processors=self._constraints(), stopped=stopped

@@ -1,6 +1,5 @@
 """Split a model's output into content, reasoning and tool calls while it is generated."""
 
-import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, Self
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from flashmoe_mlx.constrain import Call, read_calls
 from flashmoe_mlx.generation.call_stream import CallPart, CallStream
 
 
@@ -128,7 +128,7 @@ class OutputParser:
     def _read_call(self, delta: Delta, part: str) -> None:
         assert self._tokenizer is not None
         if self._call is None and self._tools and not self.stopped and self._certain():
-            self._stream = CallStream(self._tokenizer.tool_parser, self._tools)
+            self._stream = CallStream(self._tools)
         self._call = (self._call or "") + part
         self._unread += part
         if self._stream is not None and self._certain():
@@ -160,13 +160,11 @@ class OutputParser:
         """Return the calls in a text between the markers, in OpenAI's form; none if it cannot be parsed."""
         assert self._tokenizer is not None
         try:
-            found = self._tokenizer.tool_parser(text.strip(), self._tools)
-            return [_openai_call(**call) for call in (found if isinstance(found, list) else [found])]
-        # Parsers raise arbitrary exceptions on malformed calls.
-        except Exception:
+            return [_openai_call(call) for call in read_calls(self._tokenizer, text, self._tools)]
+        except ValueError:
             return []
 
 
-def _openai_call(name: str, arguments: dict[str, Any], id: str | None = None) -> dict[str, Any]:
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False)}
-    return {"id": id or f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+def _openai_call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from mlx_lm.tool_parsers import json_tools, qwen3_coder
+from mlx_lm.tool_parsers import qwen3_coder
 
 from demo import MODEL
-from flashmoe_mlx.constrain import readable
+from flashmoe_mlx.constrain import read_calls
+from flashmoe_mlx.constrain.call import whole_characters
+from flashmoe_mlx.constrain.parameter import END, escape
 from flashmoe_mlx.generation.call_stream import CallPart, CallStream
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 
@@ -28,6 +31,8 @@ TYPES: dict[str, Any] = {
     "some": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
     "mixed": {"anyOf": [{"type": "string"}, {"type": "object"}]},
     "free": {},
+    "enum": {"enum": ["a", 1, None, "null", "2"]},
+    "maybe": {"type": ["string", "boolean", "number"]},
 }
 PARAMETERS = {"type": "object", "properties": TYPES}
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
@@ -45,6 +50,15 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
     max_leaves=5,
 )
+# Texts of values, as a model may write them.
+written = st.one_of(
+    texts.filter(lambda text: END not in f"\n{text}\n"),
+    values.map(json.dumps),
+    st.sampled_from(
+        ["null", "nul", " null ", "n", "true", "t", "12", "-1.50", "1 2", '"a"', "a", "2", " [1]", "{", " "]
+    ),
+)
+ESCAPES = ["\\ud83d", "\\ude00", "\\uD83D\\uDE00", "\\\\", '\\"', "\\n", "\\u00e9", "\\udead"]
 cuts = st.lists(st.integers(0, 400), max_size=30)
 
 
@@ -71,7 +85,7 @@ def test_arguments_of_a_json_call_arrive_as_written(
     arguments: dict[str, Any], cuts: list[int], separators: tuple[str, str], is_ascii: bool
 ) -> None:
     written = json.dumps(arguments, separators=separators, ensure_ascii=is_ascii)
-    stream = CallStream(json_tools.parse_tool_call, TOOLS)
+    stream = CallStream(TOOLS)
     parts = read(stream, pieces(f'\n{{"name": "f", "arguments": {written}}}\n', cuts))
     assert check(parts, stream) == arguments and stream.arguments == written
 
@@ -80,55 +94,52 @@ def test_arguments_of_a_json_call_arrive_as_written(
 @pytest.mark.parametrize("style", ["json", "xml"])
 def test_numbers_arrive_as_written(number: str, style: str) -> None:
     if style == "json":
-        stream = CallStream(json_tools.parse_tool_call, TOOLS)
+        stream = CallStream(TOOLS)
         read(stream, list(f'{{"name": "f", "arguments": {{"share": {number}}}}}'))
     else:
-        stream = CallStream(qwen3_coder.parse_tool_call, readable(TOOLS))
+        stream = CallStream(TOOLS)
         read(stream, list(f"\n<function=f>\n<parameter=share>\n{number}\n</parameter>\n</function>\n"))
     assert stream.complete and stream.arguments == f'{{"share": {number}}}'
 
 
-def xml_values(key: str) -> st.SearchStrategy[Any]:
-    integers, floats = st.integers(-(2**53), 2**53), st.sampled_from([0.5, -1.25, 3e-5, 12.75])
-    words = texts.filter(lambda text: "</parameter>" not in text and text.lower() != "null")
-    # What the parser would take for something else is not in the constraint's grammars.
-    plain = words.filter(lambda text: text.strip(" \t\r\n")[:1] not in ("{", "["))
-    maps = st.dictionaries(words, integers, max_size=2)
-    strategies: dict[str, st.SearchStrategy[Any]] = {
-        "text": words,
-        "note": st.one_of(st.none(), words),
-        "count": integers,
-        "share": st.one_of(integers, floats),
-        "sure": st.booleans(),
-        "none": st.none(),
-        "list": st.lists(st.one_of(integers, words, st.none()), max_size=3),
-        "map": maps,
-        "some": st.one_of(integers, st.none()),
-        "mixed": st.one_of(plain, maps),
-        "free": plain,
-    }
-    return strategies[key]
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(TYPES)), written), unique_by=lambda pair: pair[0]), cuts)
+def test_the_pieces_of_an_xml_call_are_what_the_reader_of_whole_calls_finds(
+    arguments: list[tuple[str, str]], cuts: list[int]
+) -> None:
+    text = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
+    text = f"\n<function=f>\n{text}</function>\n"
+    stream = CallStream(TOOLS)
+    check(read(stream, pieces(text, cuts)), stream)
+    reader = SimpleNamespace(tool_parser=qwen3_coder.parse_tool_call)
+    assert stream.arguments == read_calls(reader, text, TOOLS)[0].arguments
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.lists(st.sampled_from(list(TYPES)), unique=True), cuts)
-def test_arguments_of_an_xml_call_are_what_the_parser_reads(
-    data: st.DataObject, keys: list[str], cuts: list[int]
-) -> None:
-    arguments = {key: data.draw(xml_values(key), label=key) for key in keys}
-    text = "\n<function=f>\n"
-    for key, value in arguments.items():
-        written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        text += f"<parameter={key}>\n{written}\n</parameter>\n"
-    text += "</function>\n"
-    parser, tools = qwen3_coder.parse_tool_call, readable(TOOLS)
-    stream = CallStream(parser, tools)
-    found = check(read(stream, pieces(text, cuts)), stream)
-    assert found == arguments == parser(text.strip(), tools)["arguments"] and list(found) == keys
+@given(st.lists(st.sampled_from([*ESCAPES, *"ab {}[],:"]), max_size=12), cuts)
+def test_escapes_of_a_json_call_are_never_cut(escapes: list[str], cuts: list[int]) -> None:
+    arguments = f'{{"text": "{"".join(escapes)}"}}'
+    text = f'\n{{"name": "f", "arguments": {arguments}}}\n'
+    stream = CallStream(TOOLS)
+    parts = read(stream, pieces(text, cuts))
+    check(parts, stream)["text"].encode()
+    assert stream.arguments == whole_characters(arguments)
+    read(again := CallStream(TOOLS), list(text))
+    assert again.arguments == stream.arguments
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts, cuts)
+def test_a_text_with_closing_tags_arrives_as_it_was_meant(text: str, cuts: list[int]) -> None:
+    for tag in ("</parameter>", "</tool_call>", "<\\/parameter>", "\n</parameter>\n"):
+        whole = f"{text}{tag}{text}"
+        stream = CallStream(TOOLS)
+        call = f"\n<function=f>\n<parameter=text>\n{escape(whole)}\n</parameter>\n</function>\n"
+        assert check(read(stream, pieces(call, cuts)), stream) == {"text": whole}
 
 
 def test_a_text_is_not_held_back() -> None:
-    stream = CallStream(qwen3_coder.parse_tool_call, readable(TOOLS))
+    stream = CallStream(TOOLS)
     read(stream, ["\n<function=f>\n<parameter=text>\n"])
     for word in ("class", " Heron:", "\n    ", '"""A bird."""', "\n", "\n"):
         before = stream.arguments
@@ -143,7 +154,7 @@ def test_a_text_is_not_held_back() -> None:
 @pytest.mark.parametrize("length", [100, 100_000])
 def test_a_long_text_is_read_in_time(size: int, length: int) -> None:
     text = ('heron "bird"\n' * (length // 13 + 1))[:length]
-    stream = CallStream(qwen3_coder.parse_tool_call, readable(TOOLS))
+    stream = CallStream(TOOLS)
     call = f"\n<function=f>\n<parameter=text>\n{text}\n</parameter>\n</function>\n"
     parts = read(stream, [call[start : start + size] for start in range(0, len(call), size)])
     assert check(parts, stream) == {"text": text}
@@ -158,7 +169,7 @@ CALL = "<tool_call>\n<function=f>\n<parameter=text>\n{}\n</parameter>\n</functio
 
 
 def parse(tokenizer: TokenizerWrapper, text: str, size: int, certain: Any = lambda: True) -> Delta:
-    parser = OutputParser(tokenizer, tools=readable(TOOLS), certain=certain)
+    parser = OutputParser(tokenizer, tools=TOOLS, certain=certain)
     whole = Delta()
     for start in range(0, len(text), size):
         whole += parser.feed(text[start : start + size], start + size >= len(text))
@@ -189,7 +200,7 @@ def test_a_call_that_is_cut_off_is_torn_and_no_call(tokenizer: TokenizerWrapper,
 
 @pytest.mark.parametrize("text", ["{'a': 1}", "}{", '{"text": heron}'])
 def test_a_released_json_call_that_is_not_json_is_no_call(text: str) -> None:
-    stream = CallStream(json_tools.parse_tool_call, TOOLS)
+    stream = CallStream(TOOLS)
     read(stream, [f'{{"name": "f", "arguments": {text}}}'])
     assert stream.finish([], "") == [] and stream.finish([{"function": {"name": "f", "arguments": "{}"}}], "") == []
 

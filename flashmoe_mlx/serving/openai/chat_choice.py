@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.constrain import Constraint, readable, validate_call
+from flashmoe_mlx.constrain import Constraint, validate_call
 from flashmoe_mlx.generation.call_stream import CallPart
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
@@ -38,7 +38,7 @@ class ChatChoice:
         self._known_warnings = len(self._constraint.warnings) if self._constraint else 0
         self._faults: list[str] = []
         self._parser = OutputParser(
-            tokenizer, request.stops, answer.job.prompt.in_thought, readable(self._tools), certain=self._is_held
+            tokenizer, request.stops, answer.job.prompt.in_thought, self._tools, certain=self._is_held
         )
         self._one_call = not request.parallel_tool_calls or isinstance(request.tool_choice, NamedTool)
         self._logprobs = request.logprobs

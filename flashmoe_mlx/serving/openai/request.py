@@ -169,14 +169,17 @@ def _constraints(
 ) -> Sequence[constrain.Processor]:
     """Return the logits processors that make tool calls and JSON fit their schemas."""
     wanted = request.response_format
-    with bad_request():
-        if isinstance(wanted, JsonFormat | SchemaFormat):
-            schema = wanted.json_schema.schema if isinstance(wanted, SchemaFormat) else {"type": "object"}
-            return [constrain.json(tokenizer, schema, thinking=prompt.in_thought, vocabulary=vocabulary)]
-        # Without a known format of calls, "auto" leaves them unconstrained; Service has logged a warning.
-        choice = request.tool_choice
-        if not request.offered_tools or (choice == "auto" and not constrain.can_constrain_calls(tokenizer)):
-            return []
+    if isinstance(wanted, JsonFormat | SchemaFormat):
+        is_schema = isinstance(wanted, SchemaFormat)
+        schema = wanted.json_schema.schema if is_schema else {"type": "object"}
+        strict = is_schema and wanted.json_schema.strict is True
+        with bad_request("response_format"):
+            return [constrain.json(tokenizer, schema, thinking=prompt.in_thought, strict=strict, vocabulary=vocabulary)]
+    # Without a known format of calls, "auto" leaves them unconstrained; Service has logged a warning.
+    choice = request.tool_choice
+    if not request.offered_tools or (choice == "auto" and not constrain.can_constrain_calls(tokenizer)):
+        return []
+    with bad_request("tools"):
         return [
             constrain.constrained(
                 tokenizer,

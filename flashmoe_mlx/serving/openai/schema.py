@@ -122,7 +122,7 @@ class JsonFormat(_Strict, tag_field="type", tag="json_object"):
 
 
 class NamedSchema(_Strict):
-    """A JSON schema. It is always enforced, with or without ``strict``."""
+    """A JSON schema. It is enforced as far as a grammar can; with ``strict``, it is refused if that is not all of it."""
 
     name: str
     schema: dict[str, Any]
