@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from flashmoe_mlx.constrain.safe_validator import safe_validator
 from flashmoe_mlx.constrain.schema import Schema
 
 _META = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
@@ -31,7 +32,7 @@ def validate_call(call: Schema, tools: Sequence[Schema]) -> str | None:
         return f"there is no tool {name!r}"
     try:
         values: Any = json.loads(arguments) if isinstance(arguments, str) else arguments
-        fault = next(Draft202012Validator(_sane(schemas[0])).iter_errors(values), None)
+        fault = next(safe_validator(_sane(schemas[0])).iter_errors(values), None)
     # jsonschema raises many kinds of exceptions for schemas of third parties.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -35,17 +35,53 @@ def some(*values: Any) -> st.SearchStrategy[Any]:
 
 
 strings = {"type": "string"}, {"type": "string", "pattern": "a+"}, {"enum": ["a", 1]}
+numeric = {"type": "integer", "minimum": "3"}, {"type": ["number", "null"], "multipleOf": 0}
+lengths = {"type": "string", "maxLength": 500}, {"minLength": 5000}, {"format": "password"}, {"pattern": "(?=a)b"}
+odd = {"type": "str"}, {"not": {}}, {"uniqueItems": True}, {"propertyNames": {"pattern": "^x"}}, {"const": None}, True
 schemas = st.recursive(
-    some({}, {"type": "integer"}, {"$ref": "#"}, {"type": "nonsense"}, *strings),
+    some({}, {"type": "integer"}, {"$ref": "#"}, {"type": "nonsense"}, *strings, *numeric, *lengths, *odd),
     lambda inner: st.one_of(
         st.fixed_dictionaries({"type": some("array"), "items": inner}),
         st.fixed_dictionaries({"type": some("object"), "properties": st.dictionaries(words, inner, max_size=2)}),
-        st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=2)}),
+        *(st.fixed_dictionaries({key: st.lists(inner, max_size=2)}) for key in ("anyOf", "oneOf", "allOf")),
     ),
     max_leaves=4,
 )
+KEYWORDS = [
+    "type",
+    "properties",
+    "required",
+    "items",
+    "enum",
+    "const",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+    "$defs",
+    "not",
+]
+KEYWORDS += ["minimum", "maximum", "minLength", "maxLength", "pattern", "format", "minItems", "additionalProperties"]
+
+
+@st.composite
+def nulled(draw: st.DrawFn, value: Any = None) -> Any:
+    """Generate schemas in which nulls stand for, or beside, some of the parts at any depth."""
+    value = draw(schemas) if value is None else value
+    if draw(st.integers(0, 9)) == 0:
+        return None
+    if isinstance(value, dict):
+        parts = {key: draw(nulled(part)) if part is not None else None for key, part in value.items()}
+        return parts | dict.fromkeys(draw(st.lists(some(*KEYWORDS), max_size=2)))
+    if isinstance(value, list):
+        return [draw(nulled(part)) if part is not None else None for part in value]
+    return value
+
+
 texts = st.one_of(words, st.lists(record(type=some("text", "image_url"), text=words), max_size=2))
-functions = record(name=some("f", "g", "", "two words"), description=words, parameters=st.one_of(schemas, junk))
+functions = record(
+    name=some("f", "g", "", "two words"), description=words, parameters=st.one_of(schemas, nulled(), junk)
+)
 calls = record(
     id=some("1", "2"),
     type=some("function"),
@@ -60,7 +96,7 @@ SAMPLING = {
     "model": words,
     "stream": st.booleans(),
     "stream_options": record(include_usage=st.booleans()),
-    "max_tokens": some(1, 2, 3, 0),
+    "max_tokens": some(1, 2, 3, 0, -1),
     "temperature": some(0, 0.7, 2, 3),
     "top_p": some(0, 0.5, 1),
     "top_k": some(0, 1, 5, 10**6),
@@ -85,13 +121,14 @@ CHAT_FIELDS = SAMPLING | {
     "parallel_tool_calls": st.booleans(),
     "response_format": st.one_of(
         some({"type": "text"}, {"type": "json_object"}, {"type": "xml"}),
-        record(type=some("json_schema"), json_schema=record(name=words, schema=schemas)),
+        record(type=some("json_schema"), json_schema=record(name=words, schema=st.one_of(schemas, nulled()))),
     ),
     "reasoning_effort": some("none", "high"),
     "chat_template_kwargs": record(enable_thinking=st.booleans()),
 }
+tokens = st.lists(st.integers(-1, 7000), max_size=4)
 COMPLETION_FIELDS = SAMPLING | {
-    "prompt": st.one_of(words, st.lists(st.integers(-1, 7000), max_size=4)),
+    "prompt": st.one_of(words, tokens, st.lists(st.one_of(words, tokens), max_size=3)),
     "logprobs": some(0, 3, 30),
     "echo": st.booleans(),
 }
@@ -157,6 +194,38 @@ def test_no_request_causes_a_server_error(running: Running, count: int) -> None:
     assert outcomes[200] and outcomes[400]
     assert running.worker.gauges()["running_requests"] == 0
     assert running.chat(messages=HERON, max_tokens=1)[0] == 200
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.soak)])
+def test_no_schema_causes_a_server_error(running: Running, count: int) -> None:
+    outcomes: Counter[int] = Counter()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(nulled(), st.booleans(), st.booleans())
+    def ask(schema: Any, is_tool: bool, stream: bool) -> None:
+        fields: dict[str, Any] = {"messages": HERON, "max_tokens": 2, "stream": stream}
+        if is_tool:
+            function = {"name": "lookup", "parameters": schema}
+            fields |= {"tools": [TOOL, {"type": "function", "function": function}], "tool_choice": "required"}
+        else:
+            fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        status, answer = running.chat(**fields)
+        outcomes[status] += 1
+        assert status == 200 or answer["error"]["param"].startswith(("tools", "response_format")), answer
+        assert status in (200, 400)
+        if status == 200 and stream:
+            assert '"error"' not in answer
+
+    ask()
+    print(dict(outcomes))
+    assert outcomes[200] > outcomes[400]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -13,6 +13,7 @@ from flashmoe_mlx.serving.errors import ApiError, bad_request
 from flashmoe_mlx.serving.openai.schema import (
     ChatRequest,
     JsonFormat,
+    NamedSchema,
     NamedTool,
     Request,
     Sampling,
@@ -170,11 +171,10 @@ def _constraints(
     """Return the logits processors that make tool calls and JSON fit their schemas."""
     wanted = request.response_format
     if isinstance(wanted, JsonFormat | SchemaFormat):
-        is_schema = isinstance(wanted, SchemaFormat)
-        schema = wanted.json_schema.schema if is_schema else {"type": "object"}
-        strict = is_schema and wanted.json_schema.strict is True
+        named = wanted.json_schema if isinstance(wanted, SchemaFormat) else NamedSchema("object", {"type": "object"})
+        options = {"thinking": prompt.in_thought, "strict": named.strict is True, "vocabulary": vocabulary}
         with bad_request("response_format"):
-            return [constrain.json(tokenizer, schema, thinking=prompt.in_thought, strict=strict, vocabulary=vocabulary)]
+            return [constrain.json(tokenizer, named.schema, **options)]
     # Without a known format of calls, "auto" leaves them unconstrained; Service has logged a warning.
     choice = request.tool_choice
     if not request.offered_tools or (choice == "auto" and not constrain.can_constrain_calls(tokenizer)):

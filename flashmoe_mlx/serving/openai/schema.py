@@ -122,7 +122,7 @@ class JsonFormat(_Strict, tag_field="type", tag="json_object"):
 
 
 class NamedSchema(_Strict):
-    """A JSON schema. It is enforced as far as a grammar can; with ``strict``, it is refused if that is not all of it."""
+    """A JSON schema, enforced as far as a grammar can; with ``strict``, one that cannot be enforced is refused."""
 
     name: str
     schema: dict[str, Any]
