@@ -87,15 +87,15 @@ class TextChoice:
         return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def _with_space(self, token: Token, last: bool) -> str:
-        """Return the text of a token; mlx-lm's detokenizer drops a space at the start, which a completion needs."""
+        """Return the text of a token; mlx-lm's detokenizer drops spaces at the start, which a completion needs."""
         if self._first is None:
             return token.text
         self._first += b"" if token.id in self._ends else self._token_bytes.of(token.id)
         if not token.text and not last:
             return token.text
-        first, self._first = self._first.decode(errors="replace"), None
-        missing = first[:1] == " " and first[1:].rstrip("\ufffd") == token.text.rstrip("\ufffd") != first
-        return " " * missing + token.text
+        first, self._first = self._first.decode(errors="replace").rstrip("\ufffd"), None
+        dropped = first.removesuffix(token.text.rstrip("\ufffd"))
+        return dropped + token.text if dropped.strip(" ") == "" else token.text
 
     def _echo(self) -> None:
         """Begin with the prompt, once its logprobs are known."""
