@@ -19,6 +19,7 @@ from benchmarks.record import RESULTS, record
 from flashmoe_mlx import evaluate
 from flashmoe_mlx.evaluation.measure import Row
 from flashmoe_mlx.evaluation.metrics import Estimate
+from flashmoe_mlx.evaluation.report import draw
 from flashmoe_mlx.evaluation.tasks import read_tasks
 from flashmoe_mlx.model.load import load
 
@@ -46,7 +47,7 @@ def main() -> None:
     rows = evaluate.evaluate(evaluate.setup_arg_parser().parse_args(argv))
     for row in rows:
         record("quality", row.columns())
-    evaluate.draw(rows, RESULTS / "quality.svg")
+    draw(rows, RESULTS / "quality.svg")
     (RESULTS / "quality.md").write_text(report(rows, native, _parameters(args.model), args))
     print(json.dumps({"rows": [row.columns() for row in rows]}))
 
@@ -84,24 +85,24 @@ def _find(rows: Sequence[Row], bits: int, experts: int) -> Row:
 
 
 def _damage(row: Row) -> str:
-    quality, marks = row.quality, row.marks
+    quality, scores = row.quality, row.scores
     parts = [
         f"perplexity times {_cell(quality.perplexity_ratio)}",
         f"divergence {_cell(quality.kld)} nats a token",
         f"the same likeliest token at {_percent(quality.agreement)} of the positions",
     ]
-    if marks.recall is not None:
-        parts.append(f"{_percent(marks.recall)} of the answers recalled")
-    if marks.calls_parse is not None:
-        parts.append(f"{_percent(marks.calls_parse)} of the tool calls parse")
+    if scores.recall is not None:
+        parts.append(f"{_percent(scores.recall)} of the answers recalled")
+    if scores.calls_parse is not None:
+        parts.append(f"{_percent(scores.calls_parse)} of the tool calls parse")
     return ", ".join(parts) + "."
 
 
 def _line(row: Row) -> str:
-    quality, marks = row.quality, row.marks
+    quality, scores = row.quality, row.scores
     cells = [str(row.setting.bits), str(row.setting.experts_per_token)]
     cells += [_cell(quality.perplexity), _cell(quality.perplexity_ratio), _cell(quality.kld), f"{quality.kld_p99:.3g}"]
-    cells += [_percent(share) for share in (quality.agreement, marks.recall, marks.calls_parse, marks.calls_right)]
+    cells += [_percent(share) for share in (quality.agreement, scores.recall, scores.calls_parse, scores.calls_right)]
     return f"| {' | '.join(cells)} |"
 
 

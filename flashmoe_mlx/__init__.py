@@ -1,18 +1,25 @@
 """Run Mixture-of-Experts models whose experts stay on disk, with MLX."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashmoe_mlx.config import Config
     from flashmoe_mlx.model.load import load
+    from flashmoe_mlx.streaming.read_error import ReadError
 
-__all__ = ["__version__", "load"]
+__all__ = ["Config", "ReadError", "__version__", "load"]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "flashmoe_mlx.config",
+    "ReadError": "flashmoe_mlx.streaming.read_error",
+    "load": "flashmoe_mlx.model.load",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Importing mlx-lm takes a second, which `--help` and wrong arguments need not wait for.
-    if name == "load":
-        from flashmoe_mlx.model.load import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imports are lazy because mlx-lm takes a second, which `flashmoe --help` need not wait for.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,24 +1,25 @@
-"""Save the state after a prompt, so that it is read once for many questions: mlx_lm.cache_prompt, and our flags.
+"""Process a prompt once and save its state to a file: mlx_lm.cache_prompt with the flags of expert streaming.
 
-python -m flashmoe_mlx.cache_prompt --model FOLDER_OR_REPO --prompt "What we know of herons:" --prompt-cache-file herons
+flashmoe cache-prompt --model FOLDER_OR_REPO --prompt "All about herons: ..." --prompt-cache-file herons.safetensors
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
+import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
-import mlx.nn as nn
-from mlx_lm import cache_prompt as mlx_cache_prompt
+import mlx.core as mx
+from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_parser
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.errors import one_line_errors
@@ -27,59 +28,64 @@ from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.generation.prompt_cache import cache_path, cache_settings, save_prompt_cache
 
 EPILOG = """examples:
-  python -m flashmoe_mlx.cache_prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt
-  python -m flashmoe_mlx.generate --prompt-cache-file manual.safetensors --prompt "What is a heron?"
+  flashmoe cache-prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt
+  flashmoe generate --prompt-cache-file manual.safetensors --prompt "What is a heron?"
 """
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx_lm.cache_prompt's parser with the flags of expert streaming."""
-    description = "Save the state after a prompt to a file that flashmoe_mlx.generate continues from."
-    return extend_parser(mlx_cache_prompt.setup_arg_parser(), description, EPILOG)
+    """Return mlx_lm.cache_prompt's parser with the flags of expert streaming."""
+    description = "Save the state after a prompt to a file that flashmoe generate continues from."
+    return extend_parser(mlx_lm_parser(), description, EPILOG)
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        argv: the command line without the program's name. Default: ``sys.argv[1:]``.
+        argv (Sequence[str], optional): Command line without the program's name. Default: ``sys.argv[1:]``.
     """
-    with one_line_errors():
-        _cache_prompt(setup_arg_parser(), argv)
-
-
-def _cache_prompt(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    """mlx_lm.cache_prompt's own main(), with our parser, our load() and a file that is whole or not there."""
-    args, config = parse_arguments(parser, argv)
+    args, config = parse_arguments(setup_arg_parser(), argv)
     path = cache_path(args.prompt_cache_file)
-    if not os.access(path.parent, os.W_OK) or path.is_dir():  # better now than after a long prompt
+    # Refused now rather than after a long prompt.
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise OSError(f"cannot write {path}: its folder is missing or read-only, or it is a folder itself")
-    models: list[nn.Module] = []
-
-    def read_prompt(prompt: Any, model: nn.Module, **options: Any) -> Iterator[Any]:
-        models.append(model)
-        model.streaming.refuse_context(
-            min(len(prompt), args.max_kv_size or len(prompt)), args.kv_bits, args.kv_group_size
-        )
-        options["prompt_progress_callback"] = PromptProgress()
-        step = args.prefill_step_size or model.streaming.prefill_step_size
-        yield from generate_step(prompt, model, prefill_step_size=step, **options)
-
-    def save(file: str, cache: list[Any], metadata: dict[str, str]) -> None:
-        folder = Path(args.model).expanduser()
-        name = str(folder.resolve()) if folder.is_dir() else args.model  # continued from wherever the user is then
-        save_prompt_cache(path, cache, metadata | {"model": name} | cache_settings(models[0], args.adapter_path))
-
-    with mock.patch.multiple(
-        mlx_cache_prompt,
-        setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
-        load=streamed_load(args, config),
-        generate_step=read_prompt,
-        save_prompt_cache=save,
+    tokenizer_config = {"trust_remote_code": args.trust_remote_code}
+    if args.eos_token is not None:
+        tokenizer_config["eos_token"] = args.eos_token
+    model, tokenizer = streamed_load(args, config)(args.model, tokenizer_config=tokenizer_config)
+    tokens = _encode(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer)
+    model.streaming.refuse_context(min(len(tokens), args.max_kv_size or len(tokens)), args.kv_bits, args.kv_group_size)
+    cache = make_prompt_cache(model, args.max_kv_size)
+    for _ in generate_step(
+        mx.array(tokens),
+        model,
+        max_tokens=0,
+        prompt_cache=cache,
+        prefill_step_size=args.prefill_step_size or model.streaming.prefill_step_size,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        prompt_progress_callback=PromptProgress(),
     ):
-        mlx_cache_prompt.main()
-    finish(models[0].streaming, config)
+        pass
+    print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    print("Saving...")
+    metadata = {"model": _absolute(args.model), "tokenizer_config": json.dumps(tokenizer_config)}
+    save_prompt_cache(path, cache, metadata | cache_settings(model, args.adapter_path))
+    finish(model.streaming, config)
 
 
-if __name__ == "__main__":
-    main()
+def _encode(prompt: str, tokenizer: TokenizerWrapper) -> list[int]:
+    """Return the tokens of a prompt, as a user's message that may be continued if there is a chat template."""
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True))
+
+
+def _absolute(model: str) -> str:
+    """Return the path of a model folder from anywhere, or a repository's name as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model

@@ -1,104 +1,227 @@
-"""Generate text with streamed experts: mlx_lm.generate, every flag of it, and ours.
+"""Generate text with streamed experts: mlx_lm.generate with all of its flags, and those of expert streaming.
 
-python -m flashmoe_mlx.generate --model FOLDER_OR_REPO --prompt "What is a heron?"
+flashmoe generate --model FOLDER_OR_REPO --prompt "What is a heron?"
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import importlib
+import importlib.util
+import json
+import sys
 from collections.abc import Sequence
-from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
+import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
+import numpy as np
+from mlx_lm.generate import setup_arg_parser as mlx_lm_parser
+from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.processors import load_processor
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.arguments import complete, extend_parser, parse
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
 
 EPILOG = """examples:
-  python -m flashmoe_mlx.generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"
-  python -m flashmoe_mlx.generate --model ./model --ram-budget 12GB --config exact --prompt - < question.txt
-  python -m flashmoe_mlx.generate --prompt-cache-file manual.safetensors --prompt "What is a heron?"
+  flashmoe generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"
+  flashmoe generate --model ./model --ram-budget 12GB --config exact --prompt - < question.txt
+  flashmoe generate --prompt-cache-file manual.safetensors --prompt "What is a heron?"
 """
+
+_QUERY = "<query>"
+"""Text in place of the prompt when its position in the chat template is looked up."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx_lm.generate's parser with the flags of expert streaming."""
+    """Return mlx_lm.generate's parser with the flags of expert streaming."""
     description = "Generate text with a Mixture-of-Experts model whose experts stay on disk."
-    return extend_parser(_mlx_generate().setup_arg_parser(), description, EPILOG)
+    return extend_parser(mlx_lm_parser(), description, EPILOG)
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        argv: the command line without the program's name. Default: ``sys.argv[1:]``.
+        argv (Sequence[str], optional): Command line without the program's name. Default: ``sys.argv[1:]``.
     """
-    with one_line_errors():
-        _generate(setup_arg_parser(), argv)
+    parser = setup_arg_parser()
+    args = parse(parser, argv)
+    restored = None if args.prompt_cache_file is None else RestoredPrompt.load(args.prompt_cache_file)
+    if restored is not None:
+        _apply_restored(args, restored)
+    config = complete(args, parser)
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer, model_config = streamed_load(args, config)(
+        args.model,
+        tokenizer_config={} if restored is None else json.loads(restored.metadata["tokenizer_config"]),
+        model_config={"quantize_activations": args.quantize_activations},
+        return_config=True,
+    )
+    if restored is not None:
+        restored.refuse_other_model(model, args.adapter_path)
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    text, is_chat = _render_prompt(args, tokenizer, restored is not None)
+    tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
+    total = len(tokens) + max(0, args.max_tokens)
+    model.streaming.refuse_context(min(total, args.max_kv_size or total), args.kv_bits, args.kv_group_size)
+    say = mlx_lm.generate if args.verbose else _generate_silently
+    say(
+        model,
+        tokenizer,
+        tokens,
+        verbose=args.verbose,
+        max_tokens=args.max_tokens,
+        sampler=_sampler(args, tokenizer),
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size or model.streaming.prefill_step_size,
+        prompt_cache=None if restored is None else restored.cache,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        draft_model=None if args.draft_model is None else _draft_model(args, tokenizer),
+        num_draft_tokens=args.num_draft_tokens,
+        input_embeddings=embeddings,
+        prompt_progress_callback=PromptProgress(),
+    )
+    finish(model.streaming, config, args.verbose)
 
 
-def _generate(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    """mlx_lm.generate's own main(), with our parser and our load()."""
-    args = parser.parse_args(argv)
-    restored = None
-    if args.prompt_cache_file is not None:
-        restored = RestoredPrompt.load(args.prompt_cache_file)
-        parser.set_defaults(model=restored.metadata["model"])
-    args, config = parse_arguments(parser, argv)
-    if restored is not None and args.draft_model is not None:
+def _apply_restored(args: argparse.Namespace, restored: RestoredPrompt) -> None:
+    """Take the model from a prompt cache, and refuse flags that do not go with it."""
+    own = restored.metadata["model"]
+    args.model = own if args.model is None else restored.same_model(args.model)
+    if args.draft_model is not None:
         raise ValueError(f"{restored.path} holds no state of a draft model: leave out --draft-model")
+    for cache in restored.cache:
+        if isinstance(cache, QuantizedKVCache):
+            for flag, given, stored in (
+                ("--kv-bits", args.kv_bits, cache.bits),
+                ("--kv-group-size", args.kv_group_size, cache.group_size),
+            ):
+                if given not in (None, stored):
+                    raise ValueError(
+                        f"{restored.path} was made with {flag} {stored}, and now it is {given}: pass {flag} {stored}"
+                    )
 
-    def load_prompt_cache(file: str, return_metadata: bool) -> tuple[list[Any], dict[str, str]]:
-        assert restored is not None and return_metadata
-        return restored.cache, restored.metadata | {"model": restored.same_model(args.model)}
 
-    def generate(model: Any, tokenizer: Any, prompt: Any, *, prefill_step_size: int | None, **options: Any) -> str:
-        if restored is not None:
-            restored.refuse_other_model(model, args.adapter_path)
-        tokens = len(prompt) + max(0, args.max_tokens)
-        model.streaming.refuse_context(min(tokens, args.max_kv_size or tokens), args.kv_bits, args.kv_group_size)
-        step = prefill_step_size or model.streaming.prefill_step_size
-        progress = PromptProgress()
-        say = mlx_lm.generate if args.verbose else _generate_silently
-        text: str = say(model, tokenizer, prompt, prefill_step_size=step, prompt_progress_callback=progress, **options)
-        finish(model.streaming, config, args.verbose)
+def _render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, is_suffix: bool) -> tuple[str, bool]:
+    """Return the prompt's text, and if the chat template was applied to it.
+
+    Args:
+        args (Namespace): The command line.
+        tokenizer (TokenizerWrapper): Of the model.
+        is_suffix (bool): The prompt continues a saved one, so what the template puts in front of it is left out.
+    """
+    prompt: str = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return prompt, False
+    options = {} if args.chat_template_config is None else _template_options(args.chat_template_config)
+
+    def render(query: str) -> str:
+        messages = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+        messages.append({"role": "user", "content": query})
+        has_prefill = args.prefill_response is not None
+        if has_prefill:
+            messages.append({"role": "assistant", "content": args.prefill_response})
+        text: str = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=has_prefill,
+            add_generation_prompt=not has_prefill,
+            **options,
+        )
         return text
 
-    with mock.patch.multiple(
-        _mlx_generate(),
-        setup_arg_parser=lambda: SimpleNamespace(parse_args=lambda: args),
-        load_prompt_cache=load_prompt_cache,
-        load=streamed_load(args, config),
-        generate=generate,
-    ):
-        _mlx_generate().main()
+    return render(prompt)[render(_QUERY).index(_QUERY) if is_suffix else 0 :], True
 
 
-def _generate_silently(model: Any, tokenizer: Any, prompt: Any, *, verbose: bool, **options: Any) -> str:
-    """mlx_lm.generate, whose text mlx_lm's main() prints at the end; or here, if it does not come to that."""
+def _template_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--chat-template-config is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat-template-config is {text}: it must be a JSON object")
+    return options
+
+
+def _encode(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    model_config: dict[str, Any],
+    text: str,
+    is_chat: bool,
+) -> tuple[list[int], mx.array | None]:
+    """Return the prompt's tokens and, if there are images, the embeddings of tokens and images."""
+    pixels = None
+    if args.image:
+        processor = load_processor(model, model_config)
+        if processor is None:
+            raise ValueError(f"{args.model} takes no images: leave out --image")
+        text, pixels = processor(text, images=_read_images(args.image))
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=not is_chat)
+    if pixels is None:
+        return tokens, None
+    embeddings = model.embed_inputs(mx.array(tokens), pixel_values=pixels)
+    # Prefill runs on another stream, which must not wait for this one.
+    mx.eval(embeddings)
+    return tokens, embeddings
+
+
+def _read_images(files: Sequence[str]) -> list[np.ndarray]:
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("--image needs Pillow: pip install pillow")
+    image = importlib.import_module("PIL.Image")
+    return [np.asarray(image.open(file).convert("RGB")) for file in files]
+
+
+def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> nn.Module:
+    """Load the draft model in memory, since it is small and rarely a Mixture of Experts."""
+    model, own_tokenizer = mlx_lm.load(args.draft_model)
+    if own_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{args.draft_model} has {own_tokenizer.vocab_size} tokens, and the model {tokenizer.vocab_size}: a draft "
+            "model must have the same tokenizer"
+        )
+    return model
+
+
+def _sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+
+
+def _generate_silently(
+    model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], *, verbose: bool, **options: Any
+) -> None:
+    """Generate, and print the text at the end, or as far as it got before an error or Ctrl-C."""
     text = ""
     try:
-        for response in mlx_lm.stream_generate(model, tokenizer, prompt, **options):
+        for response in mlx_lm.stream_generate(model, tokenizer, tokens, **options):
             text += response.text
-    except BaseException:
+    finally:
         print(text)
-        raise
-    return text
-
-
-def _mlx_generate() -> ModuleType:
-    # As an attribute, mlx_lm.generate is the function.
-    return importlib.import_module("mlx_lm.generate")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,9 @@ python -m flashmoe_mlx.server --model FOLDER_OR_REPO --ram-budget 12GB
 """
 
 if __name__ == "__main__":
-    from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+    from flashmoe_mlx.cli.commands import run_module
 
-    leave_on_interrupt()
+    run_module(__file__)
 
 import argparse
 import ipaddress
@@ -23,7 +23,7 @@ from typing import Any
 import mlx.nn as nn
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.checkpoint.identity import model_identity
+from flashmoe_mlx.checkpoint.identity import model_identity, numeric_settings
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.run import finish, streamed_load
@@ -214,7 +214,7 @@ def _read_key(path: Path) -> str:
 
 def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str, Any]) -> PrefixStore:
     settings = cache_settings(model, args.adapter_path) | {name: str(value) for name, value in kv_cache.items()}
-    identity = model_identity(find_folder(args.model), settings, args.trust_remote_code)
+    identity = model_identity(find_folder(args.model), settings | numeric_settings(), args.trust_remote_code)
     return PrefixStore(Path(args.prefix_cache_dir).expanduser(), args.prefix_cache_dir_bytes, identity)
 
 
@@ -244,7 +244,3 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         "top_k": args.top_k,
         "min_p": args.min_p,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""Files of a model folder to tensors and experts: where each one lies, and whether it may be trusted."""
+"""From the files of a model folder to tensors and experts: where each one lies, and that it may be trusted."""

@@ -1,12 +1,12 @@
-"""Entries of a model's config.json that could make a program run code that comes with the model, or from a hub."""
+"""Rejects configs that could make a program run code that comes with a model or from the Hugging Face Hub."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# What transformers would fetch compiled kernels by.
+# Entries by which transformers fetches compiled kernels.
 _KERNELS = ("kernel_config", "use_kernels")
-# These choose a kernel by a word, such as "sdpa". As "owner/name" it is fetched from the hub.
+# Entries that choose a kernel by a word, such as "sdpa". One such as "owner/name" is fetched from the hub.
 _IMPLEMENTATIONS = (
     "attn_implementation",
     "_attn_implementation",
@@ -17,19 +17,18 @@ _IMPLEMENTATIONS = (
 )
 
 
-def refuse_code(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse entries that name code to run.
+def reject_remote_code(file: Path, config: Mapping[str, Any]) -> None:
+    """Reject a config with an entry that names code to run.
 
-    ``auto_map`` is no such entry: it names classes for transformers, which are asked for only where
-    ``trust_remote_code`` is given. The model is always mlx-lm's own class, and where a tokenizer has none but its
-    repository's, transformers refuses it.
+    ``auto_map`` is not such an entry. It names classes for transformers, which runs them only if ``trust_remote_code``
+    is set: the model is always mlx-lm's own class, and transformers refuses a tokenizer that has only its repository's.
 
     Args:
-        file (Path): where the config is from.
-        config (Mapping[str, Any]): what it holds.
+        file (Path): The file that the config is from.
+        config (Mapping[str, Any]): Its content.
 
     Raises:
-        ValueError: it names code to run.
+        ValueError: An entry names code to run.
     """
     for key, value in _entries(config):
         if (
@@ -44,7 +43,7 @@ def refuse_code(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Those of a config and of the configs in it."""
+    """Yield the entries of a config and of the configs in it."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, Mapping):

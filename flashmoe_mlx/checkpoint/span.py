@@ -1,4 +1,4 @@
-"""Places in files: a span of bytes, and a tensor with its dtype and shape."""
+"""Ranges of bytes in files, and the tensors in them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,17 @@ DTYPES = {
     "BF16": mx.bfloat16,
     "F32": mx.float32,
 }
-"""safetensors' dtypes that MLX holds in memory as they are on disk."""
+"""The safetensors dtypes whose bytes on disk are those of an MLX array."""
 
 
 class Span(NamedTuple):
-    """``nbytes`` bytes of the file ``path`` from ``offset`` on."""
+    """A range of bytes in a file.
+
+    Args:
+        path (str): The file.
+        offset (int): First byte.
+        nbytes (int): Number of bytes.
+    """
 
     path: str
     offset: int
@@ -33,7 +39,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its safetensors ``dtype``, its ``shape`` and the ``span`` that holds it."""
+    """A tensor of a checkpoint.
+
+    Args:
+        dtype (str): The dtype, by its name in safetensors.
+        shape (tuple[int, ...]): The shape.
+        span (Span): The bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,10 +53,10 @@ class Tensor:
 
     @property
     def file(self) -> str:
-        """The name of its file in the checkpoint's folder."""
+        """Return the name of its file, without the folder."""
         return Path(self.span.path).name
 
     def block(self, number: int, count: int) -> Span:
-        """The span of one of ``count`` equal blocks that the tensor is cut into along its bytes."""
+        """Return one of ``count`` blocks of equal size, in the order of the bytes."""
         path, offset, nbytes = self.span
         return Span(path, offset + number * (nbytes // count), nbytes // count)

@@ -1,82 +1,45 @@
-"""What all commands share: mlx-lm's parsers with our flags, our load() for mlx-lm's, and errors that are one line."""
+"""Flags and settings that the commands share."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flashmoe_mlx.checkpoint.folder import find_folder, read_config
-from flashmoe_mlx.config import Config
+from flashmoe_mlx.config import SAMPLING, Config, check_integer
 from flashmoe_mlx.system.package_data import data_dir
 
 
-def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the group of flags that every command of ours has."""
-    group = parser.add_argument_group("expert streaming")
-    group.add_argument(
-        "--ram-budget",
-        metavar="SIZE",
-        help="Memory for experts, e.g. 12GB, or auto for what the machine can spare. The output does not depend on it "
-        "(default: 0, a small pool on top of the OS page cache)",
-    )
-    group.add_argument(
-        "--experts-per-token",
-        type=int,
-        metavar="K",
-        help="Routed experts a token uses. Fewer are faster and change the output (default: the model's own number)",
-    )
-    group.add_argument(
-        "--read-threads",
-        type=int,
-        metavar="N",
-        help="Reads under way at once (default: 16)",
-    )
-    group.add_argument(
-        "--read-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="How long a read may bring nothing before the run ends with an error (default: 60)",
-    )
-    group.add_argument(
-        "--lookahead",
-        action="store_true",
-        default=None,
-        help="Read what the next layer's router would choose now while this layer computes. The output is the same",
-    )
-    group.add_argument(
-        "--warm-start",
-        metavar="FILE",
-        help="Begin with the experts in memory that the last run with this file ended with",
-    )
-    group.add_argument(
-        "--manifest",
-        metavar="FILE",
-        help="Compare each streamed expert, when it is read for the first time, with what flashmoe_mlx.verify wrote to "
-        "this file",
-    )
-    group.add_argument(
-        "--config",
-        metavar="NAME",
-        help="A preset of the model's family, 'exact' or 'flash', or a .toml file. It sets the sampling flags too; "
-        "flags given here win",
-    )
-    group.add_argument(
-        "--prefill-step-size",
-        type=int,
-        metavar="N",
-        help="Prompt tokens to process at a time. More read the experts fewer times and need more memory "
-        "(default: what a quarter of the free memory holds, from 512 to 8192)",
-    )
+def command_parser(
+    description: str, epilog: str, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
+    """Return a parser in the style of all commands.
 
-
-def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str) -> argparse.ArgumentParser:
-    """One of mlx-lm's parsers with our flags, our words about it, and the demo model as the default."""
-    parser = argparse.ArgumentParser(
-        parents=[stock],
+    Args:
+        description (str): One sentence about the command.
+        epilog (str): Examples, printed as they are.
+        parents (Sequence[ArgumentParser]): Parsers whose flags it takes over, and may define again. Default: ``()``.
+    """
+    return argparse.ArgumentParser(
+        # As Command.run() has set it. Python 3.14 would not use it on its own.
+        prog=Path(sys.argv[0]).name,
+        parents=parents,
         conflict_handler="resolve",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return one of mlx-lm's parsers with the flags of expert streaming, and the demo model as the default.
+
+    Args:
+        stock (ArgumentParser): The parser to extend. It is not changed.
+        description (str): One sentence about the command.
+        epilog (str): Examples, printed as they are.
+    """
+    parser = command_parser(description, epilog, [stock])
     parser.add_argument(
         "--model", help="The path of a model folder, or a Hugging Face repo (default: the small demo model)"
     )
@@ -84,29 +47,73 @@ def extend_parser(stock: argparse.ArgumentParser, description: str, epilog: str)
     return parser
 
 
+def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting of :class:`Config`, and those that need a model or a prompt."""
+    group = parser.add_argument_group("expert streaming")
+    for setting in Config.flags():
+        group.add_argument(f"--{setting.name.replace('_', '-')}", default=setting.default, **setting.metadata)
+    group.add_argument(
+        "--config",
+        metavar="NAME",
+        help="A preset of the model's family, exact or flash, or a .toml file. It also sets the sampling flags. Flags "
+        "on the command line win",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        type=int,
+        metavar="N",
+        help="Prompt tokens to process at a time. Larger chunks read each expert fewer times and need more memory "
+        "(default: what fits in a quarter of the free memory, from 512 to 8192)",
+    )
+
+
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """The command line, and the settings that it chooses.
+    """Parse a command line, and complete it with the demo model, a preset and defaults.
 
     Args:
-        parser: from :func:`extend_parser`. It gets a preset's sampling as defaults.
-        argv: the command line without the program's name, or ``None`` for ``sys.argv[1:]``.
+        parser (ArgumentParser): From :func:`extend_parser`.
+        argv (Sequence[str], optional): Command line without the program's name. ``None`` takes ``sys.argv[1:]``.
+
+    Returns:
+        tuple: (args, config).
 
     Raises:
-        FileNotFoundError: the model's folder or the config file is missing.
-        ValueError: an unknown or impossible setting.
-        OSError: the model's repository could not be downloaded.
+        FileNotFoundError: The model's folder or the config file does not exist.
+        ValueError: A setting is unknown or out of range.
+        OSError: The model's repository could not be downloaded.
     """
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
+    return args, complete(args, parser)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line. What a preset may set, and was not given, is ``None``."""
+    # argparse fills in defaults only where the namespace has no attribute yet.
+    settings = (*SAMPLING, *(setting.name for setting in Config.flags()))
+    return parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
+
+
+def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Config:
+    """Fill in the model and the sampling flags that were not given, and return the settings of streaming.
+
+    Args:
+        args (Namespace): From :func:`parse`.
+        parser (ArgumentParser): The same parser, for its defaults.
+
+    Raises:
+        FileNotFoundError: The model's folder or the config file does not exist.
+        ValueError: A setting is unknown or out of range.
+        OSError: The model's repository could not be downloaded.
+    """
     if args.model is None:
-        parser.set_defaults(model=str(data_dir("demo/model")))
-        args = parser.parse_args(argv)
-        print("no --model given: this is the demo model, a pocket dictionary that calls tools", file=sys.stderr)
-    if args.prefill_step_size is not None and args.prefill_step_size < 1:
-        raise ValueError(f"prefill_step_size is {args.prefill_step_size}: it must be a whole number from 1 on")
+        args.model = str(data_dir("demo/model"))
+        print("no --model given: using the demo model, a pocket dictionary that calls tools", file=sys.stderr)
+    if args.prefill_step_size is not None:
+        check_integer("--prefill-step-size", args.prefill_step_size)
     config = Config()
     if args.config is not None:
         config = Config.load(args.config, read_config(find_folder(args.model))["model_type"])
-        parser.set_defaults(**config.sampling)
-        args = parser.parse_args(argv)
-    own = ("ram_budget", "experts_per_token", "read_threads", "read_timeout", "lookahead", "warm_start", "manifest")
-    return args, config.override(**{name: getattr(args, name) for name in own})
+    for name in SAMPLING:
+        if getattr(args, name) is None:
+            setattr(args, name, config.sampling.get(name, parser.get_default(name)))
+    return config.override(**{setting.name: getattr(args, setting.name) for setting in Config.flags()})

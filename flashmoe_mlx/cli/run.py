@@ -1,11 +1,9 @@
-"""Load a streamed model for a command, and end its run."""
+"""Load a streamed model for a command, and finish its run."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
-
-import mlx_lm
 
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.model.info import Streaming
@@ -13,12 +11,20 @@ from flashmoe_mlx.model.load import load
 
 
 def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tuple[Any, ...]]:
-    """What takes the place of ``load`` in one of mlx-lm's commands: ours, except for a draft model."""
+    """Return ``load`` with a command line's settings: streaming, adapters and trust in remote code.
 
-    def load_streamed(path: str, **options: Any) -> tuple[Any, ...]:
-        if path == getattr(args, "draft_model", None):
-            return tuple(mlx_lm.load(path, **options))  # small, and rarely a Mixture of Experts
-        loaded = load(path, config=config, **options)
+    Args:
+        args (Namespace): Has ``adapter_path`` and ``trust_remote_code``.
+        config (Config): How experts are streamed.
+
+    Returns:
+        Callable: Takes what :func:`flashmoe_mlx.load` takes, and returns the same.
+    """
+
+    def load_streamed(path: str, tokenizer_config: dict[str, Any] | None = None, **options: Any) -> tuple[Any, ...]:
+        trusted = {"trust_remote_code": args.trust_remote_code}
+        options = {"adapter_path": args.adapter_path} | trusted | options
+        loaded = load(path, tokenizer_config=(tokenizer_config or {}) | trusted, config=config, **options)
         if config.ram_budget == "auto":
             print(f"ram budget auto: {loaded[0].streaming.memory()}", file=sys.stderr)
         return loaded
@@ -27,10 +33,15 @@ def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tup
 
 
 def finish(streaming: Streaming, config: Config, verbose: bool = True) -> None:
-    """What every run ends with: the ``Experts:`` line unless it is to be silent, and the file for the next warm start.
+    """Print the ``Experts:`` line unless the run is silent, and write the file for the next warm start.
+
+    Args:
+        streaming (Streaming): Of the model that has run.
+        config (Config): Its settings.
+        verbose (bool): Print the line. Default: ``True``.
 
     Raises:
-        OSError: that file cannot be written.
+        OSError: The file cannot be written.
     """
     if verbose:
         print(streaming.summary())

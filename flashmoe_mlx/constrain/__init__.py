@@ -5,8 +5,9 @@ from flashmoe_mlx.constrain.processor import (
     can_constrain_calls,
     constrained,
     json,
-    readable,
     vocabulary_of,
 )
+from flashmoe_mlx.constrain.schema import Schema
+from flashmoe_mlx.constrain.xml_calls import readable
 
-__all__ = ["Processor", "can_constrain_calls", "constrained", "json", "readable", "vocabulary_of"]
+__all__ = ["Processor", "Schema", "can_constrain_calls", "constrained", "json", "readable", "vocabulary_of"]

@@ -1,50 +1,51 @@
-"""Grammars of Hermes-style JSON tool calls, and of JSON values."""
+"""Grammars of Hermes-style tool calls, and of JSON values."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashmoe_mlx.constrain.schema import Schema, _ascii
+from flashmoe_mlx.constrain.lark import NOT_INFINITE, one_of_calls, without
+from flashmoe_mlx.constrain.schema import Schema, ascii_classes, definitions
 
-_EXACT = 2**53 - 1  # the parser reads integers as float64
+MAX_INTEGER = 2**53 - 1
+"""Largest integer up to which float64, which parsers read numbers as, is exact."""
 
-_FINEST = 1e-9  # digits behind the point
-
-_NOT_INFINITE = r"~/(?s:.*[0-9][eE][+-]?[0-9]{3}.*)/"  # as JSON of any type could be
+# Nine decimals.
+_MULTIPLE_OF = 1e-9
 
 
 def json_calls(functions: Sequence[Schema], end: str, closing: str) -> list[str]:
-    """Grammars of Hermes-style calls, from the opening tag on; a call keeps to all of them.
+    """Return grammars of Hermes-style calls, from the opening tag on. A call must match all of them.
 
     Args:
-        functions: what may be called, as in OpenAI's API.
-        end: the closing tag.
-        closing: the same in the grammar.
+        functions (Sequence[dict]): Functions that may be called, in OpenAI's form.
+        end (str): The closing tag.
+        closing (str): The closing tag as a term of the grammar.
     """
     rules = []
     for index, function in enumerate(functions):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         call = {"name": {"const": function["name"]}, "arguments": schema}
         whole = {"type": "object", "properties": call, "required": ["name", "arguments"]}
-        whole |= {"additionalProperties": False} | _definitions(schema)
+        whole |= {"additionalProperties": False} | definitions(schema)
         rules.append(f'call_{index}: "\\n" {json_value(whole)} "\\n"')
-    # A string may not hold the closing tag, which would end the call there.
-    envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {_without(end)} & {_NOT_INFINITE}) "\\n"\n'
-    return [_grammar(functions, closing, rules), envelope]
+    # A closing tag inside a string would end the call there.
+    envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {without(end)} & {NOT_INFINITE}) "\\n"\n'
+    return [one_of_calls(len(functions), closing, rules), envelope]
 
 
 def json_value(schema: Schema) -> str:
-    """JSON that fits the schema, at most one space after a comma or colon, numbers up to 2**53 with 9 decimals.
+    """Return a term for JSON that fits a schema.
 
-    A weak model could fill a file with spaces or digits.
+    There is at most one space after a comma or colon, and numbers are within 2**53 with at most 9 decimals: a weak
+    model could fill its answer with spaces or digits.
     """
     spacing = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     return "%json " + json.dumps({**_bounded(schema), "x-guidance": spacing})
 
 
 def _bounded(schema: Any) -> Any:
-    """The schema with bounds for the numbers that have none."""
+    """Return the schema with bounds for the numbers that have none."""
     if not isinstance(schema, Mapping):
         return schema
     bounded = dict(schema)
@@ -56,34 +57,14 @@ def _bounded(schema: Any) -> Any:
         elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
             bounded[key] = [_bounded(each) for each in part]
     if "pattern" in schema:
-        bounded["pattern"] = _ascii(schema["pattern"])
-    kinds = schema.get("type", ())
-    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
-    if kinds & {"integer", "number"} and not schema.keys() & {"enum", "const"}:
+        bounded["pattern"] = ascii_classes(schema["pattern"])
+    types = schema.get("type", ())
+    types = {types} if isinstance(types, str) else set(types)
+    if types & {"integer", "number"} and not schema.keys() & {"enum", "const"}:
         if "exclusiveMinimum" not in schema:
-            bounded.setdefault("minimum", -_EXACT)
+            bounded.setdefault("minimum", -MAX_INTEGER)
         if "exclusiveMaximum" not in schema:
-            bounded.setdefault("maximum", _EXACT)
-        if "number" in kinds:
-            bounded.setdefault("multipleOf", _FINEST)
+            bounded.setdefault("maximum", MAX_INTEGER)
+        if "number" in types:
+            bounded.setdefault("multipleOf", _MULTIPLE_OF)
     return bounded
-
-
-def quote(text: str) -> str:
-    """A text in the grammar."""
-    return json.dumps(text)
-
-
-def _without(tag: str) -> str:
-    """Texts that do not hold the tag."""
-    escaped = re.escape(tag).replace("/", "\\/")
-    return f"~/(?s:.*{escaped}.*)/"
-
-
-def _grammar(functions: Sequence[Schema], closing: str, rules: Sequence[str]) -> str:
-    calls = " | ".join(f"call_{index}" for index in range(len(functions)))
-    return "\n".join([f"start: ({calls}) {closing}", *rules]) + "\n"
-
-
-def _definitions(schema: Schema) -> dict[str, Any]:
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}

@@ -1,14 +1,14 @@
-"""Tool calls and JSON that always parse and fit their schema: logits processors for mlx-lm.
+"""Logits processors for mlx-lm under which tool calls and JSON always parse and fit their schema.
 
     generate(model, tokenizer, prompt, logits_processors=[constrained(tokenizer, tools=tools)])
 
-llguidance says which tokens may come next; a small table of biases turns its bit mask into an array, on any device.
-Read the calls with ``tokenizer.tool_parser(text, readable(tools))``.
+llguidance computes which tokens may come next; a small table turns its bit mask into an array of biases, on any device.
+Parse the calls with ``tokenizer.tool_parser(text, readable(tools))``.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import llguidance
 import llguidance.hf
@@ -16,16 +16,17 @@ import llguidance.numpy
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.constrain.json_calls import json_calls, json_value, quote
+from flashmoe_mlx.constrain.json_calls import json_calls, json_value
+from flashmoe_mlx.constrain.lark import quote
 from flashmoe_mlx.constrain.schema import Schema
-from flashmoe_mlx.constrain.xml_calls import readable, xml_calls
-
-__all__ = ["Processor", "Schema", "constrained", "json", "readable", "vocabulary_of"]
+from flashmoe_mlx.constrain.xml_calls import xml_calls
 
 Processor = Callable[[mx.array, mx.array], mx.array]
+"""Returns new logits, from the tokens so far and their logits."""
 
+# [256, 8]: the biases of eight tokens, for each byte of a mask.
 _BIASES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
-_BIASES = _BIASES.astype(np.float32)  # [256, 8]: of the eight tokens of each byte of a mask
+_BIASES = _BIASES.astype(np.float32)
 
 
 def constrained(
@@ -36,33 +37,33 @@ def constrained(
     thinking: bool = False,
     vocabulary: Any = None,
 ) -> Processor:
-    """A processor that leaves text alone until the model opens a tool call, and then allows only a valid call.
+    """Return a processor that leaves text alone until the model opens a tool call, and then allows only a valid call.
 
-    Each call of several is held to it. Thoughts are free, also to speak of calls, but where a call must follow the
-    answer cannot end in one. A processor is for one answer.
+    All calls of an answer are constrained. Thoughts are not, even if they mention calls; but where a call must follow,
+    the answer cannot end in a thought. A processor is for one answer.
 
     Args:
-        tokenizer: mlx-lm's; its chat template decides the format of calls.
-        tools: the functions offered, as in OpenAI's API.
-        tool_choice: ``"auto"``; ``"required"``, a call must come first; or a named function, ``{"type": "function",
-            "function": {"name": …}}``, which must be called first, and alone. For ``"none"``, use no processor, and
-            leave the tools out of the prompt.
-        thinking: the prompt ends inside a thought, and what comes first comes after it.
-        vocabulary: what :func:`vocabulary_of` returned, to use it again. Default: made here, which takes a second.
+        tokenizer (TokenizerWrapper): mlx-lm's tokenizer. Its tool parser determines the format of calls.
+        tools (Sequence[dict]): Functions that may be called, in OpenAI's form.
+        tool_choice (str or dict): ``"auto"``; ``"required"``, the answer begins with a call; or a named function,
+            ``{"type": "function", "function": {"name": ...}}``, the answer begins with a call of it, and has no other
+            calls. For ``"none"``, use no processor, and leave the tools out of the prompt.
+        thinking (bool): The prompt ends inside a thought. The answer begins after it.
+        vocabulary (LLTokenizer, optional): From :func:`vocabulary_of`. Default: made here, which takes a second.
 
     Raises:
-        ValueError: no format known for this tokenizer, no such tool, or a schema that is not supported.
+        ValueError: The model's format of calls is unknown, a tool is missing, or a schema is not supported.
     """
     vocabulary = vocabulary or vocabulary_of(tokenizer)
     if not can_constrain_calls(tokenizer):
-        raise ValueError("Constrained tool calls know Qwen's XML-style and Hermes' JSON-style calls, not this model's.")
+        raise ValueError("this model's tool calls cannot be constrained: only those in the style of Qwen or Hermes can")
     if isinstance(tool_choice, Mapping):
         name = tool_choice["function"]["name"]
         tools = [tool for tool in tools if tool["function"]["name"] == name]
         if not tools:
-            raise ValueError(f"tool_choice: no tool is called {name!r}.")
+            raise ValueError(f"tool_choice: there is no tool {name!r}")
     elif tool_choice not in ("auto", "required"):
-        raise ValueError(f'tool_choice is {tool_choice!r}: "auto", "required" or a named function can be held to.')
+        raise ValueError(f'tool_choice is {tool_choice!r}: it must be "auto", "required" or a named function')
     functions, end = [tool["function"] for tool in tools], tokenizer.tool_call_end
     closing = _tag(end, tokenizer, vocabulary)
     if _format(tokenizer) == "json_tools":
@@ -74,60 +75,77 @@ def constrained(
         opening = _tag(tokenizer.tool_call_start, tokenizer, vocabulary)
         space = "/[ \\n]{0,4}/ " if thinking else ""
         first = [grammar.replace("start: ", f"start: {space}{opening} ", 1) for grammar in grammars]
-    marks = _Marks.of(tokenizer, tokenizer.tool_call_start)
-    return _Constrain(vocabulary, marks, first=first, calls=grammars, thinking=thinking, ends=tokenizer.eos_token_ids)
+    markers = _Markers.of(tokenizer, tokenizer.tool_call_start)
+    return _GrammarProcessor(
+        vocabulary, markers, first=first, calls=grammars, thinking=thinking, ends=tokenizer.eos_token_ids
+    )
 
 
 def json(tokenizer: Any, schema: Schema, *, thinking: bool = False, vocabulary: Any = None) -> Processor:
-    """A processor that allows only JSON that fits a schema, from the first token on.
+    """Return a processor that allows only JSON that fits a schema, from the first token on.
 
     Args:
-        schema: a JSON schema; ``{"type": "object"}`` is any object.
-        thinking: begin after ``</think>`` instead.
+        tokenizer (TokenizerWrapper): mlx-lm's tokenizer.
+        schema (dict): A JSON schema; ``{"type": "object"}`` allows any object.
+        thinking (bool): The prompt ends inside a thought. The JSON begins after it.
+        vocabulary (LLTokenizer, optional): From :func:`vocabulary_of`. Default: made here, which takes a second.
 
     Raises:
-        ValueError: the schema is not supported, or ``thinking`` and the model does not think.
+        ValueError: The schema is not supported, or ``thinking`` is true for a model that does not think.
     """
     if thinking and not tokenizer.has_thinking:
-        raise ValueError("thinking: this model does not think.")
+        raise ValueError("thinking is true, but this model does not think")
     grammar = f"start: {'SPACE? ' if thinking else ''}json\njson: {json_value(schema)}\nSPACE: /[\\n ]{{1,4}}/\n"
     vocabulary = vocabulary or vocabulary_of(tokenizer)
-    return _Constrain(
-        vocabulary, _Marks.of(tokenizer), first=[grammar], thinking=thinking, ends=tokenizer.eos_token_ids
+    return _GrammarProcessor(
+        vocabulary, _Markers.of(tokenizer), first=[grammar], thinking=thinking, ends=tokenizer.eos_token_ids
     )
 
 
 def can_constrain_calls(tokenizer: Any) -> bool:
-    """Whether the format of a model's tool calls is known here: Qwen's in XML style, or Hermes' in JSON."""
+    """Say whether a model's tool calls can be constrained: in Qwen's XML style or Hermes' JSON style."""
     return _format(tokenizer) in ("json_tools", "qwen3_coder")
 
 
 def vocabulary_of(tokenizer: Any) -> Any:
-    """The tokenizer as llguidance needs it. Keep it: building one for a large vocabulary takes a second or two."""
+    """Return the tokenizer as llguidance needs it. Reuse it: a large vocabulary takes a second or two."""
     return llguidance.hf.from_tokenizer(tokenizer._tokenizer, eos_token=sorted(tokenizer.eos_token_ids))
 
 
 @dataclass(frozen=True)
-class _Marks:
-    """What begins and ends thoughts, and what opens a call, in UTF-8; empty if there is no such mark."""
+class _Markers:
+    """Texts that start and end thoughts, and that open a call, in UTF-8. Empty if the model has no such marker."""
 
     thought: bytes
     thought_end: bytes
     call: bytes
 
     @classmethod
-    def of(cls, tokenizer: Any, call: str = "") -> "_Marks":
+    def of(cls, tokenizer: Any, call: str = "") -> Self:
         thought = [tokenizer.think_start, tokenizer.think_end] if tokenizer.has_thinking else ["", ""]
-        return cls(*(mark.encode() for mark in (*thought, call)))
+        return cls(*(marker.encode() for marker in (*thought, call)))
 
 
-class _Constrain:
-    """Free tokens until a mark, then only those of all grammars, then free again; without calls, to the end."""
+class _GrammarProcessor:
+    """Allows any token up to a marker, then only those of all grammars, then any token again.
+
+    Args:
+        vocabulary (LLTokenizer): llguidance's tokenizer.
+        markers (_Markers): The model's markers.
+        first (Sequence[str], optional): Grammars that the answer begins with, after its first thought.
+        calls (Sequence[str], optional): Grammars of a call, from its opening tag on. Without them, the first grammars
+            hold to the end of the answer.
+        thinking (bool): The prompt ends inside a thought.
+        ends (Collection[int]): Tokens that end the answer.
+
+    Raises:
+        ValueError: A grammar is not supported.
+    """
 
     def __init__(
         self,
         vocabulary: Any,
-        marks: _Marks,
+        markers: _Markers,
         *,
         first: Sequence[str] | None,
         calls: Sequence[str] | None = None,
@@ -136,26 +154,34 @@ class _Constrain:
     ):
         for grammar in [*(first or ()), *(calls or ())]:
             if message := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
-                raise ValueError(f"The schema is not supported: {message.splitlines()[0]}")
-        self._vocabulary, self._marks = vocabulary, marks
+                raise ValueError(f"the schema is not supported: {message.splitlines()[0]}")
+        self._vocabulary, self._markers = vocabulary, markers
         self._first, self._calls = first, calls
         self._thinking = thinking
         self._ends = mx.array(list(ends))
-        self._longest = max(map(len, (marks.thought, marks.thought_end, marks.call)))
-        self._tail = b""  # of the text: a mark may have been begun
+        self._longest = max(map(len, (markers.thought, markers.thought_end, markers.call)))
+        # The end of the text, where a marker may have begun.
+        self._tail = b""
         self._matchers: list[Any] = []
         self._prompt_is_over = False
         if not thinking:
             self._begin_first()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """Bias the logits, [1, vocabulary], of what follows the tokens, [length]: it is told of each new one."""
-        if self._prompt_is_over:  # the first call brings the prompt's tokens
+        """Add the biases of the next token to its logits. To be called after each token.
+
+        Args:
+            tokens (array): The tokens so far, ``[length]``.
+            logits (array): The logits, ``[1, vocabulary]``.
+        """
+        # The tokens of the first call are the prompt's.
+        if self._prompt_is_over:
             self._advance(tokens[-1].item())
         self._prompt_is_over = True
         if self._matchers:
             return logits + self._bias(logits.shape[-1]).astype(logits.dtype)
-        if self._thinking and self._first is not None:  # something must follow the thought
+        # The answer cannot end in a thought that something must follow.
+        if self._thinking and self._first is not None:
             logits[..., self._ends] = -mx.inf
         return logits
 
@@ -165,8 +191,9 @@ class _Constrain:
             llguidance.numpy.fill_next_token_bitmask(matcher, masks, row)
         mask = np.bitwise_and.reduce(masks)
         if not mask.any():
-            raise RuntimeError("The constraint failed: no token fits the schema here.")
-        bias = np.full(width, -np.inf, np.float32)  # the logits may be wider than the vocabulary
+            raise RuntimeError("the constraint failed: no token fits the schema here")
+        # The logits may be wider than the vocabulary.
+        bias = np.full(width, -np.inf, np.float32)
         allowed = _BIASES[mask.view(np.uint8)].ravel()[:width]
         bias[: allowed.size] = allowed
         return mx.array(bias)
@@ -183,30 +210,30 @@ class _Constrain:
         if self._matchers:
             for matcher in self._matchers:
                 if not matcher.consume_token(token):
-                    raise RuntimeError(f"The constraint failed: {matcher.get_error().splitlines()[0]}")
+                    raise RuntimeError(f"the constraint failed: {matcher.get_error().splitlines()[0]}")
             if self._calls is not None and self._matchers[0].is_accepting():
                 self._matchers = []
             return
         self._tail += self._vocabulary.decode_bytes([token])
-        while self._meet_mark():
+        while self._pass_marker():
             pass
         self._tail = self._tail[-self._longest :]
 
-    def _meet_mark(self) -> bool:
-        """Whether there was a mark in the text, which is behind it now."""
-        marks = [self._marks.thought_end] if self._thinking else [self._marks.thought, self._marks.call]
-        found = [(self._tail.index(mark), mark) for mark in marks if mark and mark in self._tail]
+    def _pass_marker(self) -> bool:
+        """Act on the first marker in the tail, and say whether there may be another after it."""
+        markers = [self._markers.thought_end] if self._thinking else [self._markers.thought, self._markers.call]
+        found = [(self._tail.index(marker), marker) for marker in markers if marker and marker in self._tail]
         if not found:
             return False
-        start, mark = min(found)
-        rest, self._tail = self._tail[start + len(mark) :], b""
-        if mark == self._marks.call:
+        start, marker = min(found)
+        rest, self._tail = self._tail[start + len(marker) :], b""
+        if marker == self._markers.call:
             self._begin(self._calls or [])
         else:
-            self._thinking = mark == self._marks.thought
+            self._thinking = marker == self._markers.thought
             if not self._thinking:
                 self._begin_first()
-        # A mark spelled in ordinary tokens may end within one.
+        # A marker spelled in ordinary tokens may end within one.
         if self._matchers and rest:
             tokens = self._vocabulary.tokenize_bytes(rest)
             if any(matcher.try_consume_tokens(tokens) < len(tokens) for matcher in self._matchers):
@@ -217,11 +244,11 @@ class _Constrain:
 
 
 def _format(tokenizer: Any) -> str:
-    """That of calls: the name of mlx-lm's parser for it."""
+    """Return the format of calls: the name of mlx-lm's parser."""
     return str(getattr(tokenizer.tool_parser, "__module__", "").rpartition(".")[2])
 
 
 def _tag(text: str, tokenizer: Any, vocabulary: Any) -> str:
-    """A tag in the grammar: llguidance tells special tokens from the same text."""
+    """Return a tag as a term of the grammar: for llguidance, a special token is not the same as its text."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return f"<[{tokens[0]}]>" if len(tokens) == 1 and vocabulary.is_special_token(tokens[0]) else quote(text)

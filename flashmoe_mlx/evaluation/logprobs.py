@@ -1,4 +1,4 @@
-"""What a model expects at every position of a text, as it decodes; and a file that keeps it."""
+"""Log probabilities that a model gives a text while decoding, and a file that keeps them."""
 
 import json
 import struct
@@ -18,41 +18,40 @@ _TENSOR = "logprobs"
 
 
 def logprobs(model: nn.Module, tokens: Sequence[int], context: int) -> Iterator[mx.array]:
-    """Show a model the text and ask at each position for the next token's probabilities.
+    """Predict each token of a text from those before it, one decode step per token.
 
-    One token a step, so that what is measured is what generation does. A wide batch goes other ways: other kernels, and
-    the experts in waves.
+    Decode steps are what generation does. A prefill would be faster, but it uses other kernels and reads the experts
+    in waves.
 
     Args:
-        model (nn.Module): from ``load`` or mlx-lm.
-        tokens (Sequence[int]): the text.
-        context (int): after so many tokens the model forgets and starts anew, so that all positions together cost no
-            more memory than one such window.
+        model (nn.Module): From ``load`` or mlx-lm.
+        tokens (Sequence[int]): The text.
+        context (int): Tokens after which the model starts with an empty cache again, which bounds its memory.
 
     Yields:
-        mx.array: float32 ``[vocabulary]`` log probabilities, for every token but the first; not evaluated.
+        mx.array: float32 ``[vocabulary]`` log probabilities of each token but the first, not evaluated.
     """
-    shown = tokens[:-1]
-    for start in range(0, len(shown), context):
+    inputs = tokens[:-1]
+    for start in range(0, len(inputs), context):
         cache = make_prompt_cache(model)
-        for token in shown[start : start + context]:
+        for token in inputs[start : start + context]:
             logits = model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)
             yield logits - mx.logsumexp(logits)
 
 
 class LogprobsFile:
-    """Log probabilities on disk, float32 ``[positions, vocabulary]`` in a safetensors file: 4 bytes each.
+    """Log probabilities on disk: one float32 ``[positions, vocabulary]`` tensor in a safetensors file.
 
-    That is 2 GB for 2,000 positions of a vocabulary of 248,000. Nothing is rounded, so a model's distance to its own
-    file is 0. Rows are read when they are asked for.
+    That is 2 GB for 2,000 positions of a vocabulary of 248,000. Nothing is rounded, so the divergence of a model from
+    its own file is 0. A row is read when it is indexed.
 
     Args:
-        path (Path): a file that :meth:`write` wrote.
-        identity (dict[str, str]): what the log probabilities must be of.
+        path (Path): A file that :meth:`write` wrote.
+        identity (dict[str, str]): The model, text and settings that it must be of.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of something else, or damaged.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or of something else.
     """
 
     def __init__(self, path: Path, identity: dict[str, str]):
@@ -62,24 +61,24 @@ class LogprobsFile:
             if _TENSOR not in file.keys():  # noqa: SIM118 - not a dict
                 raise ValueError(f"{path} holds no log probabilities: give another file")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no reference: {error}. Remove it to make it again") from error
+            raise ValueError(f"{path} is damaged or not a reference: {error}. Delete it to compute it again") from error
         changed = sorted(name for name in identity if found.get(name) != identity[name])
         if changed:
-            raise ValueError(f"{path} is of another {', '.join(changed)}: remove it to make it again")
+            raise ValueError(f"{path} is of another {', '.join(changed)}: delete it to compute it again")
         self._rows = file.get_slice(_TENSOR)
 
     @classmethod
     def write(cls, path: Path, identity: dict[str, str], rows: Iterator[mx.array], positions: int) -> Self:
-        """Compute and keep log probabilities; whatever interrupts it, ``path`` is whole or not there.
+        """Compute and keep log probabilities. If interrupted, no file is left.
 
         Args:
-            path (Path): the file.
-            identity (dict[str, str]): what they are of.
-            rows (Iterator[mx.array]): float32 ``[vocabulary]``, as many as ``positions``, of which there is at least 1.
-            positions (int): how many.
+            path (Path): The file.
+            identity (dict[str, str]): The model, text and settings that they are of.
+            rows (Iterator[mx.array]): float32 ``[vocabulary]``, as many as ``positions``.
+            positions (int): At least 1.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: The file cannot be written.
         """
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             first = next(rows)
@@ -90,12 +89,12 @@ class LogprobsFile:
         return cls(path, identity)
 
     def __getitem__(self, position: int) -> mx.array:
-        """The float32 ``[vocabulary]`` log probabilities of one position."""
+        """Return the float32 ``[vocabulary]`` log probabilities of one position."""
         return mx.array(self._rows[position])
 
 
 def _header(positions: int, vocabulary: int, metadata: dict[str, str]) -> bytes:
-    """The beginning of a safetensors file of one tensor; written by hand so that the rows can follow one by one."""
+    """Return the header of a safetensors file of one tensor. The safetensors package could not write row by row."""
     tensor = {"dtype": "F32", "shape": [positions, vocabulary], "data_offsets": [0, 4 * positions * vocabulary]}
     header: dict[str, Any] = {"__metadata__": metadata, _TENSOR: tensor}
     text = json.dumps(header).encode()

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from the text and from a reference's, with what chance alone would explain."""
+"""Quality metrics against a text and a reference, with confidence intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,20 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-_Z = 1.959964  # 95% of a normal distribution lie within this many standard deviations
-_BLOCK = 16  # neighbouring positions share words and context, so blocks of them are what is taken for independent
+_Z = 1.959964
+"""Standard deviations around the mean that hold 95% of a normal distribution."""
+
+_BLOCK = 16
+"""Neighboring positions that are averaged before they are taken as independent: they share words and context."""
 
 
 class Estimate(NamedTuple):
     """A figure and its 95% confidence interval.
 
     Args:
-        value (float): what was measured.
-        low (float): the lower end of the interval, nan where one sample says nothing about it.
-        high (float): its upper end.
+        value (float): The measured figure.
+        low (float): Lower end of the interval. nan if a single sample does not give one.
+        high (float): Upper end.
     """
 
     value: float
@@ -28,13 +31,13 @@ class Estimate(NamedTuple):
 
 
 def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
-    """The mean of a series whose neighbours resemble each other.
+    """Return the mean of a series whose neighbors are correlated.
 
     The interval is ``mean +- 1.96 s / sqrt(b)``, where ``s`` is the standard deviation of the means of ``b`` blocks of
-    about 16 neighbours: the method of batch means (Law, Simulation Modeling and Analysis, chapter 9).
+    about 16 neighbors: the method of batch means (Law, Simulation Modeling and Analysis, chapter 9).
 
     Args:
-        values: at least one, in order.
+        values (Sequence[float]): At least one, in order.
     """
     series = np.asarray(values, dtype=np.float64)
     value = float(series.mean())
@@ -46,27 +49,27 @@ def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
 
 
 def share(successes: int, total: int) -> Estimate:
-    """How often something succeeds, from independent trials, with Wilson's score interval (1927, JASA 22, 209).
+    """Return the share of successes in independent trials, with Wilson's score interval (1927, JASA 22, 209).
 
     Args:
-        successes (int): from 0 to ``total``.
-        total (int): at least one.
+        successes (int): From 0 to ``total``.
+        total (int): At least one.
     """
     p, z2 = successes / total, _Z**2
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    center = (p + z2 / (2 * total)) / (1 + z2 / total)
     margin = _Z * sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    # At 0 and at 1 an end is p itself, which rounding must not push to the other side.
-    return Estimate(p, max(0.0, min(p, centre - margin)), min(1.0, max(p, centre + margin)))
+    # Rounding could otherwise push an end past p where p is 0 or 1.
+    return Estimate(p, max(0.0, min(p, center - margin)), min(1.0, max(p, center + margin)))
 
 
-class Line(NamedTuple):
-    """What :func:`compare` finds at one position.
+class PositionScore(NamedTuple):
+    """A model against a reference at one position of a text.
 
     Args:
-        nll (float): negative log probability of the token that came, in nats.
-        reference_nll (float): the reference's.
-        kld (float): divergence from the reference, in nats.
-        agrees (float): 1 if both like the same token best, else 0.
+        nll (float): Negative log probability of the next token, in nats.
+        reference_nll (float): The same of the reference.
+        kld (float): Kullback-Leibler divergence from the reference, in nats.
+        agrees (float): 1 if both give the highest probability to the same token, else 0.
     """
 
     nll: float
@@ -75,38 +78,37 @@ class Line(NamedTuple):
     agrees: float
 
 
-def compare(logprobs: mx.array, reference: mx.array, target: int) -> Line:
-    """What one position says.
+def compare(logprobs: mx.array, reference: mx.array, target: int) -> PositionScore:
+    """Compare two predictions of one token.
 
-    The divergence is ``sum p_ref (log p_ref - log p)`` over the vocabulary, in nats (Kullback and Leibler, 1951, Annals
-    of Mathematical Statistics 22, 79).
+    The divergence is ``sum p_ref (log p_ref - log p)`` over the vocabulary (Kullback and Leibler, 1951, Annals of
+    Mathematical Statistics 22, 79).
 
     Args:
-        logprobs (mx.array): float32 ``[vocabulary]``, natural logarithms of probabilities that add up to 1.
-        reference (mx.array): the same of the reference.
-        target (int): the token that came.
-
+        logprobs (mx.array): float32 ``[vocabulary]`` log probabilities of the model.
+        reference (mx.array): float32 ``[vocabulary]`` log probabilities of the reference.
+        target (int): The token that came next.
     """
-    # Where the reference gives no probability at all, nothing is lost, and inf - inf would be nan.
+    # A token to which the reference gives no probability adds nothing, where inf - inf would be nan.
     terms = mx.where(reference == -mx.inf, 0, mx.exp(reference) * (reference - logprobs))
     same = mx.argmax(logprobs) == mx.argmax(reference)
-    line = mx.stack([-logprobs[target], -reference[target], terms.sum(), same.astype(mx.float32)])
-    return Line(*(float(figure) for figure in np.asarray(line)))
+    figures = mx.stack([-logprobs[target], -reference[target], terms.sum(), same.astype(mx.float32)])
+    return PositionScore(*(float(figure) for figure in np.asarray(figures)))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A model against a reference, both shown the same text.
+    """A model against a reference on the same text.
 
     Args:
-        positions (int): tokens that were predicted.
+        positions (int): Number of predicted tokens.
         perplexity (Estimate): ``exp`` of the mean negative log probability of the text's tokens (Jelinek et al., 1977,
-            JASA 62, S63); the interval is that of the mean, through ``exp``.
-        perplexity_ratio (Estimate): perplexity over the reference's. Both read the same text, so its interval is much
-            narrower: ``exp`` of the mean difference of the log probabilities.
-        kld (Estimate): mean divergence from the reference, in nats a token.
-        kld_p99 (float): its 99th percentile: 1 position in 100 is worse.
-        agreement (Estimate): share of positions where both like the same token best.
+            JASA 62, S63). The interval is ``exp`` of the mean's.
+        perplexity_ratio (Estimate): Perplexity over the reference's: ``exp`` of the mean difference of the log
+            probabilities. Both read the same text, so its interval is much narrower.
+        kld (Estimate): Mean divergence from the reference, in nats per token.
+        kld_p99 (float): 99th percentile of the divergence.
+        agreement (Estimate): Share of positions where both give the highest probability to the same token.
     """
 
     positions: int
@@ -117,9 +119,9 @@ class Quality:
     agreement: Estimate
 
     @classmethod
-    def of(cls, lines: Sequence[Line]) -> Self:
-        """From the lines of all positions, in order; there is at least one."""
-        nll, reference_nll, kld, agrees = np.asarray(lines, dtype=np.float64).T
+    def of(cls, scores: Sequence[PositionScore]) -> Self:
+        """Summarize all positions of a text, in order. There must be at least one."""
+        nll, reference_nll, kld, agrees = np.asarray(scores, dtype=np.float64).T
         return cls(
             positions=len(nll),
             perplexity=_exp(mean(nll)),

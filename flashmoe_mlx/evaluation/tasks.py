@@ -1,4 +1,4 @@
-"""Questions with one right answer: texts that must be recalled, and tools that must be called."""
+"""Tasks with one right answer: texts to recall and tools to call."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.evaluation.metrics import Estimate, share
+from flashmoe_mlx.generation.output_parser import OutputParser
 
 _KINDS = {"recall": str, "tool": dict}
 _FIELDS = {"kind", "messages", "tools", "expect"}
@@ -18,12 +19,12 @@ _FIELDS = {"kind", "messages", "tools", "expect"}
 
 @dataclass(frozen=True)
 class Task:
-    """One question.
+    """One question and its answer.
 
     Args:
-        messages (list[dict]): the chat so far, as the model's chat template takes it.
-        tools (list[dict], optional): what the model may call, in OpenAI's form.
-        expect (str or dict): the answer word for word, or the call as ``{"name": ..., "arguments": {...}}``.
+        messages (list[dict]): The chat so far, as the model's chat template takes it.
+        tools (list[dict], optional): Tools that the model may call, in OpenAI's format.
+        expect (str or dict): The answer word for word, or the call as ``{"name": ..., "arguments": {...}}``.
     """
 
     messages: list[dict[str, Any]]
@@ -32,33 +33,35 @@ class Task:
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Read a task; besides its own fields it may name its ``kind``, ``recall`` or ``tool``.
+        """Read a task. It may have one more field, ``kind``, which is ``recall`` or ``tool``.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing, unknown or of another type.
+            ValueError: The line is not JSON, or a field is missing, unknown or of another type.
         """
         task = json.loads(line)
         if not isinstance(task, dict) or set(task) - _FIELDS or not {"messages", "expect"} <= set(task):
-            raise ValueError(f"a task has messages and expect, and maybe {', '.join(sorted(_FIELDS))}; nothing else")
+            raise ValueError(
+                f"a task must have messages and expect, and may have no other fields than {', '.join(sorted(_FIELDS))}"
+            )
         expect = task["expect"]
         kind = task.get("kind", "recall" if isinstance(expect, str) else "tool")
         if kind not in _KINDS or not isinstance(expect, _KINDS[kind]):
-            raise ValueError("expect is a text in a recall task, and a call in a tool task; there is no other kind")
+            raise ValueError("kind must be recall, with a text to expect, or tool, with a call to expect")
         if isinstance(expect, dict) and (set(expect) != {"name", "arguments"} or not task.get("tools")):
-            raise ValueError("a tool task has tools, and expects a call with name and arguments")
+            raise ValueError("a tool task must have tools, and expect a call with name and arguments")
         if not isinstance(task["messages"], list) or not task["messages"]:
-            raise ValueError("messages is a list of at least one")
+            raise ValueError("messages must be a list of at least one message")
         return cls(task["messages"], task.get("tools"), expect)
 
 
 @dataclass(frozen=True)
-class Marks:
-    """How a model did, as shares of the tasks of a kind; ``None`` if there were none of it.
+class TaskScores:
+    """Shares of correct answers by kind of task. ``None`` if there was no task of a kind.
 
     Args:
-        recall (Estimate, optional): answers that are the expected text.
-        calls_parse (Estimate, optional): answers with tool calls that can be read, of tools that exist.
-        calls_right (Estimate, optional): answers with just the expected call.
+        recall (Estimate, optional): Answers that are the expected text.
+        calls_parse (Estimate, optional): Answers with tool calls that parse and name known tools.
+        calls_right (Estimate, optional): Answers with exactly the expected call.
     """
 
     recall: Estimate | None
@@ -67,12 +70,12 @@ class Marks:
 
     @classmethod
     def of(cls, tasks: Sequence[Task], answers: Sequence[str], tokenizer: TokenizerWrapper) -> Self:
-        """Judge the answers to tasks.
+        """Score answers.
 
         Args:
-            tasks (Sequence[Task]): the questions.
-            answers (Sequence[str]): what the model said, one each.
-            tokenizer (TokenizerWrapper): of the model; it knows how the model calls tools.
+            tasks (Sequence[Task]): The tasks.
+            answers (Sequence[str]): The model's answer to each.
+            tokenizer (TokenizerWrapper): Of the model, with its tool parser.
         """
         pairs = list(zip(tasks, answers, strict=True))
         recalled = [
@@ -89,11 +92,11 @@ class Marks:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Read a file with a task a line, in JSON; empty lines are skipped.
+    """Read a file with one task in JSON per line. Empty lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a task, or there is none.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not a task, or there is none.
     """
     tasks = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -107,8 +110,20 @@ def read_tasks(path: Path) -> list[Task]:
     return tasks
 
 
+def check_answerable(tasks: Sequence[Task], tokenizer: TokenizerWrapper, folder: Path) -> None:
+    """Refuse tasks that a model cannot be given.
+
+    Raises:
+        ValueError: There is no chat template, or there are tools and no tool parser.
+    """
+    if tasks and tokenizer.chat_template is None:
+        raise ValueError(f"{folder} has no chat template: tasks need a chat model")
+    if any(task.tools for task in tasks) and not tokenizer.has_tool_calling:
+        raise ValueError(f"mlx-lm has no tool parser for {folder}: leave out tasks with tools")
+
+
 def answer(model: nn.Module, tokenizer: TokenizerWrapper, task: Task, max_tokens: int) -> str:
-    """What a streamed model says, always its likeliest token, up to ``max_tokens``."""
+    """Return a streamed model's greedy answer of up to ``max_tokens`` tokens."""
     prompt = tokenizer.apply_chat_template(task.messages, tools=task.tools, add_generation_prompt=True)
     step = model.streaming.prefill_step_size
     text: str = mlx_lm.generate(model, tokenizer, prompt, max_tokens=max_tokens, prefill_step_size=step)
@@ -116,34 +131,32 @@ def answer(model: nn.Module, tokenizer: TokenizerWrapper, task: Task, max_tokens
 
 
 def final(text: str, tokenizer: TokenizerWrapper) -> str:
-    """An answer without the model's thinking and the space around it."""
+    """Return an answer without the model's reasoning and surrounding space."""
     if tokenizer.has_thinking:
         text = text.rpartition(tokenizer.think_end)[2]
     return text.strip()
 
 
 def tool_calls(text: str, tools: list[dict[str, Any]] | None, tokenizer: TokenizerWrapper) -> list[dict[str, Any]]:
-    """The calls in an answer, each ``{"name": ..., "arguments": {...}}``; none if one is broken or of no known tool.
+    """Return the calls in an answer, or an empty list if one of them does not parse or names an unknown tool.
 
     Args:
-        text (str): the answer.
-        tools (list[dict], optional): the tools that there are.
-        tokenizer (TokenizerWrapper): has mlx-lm's parser for the model's way to call.
+        text (str): The answer.
+        tools (list[dict], optional): Known tools, in OpenAI's format.
+        tokenizer (TokenizerWrapper): Has mlx-lm's parser of the model's call format.
+
+    Returns:
+        list[dict]: Calls as ``{"name": ..., "arguments": {...}}``.
     """
+    if not tokenizer.has_tool_calling:
+        return []
+    delta = OutputParser(tokenizer, tools=tools or ()).feed(final(text, tokenizer), last=True)
+    functions = [call["function"] for call in delta.tool_calls]
     known = {tool["function"]["name"] for tool in tools or []}
-    calls: list[dict[str, Any]] = []
-    for part in final(text, tokenizer).split(tokenizer.tool_call_start)[1:]:
-        # Where a call ends with the answer, the mark of its end is empty.
-        body, closed, _ = part.partition(tokenizer.tool_call_end) if tokenizer.tool_call_end else (part, "end", "")
-        try:
-            found = tokenizer.tool_parser(body.strip(), tools)
-        except Exception:  # each parser stumbles in its own way over what is no call
-            return []
-        found = found if isinstance(found, list) else [found]
-        if not closed or any(call["name"] not in known for call in found):
-            return []
-        calls += [{"name": call["name"], "arguments": call["arguments"]} for call in found]
-    return calls
+    # A call that does not parse stays in the content.
+    if tokenizer.tool_call_start in delta.content or any(function["name"] not in known for function in functions):
+        return []
+    return [{"name": function["name"], "arguments": json.loads(function["arguments"])} for function in functions]
 
 
 def _share(successes: list[bool]) -> Estimate | None:

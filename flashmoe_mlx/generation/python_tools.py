@@ -15,17 +15,17 @@ from transformers.utils.chat_template_utils import (
 )
 
 
-class Toolbox:
+class PythonTools:
     """Functions by name.
 
     Args:
-        functions (Mapping[str, Callable]): typed, and documented in Google's style, each argument with a line.
+        functions (Mapping[str, Callable]): Functions with type hints and Google-style docstrings.
 
     Attributes:
-        schemas (list[dict]): what a chat template tells the model of them, in OpenAI's form.
+        schemas (list[dict]): The functions in OpenAI's form, as chat templates take them.
 
     Raises:
-        ValueError: one is not typed or documented; says which and what it lacks.
+        ValueError: A function has a parameter without type hint or description.
     """
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]):
@@ -34,15 +34,15 @@ class Toolbox:
 
     @classmethod
     def load(cls, name: str) -> Self:
-        """Run a Python file and take the functions that it defines; those that begin with ``_`` stay its own.
+        """Run a Python file and take the public functions that it defines.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it does not run, has no functions, or one is not typed or documented.
+            FileNotFoundError: There is no such file.
+            ValueError: The file does not run, has no functions, or one lacks a type hint or a description.
         """
         path = Path(name).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"no such file of tools: {path}")
+            raise FileNotFoundError(f"no such file: {path}")
         module = _run(path)
         functions = {
             name: value
@@ -50,20 +50,21 @@ class Toolbox:
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }
         if not functions:
-            raise ValueError(f"{path} defines no public function: there is no tool in it")
+            raise ValueError(f"{path} has no public functions: define at least one")
         try:
             return cls(functions)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}. A helper that is no tool has a name that begins with _") from error
+            raise ValueError(f"{path}: {error}. Prefix helper functions with an underscore to hide them") from error
 
-    def refuse_call(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Refuse what no function takes.
+    def check_call(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Check that a call fits one of the functions.
 
         Raises:
-            ValueError: there is no such function, or it has other arguments.
+            ValueError: There is no such function, or it takes other arguments.
         """
         if name not in self._functions:
-            raise ValueError(f"there is no function {name!r}: choose from {', '.join(self._functions)}")
+            choice = f"choose from {', '.join(self._functions)}" if self._functions else "there are no functions"
+            raise ValueError(f"no function {name!r}: {choice}")
         try:
             inspect.signature(self._functions[name]).bind(**arguments)
         except TypeError as error:
@@ -73,19 +74,20 @@ class Toolbox:
         """Call a function.
 
         Returns:
-            str: what it returned, as JSON unless it is text; or one line about the exception that it raised.
+            str: Its result, as JSON unless it is text; or one line about the exception that it raised.
         """
         try:
             result = self._functions[name](**arguments)
             return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except (Exception, SystemExit) as error:  # whatever goes wrong in it is for the model to know
+        # Any failure is reported to the model, which may try again.
+        except (Exception, SystemExit) as error:
             return " ".join(f"error: {type(error).__name__}: {error}".split())
 
 
 def _run(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file: its name must end in .py")
+        raise ValueError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,24 +1,22 @@
 """The thread that loads a model and runs one job after the other on it."""
 
-import copy
-import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, stream_generate, wired_limit
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor
+from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.job import Answer, Job, Token
+from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
 from flashmoe_mlx.generation.prefix_store import PrefixStore
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
@@ -59,10 +57,13 @@ class Worker:
             cache is not quantized.
         open_prefix_store (Callable, optional): Returns the prefix store on disk for the loaded model. Default: prefixes
             are kept in memory only.
+        min_prefix (int): Tokens: a shorter prefix is cheap to prefill again, and its state is not kept. Default:
+            ``512``.
 
     Attributes:
         model (nn.Module): The loaded model. Other threads may use only its ``streaming``.
         tokenizer (TokenizerWrapper): The loaded tokenizer.
+        prefixes (PrefixCache): The prefix cache. Other threads may use it only while the worker is idle.
         closed (bool): No more jobs are accepted.
 
     Raises:
@@ -76,25 +77,24 @@ class Worker:
         max_queue: int,
         prefix_cache_bytes: int,
         prefill_step_size: int | None = None,
-        kv_cache: dict[str, Any] | None = None,
+        kv_cache: Mapping[str, Any] | None = None,
         open_prefix_store: Callable[[nn.Module], PrefixStore] | None = None,
+        min_prefix: int = 512,
     ):
-        self._count = count
-        self._max_queue = max_queue
-        self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
+        self._count, self._max_queue, self._min_prefix = count, max_queue, min_prefix
         self._lock = threading.Lock()
         # The first one runs, the others wait.
         self._accepted: list[Answer] = []
         self.closed = False
-        self._prefixes = LRUPromptCache(max_size=1024, max_bytes=prefix_cache_bytes)
         self._thread = DaemonThreads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
-        self._thread.submit(lambda: _settle(loaded, load))
+        self._thread.submit(lambda: _fulfill(loaded, load))
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
         self.model, self.tokenizer = loaded.result()[:2]
-        self._store = open_prefix_store and open_prefix_store(self.model)
-        self._step = prefill_step_size or self.model.streaming.prefill_step_size
+        store = open_prefix_store and open_prefix_store(self.model)
+        self.prefixes = PrefixCache(max_bytes=prefix_cache_bytes, store=store)
+        self._generator = Generator(self.model, self.tokenizer, self.prefixes, prefill_step_size, kv_cache)
 
     @property
     def idle(self) -> bool:
@@ -127,7 +127,7 @@ class Worker:
         Raises:
             MemoryError: It does not fit.
         """
-        self.model.streaming.refuse_context(tokens, self._kv_cache["kv_bits"], self._kv_cache["kv_group_size"])
+        self._generator.refuse_context(tokens)
 
     def gauges(self) -> dict[str, float]:
         """Return the numbers of waiting and running jobs, and the bytes of the prefix cache."""
@@ -136,7 +136,7 @@ class Worker:
         return {
             "waiting_requests": max(0, wanted - 1),
             "running_requests": min(1, wanted),
-            "prefix_bytes": self._prefixes.nbytes,
+            "prefix_bytes": self.prefixes.nbytes,
         }
 
     def close(self, timeout: float) -> None:
@@ -180,83 +180,34 @@ class Worker:
             answer.put(None)
 
     def _generate(self, answer: Answer) -> Iterator[Token]:
-        job = answer.job
-        prompt = list(job.prompt.tokens)
+        job, prompt = answer.job, answer.job.prompt
         mx.random.seed(secrets.randbits(63) if job.seed is None else job.seed % 2**64)
-        # The last token is always computed: its logits choose the first token of the answer.
-        cache, answer.cached_tokens = self._nearest(prompt[:-1])
-        # On the stream that mlx-lm generates on.
-        with wired_limit(self.model, [generation_stream]), mx.stream(generation_stream):
-            self._prefill(answer, prompt, cache)
+        kinds: dict[int, Kind] = {prompt.thought_start: "user", prompt.preamble: "system"}
+        keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
+        context = self._generator.prefill(prompt.tokens, keep, cancelled=lambda: answer.cancelled)
+        answer.cached_tokens = context.cached_tokens
         if answer.cancelled:
             return
-        self._count(prompt_tokens=len(prompt), cached_prompt_tokens=answer.cached_tokens)
-        before = mx.array(prompt[:-1], mx.int32)
-        processors = [_after(before, penalty) for penalty in make_logits_processors(**job.penalties)]
-        responses = stream_generate(
-            self.model,
-            self.tokenizer,
-            prompt[-1:],
-            max_tokens=job.max_tokens,
+        self._count(prompt_tokens=len(prompt.tokens), cached_prompt_tokens=answer.cached_tokens)
+        before = mx.array(prompt.tokens[:-1], mx.int32)
+        penalties = [_after(before, penalty) for penalty in make_logits_processors(**job.penalties)]
+        responses = self._generator.decode(
+            context,
+            job.max_tokens,
             sampler=make_sampler(**job.sampling),
-            logits_processors=[*processors, *job.constraints],
-            prompt_cache=cache,
-            **self._kv_cache,
+            logits_processors=[*penalties, *job.constraints],
+            stopped=lambda: answer.cancelled,
         )
         for index, response in enumerate(responses):
             if index == 0:
                 self._count(first_token_seconds=time.perf_counter() - answer.submitted)
             self._count(generated_tokens=1)
-            prompt.append(response.token)
             logprob = _finite(response.logprobs[response.token].item())
-            top = _likeliest(response.logprobs, job.top_logprobs)
+            top = _top_logprobs(response.logprobs, job.top_logprobs)
             yield Token(response.text, response.token, logprob, top, response.finish_reason)
-            if answer.cancelled:
-                break
-        # The cache has seen every token so far, as mlx-lm computes one ahead.
-        self._prefixes.insert_cache(None, prompt, cache)
-
-    def _nearest(self, prompt: list[int]) -> tuple[list[Any], int]:
-        """The state that can be gone on from with the fewest tokens left, and how many it has seen."""
-        cache, rest = self._prefixes.fetch_nearest_cache(None, prompt)
-        seen = len(prompt) - len(rest)
-        try:
-            found = self._store and self._store.longest(prompt, beyond=seen)
-        except OSError as error:
-            logging.warning("cannot look for a preamble on disk: %s", error)
-            found = None
-        if found:
-            cache, seen = found
-            self._prefixes.insert_cache(None, prompt[:seen], copy.deepcopy(cache), cache_type="system")
-        return cache or make_prompt_cache(self.model), seen
-
-    def _keep_on_disk(self, preamble: list[int], cache: list[Any]) -> None:
-        try:
-            if self._store is not None:
-                self._store.store(preamble, cache)
-        except OSError as error:  # the answer does not depend on it
-            logging.warning("cannot keep a preamble: %s", error)
-
-    def _prefill(self, answer: Answer, prompt: list[int], cache: list[Any]) -> None:
-        """Read all of the prompt but its last token, in chunks that end where other prompts may go another way."""
-        position, end = answer.cached_tokens, len(prompt) - 1
-        cuts = set() if can_trim_prompt_cache(cache) else set(answer.job.prompt.prefix_lengths)
-        preamble = answer.job.prompt.preamble if self._store is not None else 0
-        cuts |= {preamble}
-        while position < end and not answer.cancelled:
-            stop = min([position + self._step, end, *(cut for cut in cuts if cut > position)])
-            self.model(mx.array(prompt[position:stop])[None], cache=cache)
-            maybe_quantize_kv_cache(cache, **self._kv_cache)
-            mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
-            position = stop
-            if position in cuts:  # a system's state is kept longest
-                self._prefixes.insert_cache(None, prompt[:position], copy.deepcopy(cache), cache_type="system")
-            if position == preamble:
-                self._keep_on_disk(prompt[:position], cache)
 
 
-def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+def _fulfill(future: Future[Any], work: Callable[[], Any]) -> None:
     try:
         future.set_result(work())
     except BaseException as error:
@@ -264,11 +215,11 @@ def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
 
 
 def _after(before: mx.array, processor: Processor) -> Processor:
-    """A processor that sees the whole prompt, of which mlx-lm is only given the last token."""
+    """Return a processor that sees the whole prompt, of which mlx-lm gets only the last token."""
     return lambda tokens, logits: processor(mx.concatenate([before, tokens.astype(before.dtype)]), logits)
 
 
-def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
+def _top_logprobs(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
     if count == 0:
         return ()
     values = np.array(logprobs.astype(mx.float32))
@@ -276,5 +227,5 @@ def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
 
 
 def _finite(logprob: float) -> float:
-    """What is impossible has no logprob that JSON could hold; this is OpenAI's number for it."""
+    """Return a number that JSON can hold; OpenAI's API reports -9999 for impossible tokens."""
     return max(float(logprob), -9999.0)

@@ -11,7 +11,7 @@ import mlx_lm
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import dequantize_model, quantize_model, save
 
-from flashmoe_mlx.checkpoint.identity import fingerprint
+from flashmoe_mlx.checkpoint.identity import model_identity
 from flashmoe_mlx.model.families import switch_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -52,7 +52,7 @@ def requantize(folder: Path, bits: int, cache: Path) -> Path:
     """
     if bits not in BITS:
         raise ValueError(f"bits is {bits}: MLX quantizes to {', '.join(map(str, BITS))}")
-    copy = cache / f"{folder.resolve().name}-{fingerprint(folder)[:12]}-experts-{bits}bit"
+    copy = cache / f"{folder.resolve().name}-{model_identity(folder)[:12]}-experts-{bits}bit"
     if copy.is_dir():
         return copy
     cache.mkdir(parents=True, exist_ok=True)

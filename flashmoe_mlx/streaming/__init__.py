@@ -1,1 +1,1 @@
-"""Spans of files to slots in memory: read experts and decide which of them stay."""
+"""From spans of files to slots in memory: reads experts, and decides which of them stay."""

@@ -1,4 +1,4 @@
-"""Host memory for bytes on their way to an NVIDIA GPU, whose memory files cannot be read into."""
+"""Pinned host memory for an NVIDIA GPU, into whose own memory files cannot be read."""
 
 import ctypes
 import weakref
@@ -10,21 +10,19 @@ import mlx.core as mx
 
 
 class PinnedBuffers:
-    """Page-locked memory in equal places, and copies from there to memory of the GPU.
+    """Pinned host memory in buffers of equal size, and copies from there to the GPU.
 
-    The host can write MLX's arrays, which MLX moves to managed memory for it: the pages then travel one by one when a
-    kernel reads them, at 10 GB/s, and as slowly back when the host writes again. A copy from page-locked memory to the
-    GPU's own moves 50 GB/s.
-
-    It calls the driver, because MLX has no copy into a part of an array that exists.
+    The host could write to MLX's arrays, but MLX moves those to managed memory then: pages migrate one by one when a
+    kernel reads them, at 10 GB/s, and back as slowly. A copy from pinned memory to the GPU's own runs at 50 GB/s. It
+    calls the driver, because MLX cannot copy into part of an array that exists.
 
     Args:
-        buffer_nbytes (int): bytes of a buffer.
-        count (int): number of buffers.
+        buffer_nbytes (int): Bytes of a buffer.
+        count (int): Number of buffers.
 
     Raises:
-        MemoryError: the driver does not give the memory.
-        RuntimeError: it refuses something else.
+        MemoryError: The driver has no more pinned memory.
+        RuntimeError: Another call to the driver failed.
     """
 
     def __init__(self, buffer_nbytes: int, count: int):
@@ -33,9 +31,11 @@ class PinnedBuffers:
         self._stream = ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(device), 0)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)  # the one that MLX uses
+        # MLX uses the primary context, too.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         self._call("cuCtxSetCurrent", self._context)
-        self._call("cuStreamCreate", ctypes.byref(self._stream), 1)  # does not wait for MLX's streams
+        # Non-blocking: it does not wait for MLX's streams.
+        self._call("cuStreamCreate", ctypes.byref(self._stream), 1)
         memory = self._allocate(buffer_nbytes * count)
         self._address = ctypes.addressof(memory)
         self._bytes = memoryview(memory).cast("B")
@@ -44,32 +44,44 @@ class PinnedBuffers:
 
     @property
     def free(self) -> int:
-        """Places that nobody has."""
+        """Return the number of buffers that are free."""
         return len(self._free)
 
     def take(self, sizes: Sequence[int]) -> tuple[int, list[memoryview]]:
-        """Take a free place and cut it into buffers of these ``sizes``, in bytes.
+        """Take a free buffer.
+
+        Args:
+            sizes (Sequence[int]): Bytes of the views to cut it into.
+
+        Returns:
+            tuple: The number of the buffer, and the views.
 
         Raises:
-            OSError: none is free, because reads into all of them are stuck.
+            OSError: No buffer is free, because reads into all of them are stuck.
         """
         if not self._free:
             raise OSError("all pinned memory is blocked by stuck reads: check the disk")
-        place = self._free.pop()
-        buffers, begin = [], place * self._buffer_nbytes
+        number = self._free.pop()
+        views, begin = [], number * self._buffer_nbytes
         for size in sizes:
-            buffers.append(self._bytes[begin : begin + size])
+            views.append(self._bytes[begin : begin + size])
             begin += size
-        return place, buffers
+        return number, views
 
-    def copy(self, place: int, sizes: Sequence[int], addresses: Sequence[int]) -> None:
-        """Copy the buffers of a place to the GPU, each to its address; done once :meth:`synchronize` returns.
+    def copy(self, number: int, sizes: Sequence[int], addresses: Sequence[int]) -> None:
+        """Start to copy the views of a buffer to the GPU. :meth:`synchronize` waits for the copies.
+
+        Args:
+            number (int): The buffer.
+            sizes (Sequence[int]): Bytes of its views.
+            addresses (Sequence[int]): The GPU's address to copy each view to.
 
         Raises:
-            RuntimeError: the driver refuses.
+            RuntimeError: A call to the driver failed.
         """
-        self._call("cuCtxSetCurrent", self._context)  # of this thread
-        begin = self._address + place * self._buffer_nbytes
+        # The current context is a thread's own.
+        self._call("cuCtxSetCurrent", self._context)
+        begin = self._address + number * self._buffer_nbytes
         for size, address in zip(sizes, addresses, strict=True):
             to, start = ctypes.c_void_p(address), ctypes.c_void_p(begin)
             self._call("cuMemcpyHtoDAsync_v2", to, start, ctypes.c_size_t(size), self._stream)
@@ -79,27 +91,49 @@ class PinnedBuffers:
         """Wait for all copies.
 
         Raises:
-            RuntimeError: one of them failed.
+            RuntimeError: A copy failed.
         """
         self._call("cuStreamSynchronize", self._stream)
 
-    def give_back(self, places: Iterable[int]) -> None:
-        """Say that places are free again."""
-        self._free += places
+    def give_back(self, numbers: Iterable[int]) -> None:
+        """Mark buffers as free."""
+        self._free += numbers
 
     def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """Page-locked memory, given back once nobody has a view of it."""
+        """Allocate pinned memory, which is freed with the last view of it."""
         address = ctypes.c_void_p()
         try:
             self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
         except RuntimeError as error:
-            raise MemoryError(f"no {nbytes / 1e6:.0f} MB of page-locked memory: {error}") from error
+            raise MemoryError(
+                f"could not pin {nbytes / 1e6:.0f} MB of memory ({error}): close other programs"
+            ) from error
         memory = (ctypes.c_char * nbytes).from_address(address.value or 0)
-        weakref.finalize(memory, _free, self._context, self._stream, address).atexit = False  # it ends with the process
+        # Not at exit: the process returns it anyway, and the driver may be gone by then.
+        weakref.finalize(memory, _free, self._context, self._stream, address).atexit = False
         return memory
 
     def _call(self, name: str, *arguments: Any) -> None:
         _call(name, *arguments)
+
+
+def device_address(array: mx.array) -> int:
+    """Return the address of an array in the GPU's memory. It is valid until the host reads the array."""
+    kernel = mx.fast.cuda_kernel(
+        name="address",
+        input_names=["array"],
+        output_names=["address"],
+        source="address[0] = reinterpret_cast<unsigned long long>(array);",
+    )
+    (address,) = kernel(  # type: ignore[operator]
+        inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.uint64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
+    )
+    return int(address.item())
+
+
+def needs_pinned_memory() -> bool:
+    """Return whether the device computes with memory of its own, which files cannot be read into."""
+    return mx.cuda.is_available() and mx.default_device().type == mx.gpu
 
 
 def _free(context: ctypes.c_void_p, stream: ctypes.c_void_p, address: ctypes.c_void_p) -> None:
@@ -111,28 +145,9 @@ def _free(context: ctypes.c_void_p, stream: ctypes.c_void_p, address: ctypes.c_v
 def _call(name: str, *arguments: Any) -> None:
     function: Callable[..., int] = getattr(_driver(), name)
     if error := function(*arguments):
-        raise RuntimeError(f"the CUDA driver refuses {name}: error {error}")
+        raise RuntimeError(f"{name} failed with CUDA error {error}")
 
 
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
-
-
-def device_address(array: mx.array) -> int:
-    """Where an array is in the GPU's memory. It stays there as long as the host does not look into it."""
-    tell = mx.fast.cuda_kernel(
-        name="address",
-        input_names=["array"],
-        output_names=["address"],
-        source="address[0] = reinterpret_cast<unsigned long long>(array);",
-    )
-    (address,) = tell(  # type: ignore[operator]
-        inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.uint64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
-    )
-    return int(address.item())
-
-
-def needs_pinned_memory() -> bool:
-    """Whether files cannot be read straight into memory that the device computes with."""
-    return mx.cuda.is_available() and mx.default_device().type == mx.gpu

@@ -27,10 +27,10 @@ class _Memory(NamedTuple):
     """All that depends on the number of slots, so that one assignment replaces it.
 
     Args:
-        slot_map (SlotMap): the resident experts.
-        writer (SlotWriter): fills the slots.
-        indices (dict[str, mx.array]): slot indices of layers none of whose experts came or went since.
-        moves (int): how often the slots have moved to new memory.
+        slot_map (SlotMap): The resident experts.
+        writer (SlotWriter): Fills the slots.
+        indices (dict[str, mx.array]): Slot indices of layers none of whose experts came or went since.
+        moves (int): How often the slots have moved to new memory.
     """
 
     slot_map: SlotMap
@@ -43,19 +43,19 @@ class Pool:
     """Slots for experts, which keep the most recently used ones. Layers whose experts look alike may share a pool.
 
     Args:
-        slots (int): number of slots.
-        table (ExpertTable): gives the parts of an expert, their shapes and dtypes.
-        reader (Reader): fills buffers from files.
-        counters (Counters): counts hits and misses.
-        pinned (PinnedBuffers, optional): read into these and copy to the slots, where files cannot be read into the
+        slots (int): Number of slots.
+        table (ExpertTable): Gives the parts of an expert, their shapes and dtypes.
+        reader (Reader): Fills buffers from files.
+        counters (Counters): Counts hits and misses.
+        pinned (PinnedBuffers, optional): Read into these and copy to the slots, where files cannot be read into the
             memory that the device computes with. Default: ``None``, read straight into the slots.
-        check (ManifestCheck, optional): compares experts with a manifest before they count as resident. Default:
+        check (ManifestCheck, optional): Compares experts with a manifest before they count as resident. Default:
             ``None``.
 
     Attributes:
-        planned (int): number of slots at the beginning.
-        slot_nbytes (int): bytes of a slot.
-        expert_nbytes (int): bytes of an expert on disk.
+        planned (int): Number of slots at the beginning.
+        slot_nbytes (int): Bytes of a slot.
+        expert_nbytes (int): Bytes of an expert on disk.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class Pool:
         return indices[table.layer]
 
     def touch(self, table: ExpertTable, experts: Sequence[int]) -> bool:
-        """Mark experts of a layer as used now and count them as hits, if all are resident and nothing is in flight.
+        """Mark experts of a layer as used now and count them as hits, if all are resident and no prefetch is in flight.
 
         Returns:
-            bool: True if it is so. Otherwise nothing has changed.
+            bool: They were marked. Otherwise nothing has changed.
         """
         if self._prefetch is not None or not self._memory.slot_map.touch(table.layer, experts):
             return False
@@ -126,12 +126,12 @@ class Pool:
         not fit comes in waves of half the pool: one is read while another is computed.
 
         Args:
-            table (ExpertTable): the layer's.
-            experts (Sequence[int]): different ones.
-            together (bool): make it one wave, if all of them fit.
+            table (ExpertTable): The layer's.
+            experts (Sequence[int]): Different ones.
+            together (bool): Make it one wave, if all of them fit.
 
         Returns:
-            tuple: the resident experts, and the waves of the others; or no experts, and one wave of all.
+            tuple: The resident experts, and the waves of the others; or no experts, and one wave of all.
         """
         self._finish_prefetch(table, experts)
         self._recover()
@@ -152,16 +152,16 @@ class Pool:
         that were fetched last, and of ``experts`` themselves.
 
         Args:
-            table (ExpertTable): the layer's.
-            experts (Sequence[int]): different ones, at most ``slots`` of them.
+            table (ExpertTable): The layer's.
+            experts (Sequence[int]): Different ones, at most ``slots`` of them.
 
         Returns:
-            dict[int, int]: the slot of each expert.
+            dict[int, int]: The slot of each expert.
 
         Raises:
-            ReadError: an expert could not be read. Then none of the missing ones is resident.
-            OSError: an expert is not what the manifest has, or stuck reads block too many slots.
-            RuntimeError: the CUDA driver refused a copy.
+            ReadError: An expert could not be read. Then none of the missing ones is resident.
+            OSError: An expert differs from the manifest, or stuck reads block too many slots.
+            RuntimeError: The CUDA driver refused a copy.
         """
         self._finish_prefetch(table, experts)
         missing = self._memory.slot_map.missing(table.layer, experts)
@@ -175,9 +175,9 @@ class Pool:
         """Begin to read experts that a layer may need next, in the background, unless a prefetch is in flight.
 
         Args:
-            table (ExpertTable): the layer's.
-            experts (Sequence[int]): different ones. Those that do not fit next to the busy ones are left out.
-            busy (int): how many of the experts fetched last an unfinished graph may read. It may read no others.
+            table (ExpertTable): The layer's.
+            experts (Sequence[int]): Different ones. Those that do not fit next to the busy ones are left out.
+            busy (int): How many of the experts fetched last an unfinished graph may read. It may read no others.
         """
         if self._prefetch is not None:
             return
@@ -201,9 +201,9 @@ class Pool:
         in quarantine, nothing happens.
 
         Args:
-            slots (int): number of slots.
-            table (ExpertTable): of the layer that is about to fetch.
-            needed (Sequence[int]): the experts that it is about to fetch.
+            slots (int): Number of slots.
+            table (ExpertTable): Of the layer that is about to fetch.
+            needed (Sequence[int]): The experts that it is about to fetch.
         """
         self._finish_prefetch(table, needed)
         self._recover()
@@ -218,8 +218,8 @@ class Pool:
         """Make experts of a layer resident before anything is computed, without counting hits and misses.
 
         Raises:
-            ReadError: an expert could not be read.
-            OSError: an expert is not what the manifest has.
+            ReadError: An expert could not be read.
+            OSError: An expert differs from the manifest.
         """
         self._finish_prefetch(table, experts)
         self._recover()

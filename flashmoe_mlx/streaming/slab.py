@@ -85,7 +85,7 @@ class Slab:
 
     @cached_property
     def _bytes(self) -> memoryview:
-        """The memory as the host sees it. MLX moves it to the host if it is the GPU's own."""
+        """Return the memory as the host sees it. MLX moves it to the host if it is the GPU's own."""
         return memoryview(self._memory).cast("B")  # type: ignore[arg-type]  # MLX's stubs omit the buffer protocol
 
     @cached_property

@@ -17,10 +17,10 @@ class SlotMap:
     or :meth:`release`.
 
     Args:
-        capacity (int): number of slots.
+        capacity (int): Number of slots.
 
     Attributes:
-        capacity (int): number of slots.
+        capacity (int): Number of slots.
     """
 
     def __init__(self, capacity: int):
@@ -72,13 +72,13 @@ class SlotMap:
         """Hand out slots, and evict the least recently used experts if too few are free.
 
         Args:
-            count (int): number of slots.
+            count (int): Number of slots.
 
         Returns:
-            tuple: the slots, and the experts that were evicted.
+            tuple: The slots, and the experts that were evicted.
 
         Raises:
-            OSError: there are not as many, because others were handed out and have not been given back. Then no expert
+            OSError: There are not as many, because others were handed out and have not been given back. Then no expert
                 was evicted.
         """
         if count > len(self._free) + len(self._slot_of):
@@ -113,10 +113,10 @@ class SlotMap:
         """Return a map with another number of slots, which keeps the most recently used experts that fit.
 
         Args:
-            capacity (int): its number of slots, at least 1.
+            capacity (int): Its number of slots, at least 1.
 
         Returns:
-            tuple: the map, and the old slots of the experts in its slots 0, 1, and so on. Its other slots are free.
+            tuple: The map, and the old slots of the experts in its slots 0, 1, and so on. Its other slots are free.
         """
         kept = list(self._slot_of.items())[-capacity:]
         resized = SlotMap(capacity)

@@ -24,12 +24,12 @@ class SlotWriter:
     One read or one prefetch is in flight at a time. If it fails, call :meth:`abort`.
 
     Args:
-        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
-        reader (Reader): fills buffers from files.
-        check (ManifestCheck, optional): compares experts with a manifest. Default: ``None``.
+        slabs (Mapping[str, Slab]): The memory of the slots, by parameter.
+        reader (Reader): Fills buffers from files.
+        check (ManifestCheck, optional): Compares experts with a manifest. Default: ``None``.
 
     Attributes:
-        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
+        slabs (Mapping[str, Slab]): The memory of the slots, by parameter.
     """
 
     def __init__(self, slabs: Mapping[str, Slab], reader: Reader, check: ManifestCheck | None = None):
@@ -51,8 +51,8 @@ class SlotWriter:
         """Read experts of a layer into slots.
 
         Raises:
-            ReadError: an expert could not be read.
-            OSError: an expert is not what the manifest has.
+            ReadError: An expert could not be read.
+            OSError: An expert differs from the manifest.
         """
         buffers = [self._rows[slot] for slot in slots]
         self._reader.read(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
@@ -62,7 +62,7 @@ class SlotWriter:
         """Begin to read experts of a layer into slots, in the background.
 
         Returns:
-            Callable: waits until they are there. Call it once; it raises what :meth:`read` does.
+            Callable: Waits until they are there. Call it once; it raises what :meth:`read` does.
         """
         buffers = [self._rows[slot] for slot in slots]
         wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
@@ -77,10 +77,10 @@ class SlotWriter:
         """Quarantine what the threads of a failed read may still write to.
 
         Args:
-            slots (Sequence[int]): all that it was to fill.
+            slots (Sequence[int]): All that it was to fill.
 
         Returns:
-            list[int]: the slots that may be used now, of these and of earlier ones.
+            list[int]: The slots that may be used now, of these and of earlier ones.
         """
         self._quarantine |= {slot: self._rows[slot] for slot in slots}
         return self.recover()
@@ -93,14 +93,14 @@ class SlotWriter:
         """Return a writer for new memory. Nothing may be in flight or in quarantine.
 
         Args:
-            kept (Sequence[int]): old slots, whose bytes the new slots 0, 1, and so on begin with.
-            slots (int): number of new slots.
+            kept (Sequence[int]): Old slots, whose bytes the new slots 0, 1, and so on begin with.
+            slots (int): Number of new slots.
         """
         return type(self)(self._resized_slabs(kept, slots), self._reader, self._check)
 
     @cached_property
     def _rows(self) -> list[list[memoryview]]:
-        """The buffers of each slot."""
+        """Return the buffers of each slot."""
         slots = min(slab.slots for slab in self.slabs.values())
         return [[slab.buffer(slot) for slab in self.slabs.values()] for slot in range(slots)]
 
@@ -136,10 +136,10 @@ class PinnedSlotWriter(SlotWriter):
     """Reads experts into pinned memory and copies them to their slots, for a GPU that has memory of its own.
 
     Args:
-        slabs (Mapping[str, Slab]): the memory of the slots, by parameter.
-        reader (Reader): fills buffers from files.
-        pinned (PinnedBuffers): what to read into. Pools may share them.
-        check (ManifestCheck, optional): compares experts with a manifest. Default: ``None``.
+        slabs (Mapping[str, Slab]): The memory of the slots, by parameter.
+        reader (Reader): Fills buffers from files.
+        pinned (PinnedBuffers): What to read into. Pools may share them.
+        check (ManifestCheck, optional): Compares experts with a manifest. Default: ``None``.
     """
 
     def __init__(
@@ -159,9 +159,9 @@ class PinnedSlotWriter(SlotWriter):
         """Read experts of a layer into slots, while those before them are copied to the GPU.
 
         Raises:
-            ReadError: an expert could not be read.
-            OSError: an expert is not what the manifest has, or stuck reads block all pinned memory.
-            RuntimeError: the CUDA driver refused a copy.
+            ReadError: An expert could not be read.
+            OSError: An expert differs from the manifest, or stuck reads block all pinned memory.
+            RuntimeError: The CUDA driver refused a copy.
         """
         step = max(1, min(_COPIED_AT_ONCE, self._pinned.free))
         for first in range(0, len(experts), step):
@@ -178,7 +178,7 @@ class PinnedSlotWriter(SlotWriter):
         """Begin to read experts of a layer, in the background.
 
         Returns:
-            Callable: copies them to their slots. Call it once; it raises what :meth:`read` does.
+            Callable: Copies them to their slots. Call it once; it raises what :meth:`read` does.
         """
         transfers = self._begin(slots)
         buffers = [each.buffers for each in transfers]
@@ -195,10 +195,10 @@ class PinnedSlotWriter(SlotWriter):
         """Quarantine the pinned buffers of a failed read; threads write to nothing else.
 
         Args:
-            slots (Sequence[int]): all that it was to fill.
+            slots (Sequence[int]): All that it was to fill.
 
         Returns:
-            list[int]: these slots.
+            list[int]: These slots.
         """
         self._pinned.synchronize()
         self._pinned_quarantine |= {each.pinned: each.buffers for each in self._in_flight}
@@ -215,8 +215,8 @@ class PinnedSlotWriter(SlotWriter):
         """Return a writer for new memory. Nothing may be in flight.
 
         Args:
-            kept (Sequence[int]): old slots, whose bytes the new slots 0, 1, and so on begin with.
-            slots (int): number of new slots.
+            kept (Sequence[int]): Old slots, whose bytes the new slots 0, 1, and so on begin with.
+            slots (int): Number of new slots.
         """
         resized = type(self)(self._resized_slabs(kept, slots), self._reader, self._pinned, self._check)
         resized._pinned_quarantine = self._pinned_quarantine

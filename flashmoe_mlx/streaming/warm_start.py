@@ -1,4 +1,4 @@
-"""The set of experts in memory, kept in a file from one run to the next."""
+"""Keeps the set of resident experts in a file from one run to the next."""
 
 import json
 from collections import defaultdict
@@ -12,12 +12,10 @@ from flashmoe_mlx.system.atomic_write import replacing
 
 
 def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
-    """Write which experts are in slots, of each layer the least recently used first.
-
-    The file changes as a whole or not at all.
+    """Write the numbers of the resident experts of each layer, the least recently used first.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written. An older file stays as it was.
     """
     experts: dict[str, list[int]] = defaultdict(list)
     for pool in pools:
@@ -28,33 +26,36 @@ def save_residents(path: str | Path, pools: Iterable[Pool]) -> None:
 
 
 def load_residents(path: str | Path, tables: Mapping[str, tuple[ExpertTable, Pool]]) -> None:
-    """Read the experts that a file names into slots, of each layer the most recently used that fit.
+    """Read the experts in a file into slots: of each layer the most recently used ones that fit.
 
     Args:
-        path (str or Path): what :func:`save_residents` wrote. If there is none yet, nothing happens.
-        tables (Mapping): each streamed layer's table and pool.
+        path (str or Path): A file of :func:`save_residents`. If there is none, nothing happens.
+        tables (Mapping): The table and the pool of each streamed layer.
 
     Raises:
-        FileNotFoundError: there is no folder for it.
-        ValueError: the file is damaged or another model's.
-        OSError: an expert could not be read.
+        FileNotFoundError: The folder of the file does not exist.
+        ValueError: The file is damaged, or of another model.
+        OSError: An expert could not be read.
     """
     try:
         content = json.loads(Path(path).read_text())["experts"]
         experts = {layer: list(dict.fromkeys(map(index, numbers))) for layer, numbers in content.items()}
     except FileNotFoundError as error:
-        if Path(path).absolute().parent.is_dir():
+        folder = Path(path).absolute().parent
+        if folder.is_dir():
             return
-        raise FileNotFoundError(f"no folder for {path}: make it, or the run's end cannot write there") from error
+        raise FileNotFoundError(
+            f"no folder {folder} for the warm-start file: create it, or it cannot be written at the end"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no list of experts in memory: remove it, and it is written anew") from error
+        raise ValueError(f"{path} is not a valid warm-start file: delete it, and it will be recreated") from error
     known = {layer: numbers for layer, numbers in experts.items() if layer in tables}
     for layer, numbers in known.items():
         count = tables[layer][0].experts
         if unknown := [number for number in numbers if not 0 <= number < count]:
             raise ValueError(
-                f"{path} names expert {unknown[0]} of {layer}, which has {count}: it is another model's. "
-                "Remove it or give another --warm-start"
+                f"{path} is of another model: it has expert {unknown[0]} of {layer}, which has {count}. "
+                "Delete it, or give another --warm-start"
             )
     for layer, numbers in known.items():
         table, pool = tables[layer]

@@ -1,1 +1,1 @@
-"""What the package asks of the operating system: files, threads, memory and package data."""
+"""Services of the operating system: files, threads, memory and package data."""

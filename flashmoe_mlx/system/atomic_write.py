@@ -1,4 +1,4 @@
-"""Files that change as a whole or not at all."""
+"""Writes files completely or not at all."""
 
 import fcntl
 import os
@@ -10,23 +10,24 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """A file to write instead of ``path``, which it becomes at the end.
+    """Yield the path of a file to write, which replaces ``path`` at the end.
 
-    Whatever interrupts this, ``path`` is the old file, the new one, or still none. What a process that was killed
-    left beside it is removed.
+    Whenever this is interrupted, ``path`` is the old file, the new file, or still missing. Files that killed processes
+    left next to it are removed.
 
     Args:
-        path (Path): what to write.
-        mode (int): its permissions, of which the process's umask may take some.
+        path (Path): The file to write.
+        mode (int): Its permissions, reduced by the umask. Default: ``0o666``.
 
     Raises:
-        OSError: it cannot be written; says which file and why.
+        OSError: It cannot be written.
     """
     try:
         with _replacing(path, mode) as unfinished:
             yield unfinished
     except OSError as error:
-        if error.strerror is None:  # no system's error: what was to be written could not be read
+        # Without strerror it is not the system's error, but one of the caller, who could not read what to write.
+        if error.strerror is None:
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
@@ -39,39 +40,48 @@ def _replacing(path: Path, mode: int) -> Iterator[Path]:
         yield unfinished
         _fsync(unfinished)
         unfinished.replace(path)
-        _fsync(path.parent)  # the new name too must outlive a power cut
+        # The new name, too, must survive a power cut.
+        _fsync(path.parent)
     finally:
         os.close(lock)
         unfinished.unlink(missing_ok=True)
 
 
 def _begin(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file, and the lock that tells others that somebody is still at it, which ends with the process."""
+    """Create a file, and lock it until the process ends, so that no other process sweeps it."""
     while True:
         unfinished = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.unfinished{path.suffix}")
         lock = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
-        with suppress(OSError):  # the file system may know no locks
+        # Some file systems do not support locks.
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
+        # A sweep may have removed the file before it was locked.
         if os.fstat(lock).st_nlink > 0:
             return unfinished, lock
-        os.close(lock)  # a sweep was here before the lock
+        os.close(lock)
 
 
 def sweep(folder: Path, beginning: str = ".") -> None:
-    """Remove a folder's unfinished files that nobody is writing any more, of those whose names begin in some way."""
+    """Remove the unfinished files of a folder that no process is writing.
+
+    Args:
+        folder (Path): The folder.
+        beginning (str): Only files whose names begin like this. Default: ``"."``.
+    """
     for left in folder.iterdir():
         if left.name.startswith(beginning) and left.stem.endswith(".unfinished"):
-            with suppress(OSError):  # another's, or just gone
+            # It may be another user's, or gone by now.
+            with suppress(OSError):
                 lock = os.open(left, os.O_RDWR)
                 try:
-                    if _locked(lock):
+                    if _lock(lock):
                         left.unlink()
                 finally:
                     os.close(lock)
 
 
-def _locked(file: int) -> bool:
-    """Lock a file, or tell that it is another's, or that its file system knows no locks."""
+def _lock(file: int) -> bool:
+    """Lock a file, and return False if another process holds the lock or the file system does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

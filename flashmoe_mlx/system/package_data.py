@@ -6,6 +6,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def data_dir(name: str) -> Path:
-    """The folder ``name``: inside the wheel when installed, beside the package in a checkout."""
+    """Return the folder ``name``: in the package if it is installed, next to the package in a checkout."""
     packaged = _PACKAGE / "_data" / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name

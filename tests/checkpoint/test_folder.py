@@ -1,4 +1,4 @@
-"""Where the bytes lie, and what bad input is told."""
+"""Spans of experts, and the messages that bad folders and settings are refused with."""
 
 import json
 import shutil
@@ -31,20 +31,23 @@ INDEX = "model.safetensors.index.json"
         ("qwen3_5_moe", {"group_size": 64, "bits": 3}),
         ("gpt_oss", {"mode": "mxfp4"}),
         ("nemotron_h", None),
-        ("qwen3_moe", {"mode": "nvfp4", "global_scale": True}),  # MLX computes with it on GPUs only
+        # MLX computes with it only on GPUs.
+        ("qwen3_moe", {"mode": "nvfp4", "global_scale": True}),
     ],
 )
-def test_spans(family: str, quantization: dict[str, Any] | None, checkpoint: WriteFamily) -> None:
+def test_spans_hold_the_bytes_of_mlx_lm(
+    family: str, quantization: dict[str, Any] | None, checkpoint: WriteFamily
+) -> None:
     check_spans(checkpoint(family, quantization))
 
 
-def test_spans_of_fused_experts(tmp_path: Path) -> None:
+def test_spans_of_fused_experts_hold_the_bytes_of_mlx_lm(tmp_path: Path) -> None:
     weights.write(tmp_path)
     check_spans(tmp_path)
 
 
 def check_spans(folder: Path) -> None:
-    """Every span holds the bytes that mlx-lm gives that expert."""
+    """Check that every span holds the bytes that mlx-lm gives that expert."""
     model, _ = load_model(folder, lazy=True)
     disk = Checkpoint(folder)
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, (SwitchGLU, SwitchMLP))]
@@ -70,7 +73,7 @@ def folder(checkpoint: WriteFamily, tmp_path: Path) -> Path:
 
 
 def refusal(error: type[Exception], folder: str | Path, **options: Any) -> str:
-    """What load() says: one line, and where."""
+    """Return the message that load() refuses a folder with, which is one line."""
     with pytest.raises(error) as info:
         flashmoe_mlx.load(str(folder), **options)
     message = str(info.value)
@@ -80,7 +83,7 @@ def refusal(error: type[Exception], folder: str | Path, **options: Any) -> str:
 
 
 def shard(folder: Path, number: int) -> Path:
-    """One of its files."""
+    """Return one of its files."""
     return sorted(folder.glob("model-*.safetensors"))[number]
 
 
@@ -91,51 +94,51 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(entries))
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "no such folder" in refusal(FileNotFoundError, tmp_path / "nowhere")
     assert "no such folder" in refusal(FileNotFoundError, "nowhere-at-all")
 
 
-def test_file_instead_of_folder(folder: Path) -> None:
+def test_file_instead_of_a_folder_is_refused(folder: Path) -> None:
     message = refusal(NotADirectoryError, shard(folder, 0))
     assert "is a file" in message
     assert "folder" in message
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(OSError, "nobody/no-such-model")
     assert "nobody/no-such-model" in message
     assert "network" in message
 
 
-def test_malformed_hub_name() -> None:
+def test_malformed_repository_is_refused() -> None:
     assert "no*body/no model" in refusal(OSError, "no*body/no model")
 
 
-def test_no_config(folder: Path) -> None:
+def test_missing_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
-    assert "no config.json" in refusal(FileNotFoundError, folder)
+    assert "has no config.json" in refusal(FileNotFoundError, folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": ', "[]", "7", "null", "{}", '{"model_type": 7}', "\xff"])
-def test_damaged_config(text: str, folder: Path) -> None:
+def test_damaged_config_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text, "latin-1")
     assert str(folder / "config.json") in refusal(ValueError, folder)
 
 
-def test_unknown_model_type(folder: Path) -> None:
+def test_unknown_model_type_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(model_type="perceptron"))
     assert "perceptron" in refusal(ValueError, folder)
 
 
-def test_no_weights(folder: Path) -> None:
+def test_missing_weights_are_refused(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    assert "no model*.safetensors" in refusal(FileNotFoundError, folder)
+    assert "has no model*.safetensors" in refusal(FileNotFoundError, folder)
 
 
-def test_dense_model(tmp_path: Path) -> None:
+def test_dense_model_is_refused(tmp_path: Path) -> None:
     config = {
         "model_type": "llama",
         "vocab_size": 320,
@@ -149,7 +152,7 @@ def test_dense_model(tmp_path: Path) -> None:
     assert "mlx_lm.generate" in refusal(ValueError, tmp_path)
 
 
-def test_missing_shard(folder: Path) -> None:
+def test_missing_shard_is_refused(folder: Path) -> None:
     file = shard(folder, 1)
     file.unlink()
     message = refusal(FileNotFoundError, folder)
@@ -157,14 +160,14 @@ def test_missing_shard(folder: Path) -> None:
     assert "missing" in message
 
 
-def test_stray_shard(folder: Path) -> None:
+def test_stray_shard_is_refused(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model-extra.safetensors"), {"model.extra": mx.zeros(4)})
     message = refusal(ValueError, folder)
     assert "model-extra.safetensors" in message
     assert "model.extra" in message
 
 
-def test_tensor_not_in_its_shard(folder: Path) -> None:
+def test_tensor_not_in_its_shard_is_refused(folder: Path) -> None:
     tensors = mx.load(str(shard(folder, 1)))
     name, _ = tensors.popitem()
     mx.eval(tensors)
@@ -174,7 +177,7 @@ def test_tensor_not_in_its_shard(folder: Path) -> None:
     assert shard(folder, 1).name in message
 
 
-def test_tensor_in_two_shards(folder: Path) -> None:
+def test_tensor_in_two_shards_is_refused(folder: Path) -> None:
     name, array = mx.load(str(shard(folder, 1))).popitem()
     mx.save_safetensors(str(folder / "model-again.safetensors"), {name: array})
     message = refusal(ValueError, folder)
@@ -183,7 +186,7 @@ def test_tensor_in_two_shards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 7}', '{"weight_map": {"a": 7}}', "\xff"])
-def test_damaged_index(text: str, folder: Path) -> None:
+def test_damaged_index_is_refused(text: str, folder: Path) -> None:
     (folder / INDEX).write_text(text, "latin-1")
     assert INDEX in refusal(ValueError, folder)
 
@@ -194,7 +197,7 @@ def test_index_is_optional(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
-def test_truncated_shard(keep: int, folder: Path) -> None:
+def test_truncated_shard_is_refused(keep: int, folder: Path) -> None:
     file = shard(folder, 2)
     file.write_bytes(file.read_bytes()[:keep])
     message = refusal(ValueError, folder)
@@ -203,7 +206,7 @@ def test_truncated_shard(keep: int, folder: Path) -> None:
 
 
 def garbage(begin: int, data: bytes) -> Callable[[bytes], bytes]:
-    """Overwrite a file's bytes from ``begin`` on."""
+    """Return a change that overwrites the bytes from ``begin`` on."""
     return lambda old: old[:begin] + data + old[begin + len(data) :]
 
 
@@ -221,7 +224,7 @@ def garbage(begin: int, data: bytes) -> Callable[[bytes], bytes]:
         lambda old: b"<!DOCTYPE html><title>404</title>",
     ],
 )
-def test_damaged_header(change: Callable[[bytes], bytes], folder: Path) -> None:
+def test_damaged_header_is_refused(change: Callable[[bytes], bytes], folder: Path) -> None:
     file = shard(folder, 0)
     before = file.read_bytes()
     file.write_bytes(change(before))
@@ -229,24 +232,24 @@ def test_damaged_header(change: Callable[[bytes], bytes], folder: Path) -> None:
     assert str(file) in refusal(ValueError, folder)
 
 
-def test_experts_of_another_shape(folder: Path) -> None:
+def test_experts_of_another_shape_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(num_experts=8))
     assert "shape" in refusal(ValueError, folder)
 
 
 @pytest.mark.parametrize("count", [0, -1, 17])
-def test_experts_per_token_out_of_range(count: int, folder: Path) -> None:
+def test_experts_per_token_out_of_range_is_refused(count: int, folder: Path) -> None:
     message = refusal(ValueError, folder, experts_per_token=count)
     assert "experts_per_token" in message
     assert str(count) in message
 
 
-def test_experts_per_token_that_a_family_refuses(checkpoint: WriteFamily) -> None:
+def test_experts_per_token_of_a_fixed_family_is_refused(checkpoint: WriteFamily) -> None:
     """mlx-lm's Llama 4 always takes one expert."""
     assert "experts_per_token" in refusal(ValueError, checkpoint("llama4"), experts_per_token=2)
 
 
-def test_config_without_a_size(folder: Path) -> None:
+def test_config_without_a_size_is_refused(folder: Path) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     del config["hidden_size"]
@@ -254,14 +257,14 @@ def test_config_without_a_size(folder: Path) -> None:
     assert "hidden_size" in refusal(ValueError, folder)
 
 
-def test_unknown_preset(checkpoint: WriteFamily) -> None:
+def test_unknown_preset_is_refused(checkpoint: WriteFamily) -> None:
     message = refusal(ValueError, checkpoint("qwen3_5_moe"), config="fastest")
     assert "fastest" in message
     assert "exact" in message
     assert "flash" in message
 
 
-def test_family_without_presets(folder: Path) -> None:
+def test_preset_of_a_family_without_any_is_refused(folder: Path) -> None:
     message = refusal(ValueError, folder, config="exact")
     assert "qwen3_moe" in message
     assert ".toml" in message
@@ -282,7 +285,9 @@ def test_family_without_presets(folder: Path) -> None:
         (None, FileNotFoundError, "no such config file"),
     ],
 )
-def test_bad_config_file(text: str | None, error: type[Exception], word: str, folder: Path, tmp_path: Path) -> None:
+def test_bad_config_file_is_refused(
+    text: str | None, error: type[Exception], word: str, folder: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "mine.toml"
     if text is not None:
         file.write_text(text, "latin-1")
@@ -290,7 +295,7 @@ def test_bad_config_file(text: str | None, error: type[Exception], word: str, fo
 
 
 @pytest.mark.parametrize("size", ["", "GB", "12 apples", "1e", "-1", "-2GB", "nan", "inf", "1,5GB", "1 2GB", "0x10"])
-def test_bad_size(size: str, folder: Path) -> None:
+def test_bad_size_is_refused(size: str, folder: Path) -> None:
     assert repr(size) in refusal(ValueError, folder, ram_budget=size)
 
 
@@ -307,11 +312,11 @@ def test_bad_size(size: str, folder: Path) -> None:
         ("1e3", 1000),
     ],
 )
-def test_size(size: int | str, nbytes: int) -> None:
+def test_sizes_are_read_with_units(size: int | str, nbytes: int) -> None:
     assert parse_size(size) == nbytes
 
 
-def test_budget_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_above_available_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "available_memory", lambda: 10**8)
     message = refusal(MemoryError, folder, ram_budget="1GB")
     assert "ram_budget" in message
@@ -320,8 +325,10 @@ def test_budget_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("free", "fraction"), [(1.0, 0.5), (1.05, 0.5), (1.3, 1), (0.2, 0.1)])
-def test_automatic_budget(free: float, fraction: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All experts if they fit with room to spare, else half of what the trunk leaves."""
+def test_auto_budget_is_all_experts_or_half_the_rest(
+    free: float, fraction: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All experts if a tenth of the memory is left then, else half of what the trunk leaves."""
     model, _ = flashmoe_mlx.load(str(folder))
     trunk, experts = model.streaming.trunk_nbytes, model.streaming.experts_nbytes
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 0)
@@ -330,8 +337,9 @@ def test_automatic_budget(free: float, fraction: float, folder: Path, monkeypatc
     assert model.streaming.slots_nbytes == pytest.approx(experts * fraction, rel=0.1)
 
 
-def test_trunk_above_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trunk_above_available_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "available_memory", lambda: 1000)
     message = refusal(MemoryError, folder)
     assert "trunk" in message
-    assert "ram_budget" not in message  # no budget would help
+    # Because no budget would help.
+    assert "ram_budget" not in message

@@ -35,12 +35,12 @@ UNSTACKED = [
 
 @pytest.fixture(autouse=True)
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer than these tiny models have experts, so that experts must leave."""
+    """Fewer slots than these tiny models have experts, so that experts are evicted."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
 
 
 @pytest.mark.parametrize(("family", "quantization", "names"), UNSTACKED)
-def test_one_tensor_per_expert(
+def test_one_tensor_per_expert_streams(
     family: str, quantization: dict[str, Any] | None, names: dict[str, str], checkpoint: WriteFamily, tmp_path: Path
 ) -> None:
     change = one_tensor_per_expert(
@@ -64,7 +64,7 @@ def fused(checkpoint: WriteFamily, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fused_gate_and_up(fused: Path) -> None:
+def test_fused_gate_and_up_streams(fused: Path) -> None:
     expected = run(resident(fused), tokens=16)
     assert_same(run(streamed(fused), tokens=16), expected)
     assert_same(run(streamed(fused, 0.25), tokens=16), expected)
@@ -83,7 +83,7 @@ def test_dropped_layers_do_not_replace_the_models_own(fused: Path) -> None:
     assert_same(run(streamed(fused), tokens=4), expected)
 
 
-def test_interleaved_gpt_oss(checkpoint: WriteFamily, tmp_path: Path) -> None:
+def test_interleaved_gate_and_up_must_be_converted(checkpoint: WriteFamily, tmp_path: Path) -> None:
     tensors: dict[str, mx.array] = {}
     source = checkpoint("gpt_oss")
     stored = read(source)
@@ -96,7 +96,8 @@ def test_interleaved_gpt_oss(checkpoint: WriteFamily, tmp_path: Path) -> None:
         if projection == "up":
             continue
         if projection == "gate":
-            axis = 1  # row 2i is the gate's, row 2i + 1 the up projection's
+            # Row 2i is the gate's, row 2i + 1 the up projection's.
+            axis = 1
             up = stored[f"{parent}.up_proj.{kind}"]
             array = mx.stack([array, up], axis=axis + 1).flatten(axis, axis + 1)
         raw = f"{parent}.{'gate_up' if projection == 'gate' else projection}_proj"
@@ -106,11 +107,12 @@ def test_interleaved_gpt_oss(checkpoint: WriteFamily, tmp_path: Path) -> None:
             tensors[f"{raw}_{kind}"] = array
     config = FAMILIES["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
     folder = write(tmp_path / "raw", tensors, config, source)
-    load_model(folder, lazy=True)  # mlx-lm understands it, by moving bytes
+    # mlx-lm can read it, by moving bytes.
+    load_model(folder, lazy=True)
     assert_cannot_stream(folder, "gate_proj.weight")
 
 
-def test_transposed_llama4(checkpoint: WriteFamily, tmp_path: Path) -> None:
+def test_transposed_weights_must_be_converted(checkpoint: WriteFamily, tmp_path: Path) -> None:
     source = checkpoint("llama4", None)
     stored = read(source)
 

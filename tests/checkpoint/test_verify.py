@@ -1,4 +1,4 @@
-"""The verify command: what it says of sound models, and which damage it finds."""
+"""The verify command: its output for valid models, and the damage that it finds."""
 
 import hashlib
 import json
@@ -42,25 +42,25 @@ def folder(checkpoint: WriteFamily, tmp_path: Path) -> Path:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Its files of weights."""
+    """Return its safetensors files."""
     return sorted(folder.glob("model-*.safetensors"))
 
 
 def flip(file: Path, offset: int) -> None:
-    """Change one bit."""
+    """Flip one bit of a file."""
     data = bytearray(file.read_bytes())
     data[offset] ^= 1
     file.write_bytes(data)
 
 
 def expert_offset(folder: Path) -> tuple[Path, int]:
-    """A byte that belongs to an expert."""
+    """Return the file and offset of a byte of an expert."""
     tensor = next(tensor for name, tensor in sorted(Checkpoint(folder).tensors.items()) if "switch_mlp" in name)
     return Path(tensor.span.path), tensor.span.offset + tensor.span.nbytes // 2
 
 
 def as_download(folder: Path) -> None:
-    """What ``hf download --local-dir`` leaves beside the files."""
+    """Write what ``hf download --local-dir`` writes next to the files."""
     notes = folder / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True)
     for file in shards(folder):
@@ -72,13 +72,13 @@ def as_download(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_sound(family: str, checkpoint: WriteFamily, run: Run) -> None:
+def test_a_valid_model_passes(family: str, checkpoint: WriteFamily, run: Run) -> None:
     code, out, err = run(checkpoint(family))
     assert (code, err) == (0, "")
     assert [line.partition(":")[0] for line in out.splitlines()] == ["headers", "experts", "sample"]
 
 
-def test_quick(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_reads_headers_only(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "Reader", lambda *_: pytest.fail("it reads more than headers"))
     code, out, _ = run(folder, "--quick")
     assert code == 0
@@ -89,38 +89,38 @@ def test_quick(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "word"),
     [
         (["--quick", "--sha256"], "--quick"),
-        (["--sample", -1], "--sample"),
-        (["--write-manifest", "/no/such/folder/x.json"], "/no/such/folder"),
+        (["--sample", -1], "--sample is -1: it must be a non-negative integer"),
+        (["--write-manifest", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--manifest", "/no/such/folder/x.json"], "no such manifest"),
         (["--sha256"], "--repo"),
     ],
 )
-def test_flags_that_cannot_be(flags: list[object], word: str, folder: Path, run: Run) -> None:
+def test_impossible_flags_are_refused(flags: list[object], word: str, folder: Path, run: Run) -> None:
     code, _, err = run(folder, *flags)
     assert code == 1
     assert word in err
     assert err.count("\n") == 1
 
 
-def test_damaged_header(folder: Path, run: Run) -> None:
+def test_a_damaged_header_is_found(folder: Path, run: Run) -> None:
     flip(shards(folder)[1], 8)
     code, _, err = run(folder, "--quick")
     assert code == 1
     assert f"{shards(folder)[1]} is damaged or not complete: its header does not begin with {{" in err
 
 
-def test_sample_that_differs(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_differs_is_found(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_read", lambda _, table, experts: [[memoryview(b"") for _ in table.parts]])
     code, _, err = run(folder)
     assert code == 1
-    assert "is not what MLX reads" in err
+    assert "differs from what MLX reads" in err
 
 
-def test_published_digests_of_a_download(folder: Path, run: Run) -> None:
+def test_a_download_is_compared_with_its_digests(folder: Path, run: Run) -> None:
     as_download(folder)
     code, out, _ = run(folder, "--sha256")
     assert code == 0
-    assert "SHA-256: 4 files are what the hub published" in out
+    assert "SHA-256: matches what the hub published, 4 files" in out
     flip(shards(folder)[2], -1)
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     code, _, err = run(folder, "--sha256")
@@ -130,7 +130,7 @@ def test_published_digests_of_a_download(folder: Path, run: Run) -> None:
     )
 
 
-def test_published_digests_in_the_hub_cache(folder: Path, run: Run) -> None:
+def test_the_hub_cache_is_compared_with_its_digests(folder: Path, run: Run) -> None:
     snapshot = folder.parent / "models--somebody--model" / "snapshots" / "abc"
     blobs = snapshot.parent.parent / "blobs"
     for place in (snapshot, blobs):
@@ -144,7 +144,7 @@ def test_published_digests_in_the_hub_cache(folder: Path, run: Run) -> None:
     assert f"{shards(snapshot)[0].name} differ" in run(snapshot, "--sha256")[2]
 
 
-def test_published_digests_from_the_hub(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_compared_with_a_repository(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(_: Any, repo: str, names: list[str], revision: str | None) -> list[Any]:
         assert (repo, revision) == ("somebody/model", "main")
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
@@ -160,7 +160,7 @@ def test_published_digests_from_the_hub(folder: Path, run: Run, monkeypatch: pyt
     assert f"{shards(folder)[1].name} differ from what the hub published" in err
 
 
-def test_hub_out_of_reach(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, err = run(folder, "--repo", "somebody/model")
     assert code == 1
@@ -168,21 +168,24 @@ def test_hub_out_of_reach(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatc
     assert "network" in err
 
 
-def test_manifest(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_a_manifest_finds_a_changed_expert(folder: Path, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     before = sorted(folder.rglob("*"))
     assert run(folder, "--write-manifest", file)[0] == 0
-    assert sorted(folder.rglob("*")) == before  # nothing is left in the model's folder
+    # Nothing is written into the model's folder.
+    assert sorted(folder.rglob("*")) == before
     code, out, _ = run(folder, "--manifest", file)
     assert code == 0
-    assert f"experts are what they were when {file} was written" in out
+    assert f"manifest: matches {file}, " in out
     flip(*expert_offset(folder))
     code, _, err = run(folder, "--manifest", file)
     assert code == 1
-    assert "is not what the manifest has: the file was damaged or changed" in err
+    assert "differs from the manifest: the file was damaged or changed" in err
 
 
-def test_interrupted_manifest_goes_on(folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_manifest_is_completed(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, file = tmp_path / "whole.json", tmp_path / "x.json"
     run(folder, "--write-manifest", whole)
     save = Manifest.save
@@ -198,11 +201,11 @@ def test_interrupted_manifest_goes_on(folder: Path, run: Run, tmp_path: Path, mo
     layers = len(json.loads(whole.read_text())["layers"])
     code, out, _ = run(folder, "--write-manifest", file)
     assert code == 0
-    assert f"{layers - 1} layers new" in out
+    assert f"{layers - 1} layer new" in out
     assert json.loads(file.read_text()) == json.loads(whole.read_text())
 
 
-def test_manifest_of_a_file_that_was_replaced(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_a_manifest_of_replaced_files_is_refused(folder: Path, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     run(folder, "--write-manifest", file)
     entries = json.loads(file.read_text())
@@ -211,10 +214,10 @@ def test_manifest_of_a_file_that_was_replaced(folder: Path, run: Run, tmp_path: 
     for flag in ("--manifest", "--write-manifest"):
         code, _, err = run(folder, flag, file)
         assert code == 1
-        assert f"{shards(folder)[0].name} is another file" in err
+        assert f"{shards(folder)[0].name} differs" in err
 
 
-def test_model_with_code(folder: Path, run: Run) -> None:
+def test_a_model_with_code_is_refused(folder: Path, run: Run) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
     code, _, err = run(folder, "--quick")
@@ -222,7 +225,7 @@ def test_model_with_code(folder: Path, run: Run) -> None:
     assert "asks for code to be run" in err
 
 
-def test_help_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         verify.main(["--help"])
     assert "--write-manifest" in capsys.readouterr().out

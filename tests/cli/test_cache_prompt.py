@@ -1,4 +1,4 @@
-"""A prompt read once: what goes on from the file is what would have gone on without it, and no file is half a file."""
+"""A saved prompt continues as if it had not been saved, and its file is whole or not there."""
 
 import io
 import os
@@ -29,19 +29,19 @@ QUESTION = " And what is a crane?"
 
 @pytest.fixture(autouse=True)
 def tiny_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the experts of one layer, so that a prompt takes several waves."""
+    """Give the pool half the experts of one layer, so that a prompt takes several waves."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 8)
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoint: WriteFamily) -> Path:
-    """A Qwen3.5-MoE: GatedDeltaNet layers, then an attention layer."""
+    """Return a Qwen3.5-MoE, which has GatedDeltaNet layers and an attention layer."""
     return checkpoint("qwen3_5_moe")
 
 
 @pytest.fixture(scope="module")
 def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a prompt that was read in chunks of 7."""
+    """Return the file of a prompt that was processed in chunks of 7."""
     return save(folder, tmp_path_factory.mktemp("cache") / "manual.safetensors", "--prefill-step-size", "7")
 
 
@@ -50,7 +50,7 @@ def save(folder: Path, file: Path, *argv: str) -> Path:
     return file
 
 
-def go_on(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
+def resume(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
     capsys.readouterr()
     command = ["--prompt-cache-file", str(file), "--prompt", QUESTION, "--max-tokens", "12", "--verbose", "False"]
     generate.main([*command, *argv])
@@ -58,17 +58,18 @@ def go_on(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
 
 
 def read_manual(model: nn.Module, tokenizer: TokenizerWrapper) -> list[Any]:
-    """The cache after the prompt, as mlx-lm's command computes it."""
+    """Return the cache after the prompt, as mlx-lm's command computes it."""
     messages = [{"role": "user", "content": MANUAL}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
-    assert len(prompt) > 14  # several chunks
+    # Several chunks.
+    assert len(prompt) > 14
     cache = make_prompt_cache(model)
     assert list(generate_step(mx.array(prompt), model, max_tokens=0, prefill_step_size=7, prompt_cache=cache)) == []
     return cache
 
 
 def question_logits(model: nn.Module, cache: list[Any]) -> mx.array:
-    """The logits of a question, then of 12 greedy tokens, one position a row."""
+    """Return the logits of a question and of 12 greedy tokens, one position per row."""
     tokens, rows = mx.array([[5, 6, 7]]), []
     for _ in range(13):
         rows.append(model(tokens, cache=cache)[0])
@@ -77,8 +78,9 @@ def question_logits(model: nn.Module, cache: list[Any]) -> mx.array:
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_moe"])
-def test_restored_is_uninterrupted(checkpoint: WriteFamily, family: str, tmp_path: Path) -> None:
-    """The same logits, bit for bit, of every position."""
+def test_a_restored_prompt_has_the_same_logits_bit_for_bit(
+    checkpoint: WriteFamily, family: str, tmp_path: Path
+) -> None:
     folder = checkpoint(family)
     file = save(folder, tmp_path / "manual.safetensors", "--prefill-step-size", "7")
     tokenizer = load_tokenizer(folder)
@@ -86,33 +88,63 @@ def test_restored_is_uninterrupted(checkpoint: WriteFamily, family: str, tmp_pat
     actual = question_logits(streamed(folder), RestoredPrompt.load(str(file)).cache)
     assert mx.array_equal(actual, question_logits(model, read_manual(model, tokenizer)))
     assert mx.array_equal(actual, question_logits(oracle, read_manual(oracle, tokenizer)))
-    assert not mx.array_equal(actual, question_logits(oracle, make_prompt_cache(oracle)))  # the manual matters
+    # The manual makes a difference.
+    assert not mx.array_equal(actual, question_logits(oracle, make_prompt_cache(oracle)))
 
 
-def test_two_commands(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path) -> None:
+def test_generate_continues_what_cache_prompt_saved(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path
+) -> None:
     tokenizer, oracle = load_tokenizer(folder), resident(folder)
     rest = tokenizer.encode(QUESTION + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
     cache = read_manual(oracle, tokenizer)
-    assert go_on(capsys, saved) == mlx_lm.generate(oracle, tokenizer, rest, max_tokens=12, prompt_cache=cache) + "\n"
+    assert resume(capsys, saved) == mlx_lm.generate(oracle, tokenizer, rest, max_tokens=12, prompt_cache=cache) + "\n"
 
 
-def test_model_comes_from_the_file(
+def test_generate_leaves_out_what_the_saved_prompt_has(
     capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Presets are its family's, its folder may be written in another way, and the file without its ending."""
-    text = go_on(capsys, saved)
-    sampled = go_on(capsys, saved, "--config", "exact", "--seed", "1")
-    assert go_on(capsys, saved, "--config", "exact", "--temp", "0") == text != sampled
+    """The question and the start of the answer are kept, the system prompt is not."""
+    prompts: list[str] = []
+    monkeypatch.setattr(
+        generate, "_generate_silently", lambda _, tokenizer, tokens, **__: prompts.append(tokenizer.decode(tokens))
+    )
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    resume(capsys, saved)
+    resume(capsys, saved, "--system-prompt", "Be brief.")
+    resume(capsys, saved, "--prefill-response", "Well,")
+    assert prompts == [QUESTION + end, QUESTION + end, f"{QUESTION}{end}Well,"]
+
+
+def test_generate_refuses_another_quantization_of_the_kv_cache(
+    capsys: pytest.CaptureFixture[str], checkpoint: WriteFamily, tmp_path: Path
+) -> None:
+    kv = ("--kv-bits", "8", "--kv-group-size", "32")
+    file = save(checkpoint("qwen3_moe"), tmp_path / "manual", *kv, "--quantized-kv-start", "0")
+    assert resume(capsys, file, "--kv-group-size", "32") == resume(capsys, file, *kv)
+    assert "pass --kv-group-size 32" in mistake(capsys, file)
+    assert "pass --kv-bits 8" in mistake(capsys, file, "--kv-group-size", "32", "--kv-bits", "4")
+
+
+def test_generate_takes_the_model_from_the_file(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preset is of its family, another path of its folder is accepted, and the file's suffix may be left out."""
+    text = resume(capsys, saved)
+    sampled = resume(capsys, saved, "--config", "exact", "--seed", "1")
+    assert resume(capsys, saved, "--config", "exact", "--temp", "0") == text != sampled
     monkeypatch.chdir(folder.parent)
-    assert go_on(capsys, saved.with_suffix(""), "--model", f"./{folder.name}") == text
+    assert resume(capsys, saved.with_suffix(""), "--model", f"./{folder.name}") == text
     relative = save(Path(folder.name), folder.parent / "relative.safetensors")
     monkeypatch.chdir("/")
-    assert go_on(capsys, relative) == text
+    assert resume(capsys, relative) == text
 
 
-def test_fewer_experts(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_generate_refuses_another_number_of_experts(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
     file = save(folder, tmp_path / "two", "--experts-per-token", "2")
-    assert go_on(capsys, file, "--experts-per-token", "2")
+    assert resume(capsys, file, "--experts-per-token", "2")
     assert "was made with experts_per_token 2, and now it is 4" in mistake(capsys, file)
 
 
@@ -128,14 +160,18 @@ def test_fewer_experts(capsys: pytest.CaptureFixture[str], folder: Path, tmp_pat
         (lambda whole: whole.replace(b'"0.model"', b'"0.mudel"'), "does not name its model"),
     ],
 )
-def test_damaged(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, content: Any, words: str) -> None:
+def test_generate_refuses_a_damaged_file(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path, content: Any, words: str
+) -> None:
     file = tmp_path / "damaged.safetensors"
     file.write_bytes(content(saved.read_bytes()))
     assert words in mistake(capsys, file)
 
 
-def test_foreign(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path) -> None:
-    """Weights, a cache of Python's, other layers, another model, and another model in the same place."""
+def test_generate_refuses_a_file_of_something_else(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    """Weights, a cache saved from Python, other layers, another model, and another model in the same folder."""
     weights = next(folder.glob("*.safetensors"))
     assert "not a prompt cache" in mistake(capsys, weights)
     cache = KVCache()
@@ -151,24 +187,28 @@ def test_foreign(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, 
     assert "experts_nbytes 77" in mistake(capsys, foreign)
 
 
-def test_mlx_lms_own_file(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path) -> None:
-    """It does not say with how many experts per token it was made: it is taken as it is."""
+def test_generate_continues_a_file_of_mlx_lm(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    """It does not name the number of experts per token, so that is not compared."""
     file = tmp_path / "stock.safetensors"
     mlx_save_prompt_cache(
         str(file),
         read_manual(resident(folder), load_tokenizer(folder)),
         {"model": str(folder), "tokenizer_config": "{}"},
     )
-    assert go_on(capsys, file) == go_on(capsys, saved)
+    assert resume(capsys, file) == resume(capsys, saved)
 
 
-def test_draft_model(capsys: pytest.CaptureFixture[str], folder: Path, saved: Path) -> None:
+def test_generate_refuses_a_draft_model_with_a_file(
+    capsys: pytest.CaptureFixture[str], folder: Path, saved: Path
+) -> None:
     assert "no state of a draft model" in mistake(capsys, saved, "--draft-model", str(folder))
 
 
 def mistake(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> str:
-    """The one line that the generate command answers with."""
-    return failure(capsys, lambda: go_on(capsys, file, *argv))
+    """Return the one line that the generate command prints."""
+    return failure(capsys, lambda: resume(capsys, file, *argv))
 
 
 def failure(capsys: pytest.CaptureFixture[str], run: Any, code: int = 1) -> str:
@@ -182,7 +222,7 @@ def failure(capsys: pytest.CaptureFixture[str], run: Any, code: int = 1) -> str:
 
 @pytest.mark.parametrize(("interruption", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("disk full"), 1)])
 @pytest.mark.parametrize("old", [True, False])
-def test_interrupted(
+def test_an_interrupted_save_leaves_the_old_file_or_none(
     capsys: pytest.CaptureFixture[str],
     folder: Path,
     tmp_path: Path,
@@ -191,7 +231,6 @@ def test_interrupted(
     code: int,
     old: bool,
 ) -> None:
-    """The old file or none, and nothing beside it."""
     file = tmp_path / "manual.safetensors"
     if old:
         file.write_text("old")
@@ -205,8 +244,11 @@ def test_interrupted(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
 
 
-def test_on_disk_before_it_has_its_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[tuple[bool, bool]] = []  # whether it is the folder, whether the file has its name
+def test_a_file_is_on_disk_before_it_has_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For each sync: if it was of the folder, and if the file had its name.
+    synced: list[tuple[bool, bool]] = []
 
     def fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -219,8 +261,10 @@ def test_on_disk_before_it_has_its_name(folder: Path, tmp_path: Path, monkeypatc
     assert synced == [(False, False), (True, True)]
 
 
-def test_impossible_file(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
-    """Told before the prompt is read, not after."""
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_prompt, "streamed_load", lambda *_: pytest.fail("the model is loaded"))
     assert "cannot write" in failure(capsys, lambda: save(folder, tmp_path / "nowhere" / "manual"))
     (tmp_path / "manual.safetensors").mkdir()
     assert "cannot write" in failure(capsys, lambda: save(folder, tmp_path / "manual"))
@@ -231,21 +275,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress(
+def test_progress_is_shown_in_a_terminal_only(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bar where somebody watches; elsewhere not even mlx-lm's own line."""
     save(folder, tmp_path / "manual")
     out, err = capsys.readouterr()
-    assert "Processed" not in out and "\r" not in out and err == ""
-    assert out.splitlines()[-1].startswith("Experts: ")
+    assert err == ""
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["Peak memory", "Saving...", "Experts"]
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     save(folder, tmp_path / "manual")
     assert "Prompt" in terminal.getvalue()
 
 
-def test_every_flag_of_mlx_lm() -> None:
-    stock, ours = flags(cache_prompt.mlx_cache_prompt.setup_arg_parser()), flags(cache_prompt.setup_arg_parser())
+def test_every_flag_of_mlx_lm_is_there() -> None:
+    stock, ours = flags(cache_prompt.mlx_lm_parser()), flags(cache_prompt.setup_arg_parser())
     assert stock <= ours
     assert ours - stock == STREAMING | {"--prefill-step-size"}

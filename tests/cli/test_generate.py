@@ -1,13 +1,18 @@
-"""The generate command as its users meet it: output, flags, mistakes, Ctrl-C and closed pipes."""
+"""The generate command as its users meet it: output, flags, errors, Ctrl-C and closed pipes."""
 
+import argparse
 import io
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.utils import load_tokenizer
 
@@ -16,6 +21,8 @@ from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.model import context
+from flashmoe_mlx.ops.dispatch import Backend
+from tests.conftest import WriteFamily
 from tests.support.flags import STREAMING, flags
 from tests.support.oracle import streamed
 
@@ -29,7 +36,7 @@ STATISTICS = re.compile(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3.5-MoE with tokenizer and chat template."""
+    """Return a Qwen3.5-MoE with tokenizer and chat template."""
     path = tmp_path_factory.mktemp("checkpoints") / "model"
     config = qwen3_5_moe(layers=4, experts=16, top_k=4, hidden=128, intermediate=128, vocab=400)
     write_checkpoint(path, config, quantization={"group_size": 64, "bits": 4})
@@ -42,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a mistake gets."""
+    """Return the one line that an error is."""
     with pytest.raises(SystemExit) as stop:
         run(capsys, *argv)
     assert stop.value.code == 1
@@ -52,7 +59,8 @@ def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return error
 
 
-def test_text_and_statistics(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+@pytest.mark.parametrize("backend", [Backend.REFERENCE], ids=["reference"], indirect=True)
+def test_output_is_that_of_mlx_lm_and_a_line_about_experts(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     out = run(capsys, "--model", str(folder))
     model, tokenizer = load_resident(str(folder)), load_tokenizer(folder)
     prompt = tokenizer.apply_chat_template(
@@ -73,27 +81,31 @@ def test_fewer_experts_show_in_the_statistics(capsys: pytest.CaptureFixture[str]
     assert float(match["share"]) > 0
 
 
-def test_all_in_memory(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_budget_for_all_experts_shows_in_the_statistics_only(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     text, statistics = run(capsys, "--model", str(folder), "--ram-budget", "1GB").rsplit("=" * 10 + "\n", 1)
     assert text == run(capsys, "--model", str(folder)).rsplit("=" * 10 + "\n", 1)[0]
     assert statistics.endswith("\nExperts: all in memory\n")
 
 
-def test_preset_sets_sampling_and_flags_win(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_preset_sets_sampling_and_flags_win(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     greedy = run(capsys, "--model", str(folder), "--verbose", "False")
     sampled = run(capsys, "--model", str(folder), "--verbose", "False", "--config", "exact", "--seed", "1")
     overridden = run(capsys, "--model", str(folder), "--verbose", "False", "--config", "exact", "--temp", "0")
     assert greedy == overridden != sampled
 
 
-def test_toml_file(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_a_toml_file_sets_streaming(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.toml"
     config.write_text('experts_per_token = 3\nram_budget = "50MB"\n')
     assert "3 experts per token instead of 4" in run(capsys, "--model", str(folder), "--config", str(config))
 
 
-def test_chunks(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt is read in chunks as the memory allows or the user says, and gives the same tokens."""
+def test_prefill_chunks_do_not_change_the_text(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their size is what memory allows or what the user says."""
     steps: list[int] = []
 
     def shown(self: PromptProgress, processed: int, total: int) -> None:
@@ -112,10 +124,103 @@ def test_chunks(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: p
     assert steps[:3] == [0, 4, 8]
 
 
-def test_every_flag_of_mlx_lm() -> None:
-    stock, ours = flags(generate._mlx_generate().setup_arg_parser()), flags(generate.setup_arg_parser())
+def test_every_flag_of_mlx_lm_is_there() -> None:
+    stock, ours = flags(generate.mlx_lm_parser()), flags(generate.setup_arg_parser())
     assert ours - stock == STREAMING
     assert stock <= ours
+
+
+def test_every_flag_is_read(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that a new version of mlx-lm adds is not ignored silently."""
+    read: set[str] = set()
+
+    class Recorder(argparse.Namespace):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    parse = generate.parse
+    monkeypatch.setattr(generate, "parse", lambda *args: Recorder(**vars(parse(*args))))
+    run(capsys, "--model", str(folder))
+    ignored = {"help", "use_default_chat_template"}
+    assert {action.dest for action in generate.setup_arg_parser()._actions} - ignored <= read
+
+
+def test_text_prompts_are_those_of_mlx_lm(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    prompts: list[str] = []
+    monkeypatch.setattr(
+        generate, "_generate_silently", lambda _, tokenizer, tokens, **__: prompts.append(tokenizer.decode(tokens))
+    )
+
+    def prompt(*argv: str) -> str:
+        generate.main(["--model", str(folder), "--verbose", "False", *argv])
+        return prompts.pop()
+
+    user = {"role": "user", "content": "a\n\tb"}
+    assert prompt("--prompt", r"a\n\tb") == tokenizer.apply_chat_template(
+        [user], tokenize=False, add_generation_prompt=True
+    )
+    system = {"role": "system", "content": "Be brief."}
+    assert prompt("--prompt", r"a\n\tb", "--system-prompt", "Be brief.") == tokenizer.apply_chat_template(
+        [system, user], tokenize=False, add_generation_prompt=True
+    )
+    start = {"role": "assistant", "content": "Well,"}
+    assert prompt("--prompt", r"a\n\tb", "--prefill-response", "Well,") == tokenizer.apply_chat_template(
+        [user, start], tokenize=False, continue_final_message=True
+    )
+    assert prompt("--prompt", "plain", "--ignore-chat-template") == "plain"
+    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
+    assert prompt("--prompt", "-", "--ignore-chat-template") == "from stdin"
+
+
+def test_extra_eos_tokens_end_the_text(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    model, tokenizer = streamed(folder), load_tokenizer(folder)
+    messages = [{"role": "user", "content": "What is a heron?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    tokens = [each.token for each in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=12)]
+    end = tokenizer.convert_ids_to_tokens(tokens[-2])
+    shorter = run(capsys, "--model", str(folder), "--verbose", "False", "--extra-eos-token", end)
+    assert shorter == tokenizer.decode(tokens[: tokens.index(tokens[-2])]) + "\n"
+
+
+def test_a_draft_model_does_not_change_the_text(
+    capsys: pytest.CaptureFixture[str], checkpoint: WriteFamily, folder: Path
+) -> None:
+    """It may even be the model itself."""
+    model = str(checkpoint("qwen3_moe"))
+    # mlx-lm prints when it quantizes.
+    capsys.readouterr()
+    text = run(capsys, "--model", model, "--verbose", "False")
+    assert (
+        run(capsys, "--model", model, "--verbose", "False", "--draft-model", model, "--num-draft-tokens", "2") == text
+    )
+    assert "a draft model must have the same tokenizer" in fail(capsys, "--model", model, "--draft-model", str(folder))
+
+
+def test_an_image_becomes_embeddings(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of the same tokens give the same text."""
+    text = run(capsys, "--model", str(folder), "--verbose", "False")
+    model_class = type(streamed(folder))
+    monkeypatch.setattr(generate, "load_processor", lambda *_: lambda text, images: (text, mx.array(images[0])))
+    monkeypatch.setattr(generate, "_read_images", lambda files: [np.zeros(len(file)) for file in files])
+
+    def embed_inputs(self: nn.Module, tokens: mx.array, *, pixel_values: mx.array) -> mx.array:
+        assert pixel_values.size == len("heron.png")
+        return self.language_model.model.embed_tokens(tokens)
+
+    monkeypatch.setattr(model_class, "embed_inputs", embed_inputs, raising=False)
+    assert run(capsys, "--model", str(folder), "--verbose", "False", "--image", "heron.png") == text
+
+
+def test_images_need_pillow(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "load_processor", lambda *_: lambda text, images: (text, images))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install pillow" in fail(capsys, "--model", str(folder), "--image", "heron.png")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +235,19 @@ def test_every_flag_of_mlx_lm() -> None:
         (["--model", "MODEL", "--config", "nowhere.toml"], "no such config file"),
         (["--model", "MODEL", "--read-threads", "0"], "read_threads is 0"),
         (["--model", "MODEL", "--read-timeout", "0"], "read_timeout is 0.0"),
-        (["--model", "MODEL", "--prefill-step-size", "0"], "prefill_step_size is 0"),
+        (["--model", "MODEL", "--prefill-step-size", "0"], "--prefill-step-size is 0: it must be a positive integer"),
+        (["--model", "MODEL", "--image", "x.png"], "MODEL takes no images"),
+        (["--model", "MODEL", "--chat-template-config", "{"], "--chat-template-config is not JSON"),
+        (["--model", "MODEL", "--chat-template-config", "[]"], "it must be a JSON object"),
         (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),
     ],
 )
-def test_mistakes(capsys: pytest.CaptureFixture[str], folder: Path, argv: list[str], words: str) -> None:
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], folder: Path, argv: list[str], words: str) -> None:
     error = fail(capsys, *(arg.replace("MODEL", str(folder)) for arg in argv))
     assert words.replace("MODEL", str(folder)) in error
 
 
-def test_ctrl_c(folder: Path) -> None:
+def test_ctrl_c_ends_a_generation(folder: Path) -> None:
     with start(folder, "--max-tokens", "100000") as process:
         assert process.stdout and process.stdout.read(20)
         process.send_signal(signal.SIGINT)
@@ -147,7 +255,7 @@ def test_ctrl_c(folder: Path) -> None:
     assert (process.returncode, error) == (130, "\ninterrupted\n")
 
 
-def test_closed_pipe(folder: Path) -> None:
+def test_a_closed_pipe_ends_a_generation_silently(folder: Path) -> None:
     with start(folder, "--max-tokens", "100000") as process:
         assert process.stdout and process.stderr and process.stdout.read(20)
         process.stdout.close()
@@ -166,23 +274,25 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("file", "shown"), [(Terminal(), True), (io.StringIO(), False)])
-def test_progress(file: io.StringIO, shown: bool, folder: Path) -> None:
-    """A bar of a long prompt, only where somebody watches."""
+def test_progress_is_shown_in_a_terminal_only(file: io.StringIO, shown: bool, folder: Path) -> None:
     model, tokenizer = streamed(folder), load_tokenizer(folder)
     mlx_lm.generate(
         model, tokenizer, [7] * 50, max_tokens=1, prefill_step_size=8, prompt_progress_callback=PromptProgress(file)
     )
     assert ("Prompt" in file.getvalue()) == shown
-    assert not file.getvalue().rpartition("\r")[2].strip()  # and it is wiped off
+    # It is erased at the end.
+    assert not file.getvalue().rpartition("\r")[2].strip()
 
 
-def test_lookahead_and_warm_start(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither changes the text; what was in memory at the end of a run is there when the next begins."""
+def test_lookahead_and_warm_start_do_not_change_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run starts with the experts that were in memory when the last run ended."""
     model = ("--model", str(folder), "--ram-budget", "1MB", "--warm-start", str(tmp_path / "residents.json"))
     plain = run(capsys, "--model", str(folder)).split("Prompt:")[0]
     first = run(capsys, *model, "--lookahead")
     second = run(capsys, *model)
     assert plain == first.split("Prompt:")[0] == second.split("Prompt:")[0]
-    assert "read ahead were used" in first
+    assert "prefetched experts used" in first
     shares = [float(STATISTICS.search(each)["share"]) for each in (run(capsys, *model[:4]), second)]
     assert shares[0] < shares[1]

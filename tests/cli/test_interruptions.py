@@ -1,4 +1,4 @@
-"""Ctrl-C, kills, full disks and neighbours: what was written stays whole, and nobody sees a traceback."""
+"""Ctrl-C, kills, full disks and parallel processes: files stay whole, and nobody sees a traceback."""
 
 import gc
 import json
@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 
 import flashmoe_mlx
+from flashmoe_mlx.cli.commands import COMMANDS
 from tests.conftest import WriteFamily
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs children that can be killed")
 
-
-PACKAGE = Path(flashmoe_mlx.__file__).parent
-COMMANDS = sorted(file.stem for file in PACKAGE.glob("*.py") if "with one_line_errors" in file.read_text())
+STARTS = [
+    *((f"flashmoe_mlx.{command.module}",) for command in COMMANDS),
+    *(("flashmoe_mlx", command.name) for command in COMMANDS),
+]
+"""Each way to start a command, as a module and its arguments."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def folder(checkpoint: WriteFamily) -> Path:
 
 
 def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, Any]]:
-    """See tests/forks.py."""
+    """Run an experiment of tests/support/forks.py."""
     command = [sys.executable, "-m", "tests.support.forks", what, str(folder), str(model), str(count)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     runs: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
@@ -39,12 +42,13 @@ def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, An
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.soak)])
-def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
-    """The text so far, one word, within a second; the file is the old one or the new one."""
+def test_ctrl_c_at_any_moment_ends_a_command_within_a_second(count: int, folder: Path, tmp_path: Path) -> None:
+    """The text so far is printed, and a file is the old one or the new one."""
     (*runs,) = forks("interrupt", tmp_path, folder, count)
     complete = {run["case"]: run["out"] for run in runs[:3]}
     seconds = [run["seconds"] for run in runs[3:] if run["err"]] or [0]
-    allowed = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # a machine with twice its work takes twice as long
+    # A machine with twice the load takes twice as long.
+    allowed = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
     print(f"{Counter(run['code'] for run in runs[3:])}, of {allowed:.1f} seconds allowed after Ctrl-C:")
     print(*(f"{share}% took {np.percentile(seconds, share):.2f} at most" for share in (50, 90, 99, 100)), sep="\n")
     assert all(run["code"] == 0 for run in runs[:3])
@@ -52,7 +56,8 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
     for run in runs[3:]:
         assert run["manual"] != "mix"
         assert not run["left"]
-        if run["code"] in (0, -signal.SIGINT) and not run["err"]:  # it had ended, and Python was being taken apart
+        # The command had ended, and Python was shutting down.
+        if run["code"] in (0, -signal.SIGINT) and not run["err"]:
             assert len(run["out"]) > 0.8 * len(complete[run["case"]]), run
         else:
             assert (run["code"], run["err"]) == (130, "\ninterrupted\n"), run
@@ -60,7 +65,7 @@ def test_ctrl_c_at_any_moment(count: int, folder: Path, tmp_path: Path) -> None:
                 assert complete[run["case"]].startswith(run["out"].rstrip("\n\ufffd").split("Prompt:")[0])
 
 
-IMPORTING = """
+DURING_IMPORTS = """
 class Finder:
     def find_spec(name, *_):
         if name == "mlx_lm":
@@ -68,40 +73,47 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-LEAVING = """
+AT_EXIT = """
 atexit.register(os.kill, os.getpid(), signal.SIGINT)
 """
 
 
-@pytest.mark.parametrize(("name", "moment"), [*((name, IMPORTING) for name in COMMANDS), ("verify", LEAVING)])
-def test_ctrl_c_before_and_after(name: str, moment: str) -> None:
-    """A command has not begun yet, or is over."""
+def interrupted(start: tuple[str, ...], moment: str) -> subprocess.CompletedProcess[str]:
+    """Start a command with --help, and send it Ctrl-C at a moment."""
+    module, *argv = start
     program = f"""
 import atexit, os, runpy, signal, sys
 {moment}
-sys.argv[1:] = ["--help"]
-runpy.run_module("flashmoe_mlx.{name}", run_name="__main__")
+sys.argv[1:] = {[*argv, "--help"]}
+runpy.run_module("{module}", run_name="__main__", alter_sys=True)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=" ".join)
+def test_ctrl_c_during_imports_ends_a_command(start: tuple[str, ...]) -> None:
+    ended = interrupted(start, DURING_IMPORTS)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("start", [("flashmoe_mlx.verify",), ("flashmoe_mlx", "verify")], ids=" ".join)
+def test_ctrl_c_at_exit_ends_a_command(start: tuple[str, ...]) -> None:
+    ended = interrupted(start, AT_EXIT)
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
-    assert ("usage" in ended.stdout) == (moment is LEAVING)
+    assert ended.stdout.startswith("usage")
 
 
-def test_ctrl_c_is_ignored_where_it_was() -> None:
-    """As for a command that a script left in the background."""
-    program = f"""
-import os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-{IMPORTING}
-sys.argv[1:] = ["--help"]
-runpy.run_module("flashmoe_mlx.verify", run_name="__main__")
-"""
-    assert subprocess.check_output([sys.executable, "-c", program], timeout=60).startswith(b"usage")
+@pytest.mark.parametrize("start", [("flashmoe_mlx.verify",), ("flashmoe_mlx", "verify")], ids=" ".join)
+def test_ctrl_c_stays_ignored_where_it_was(start: tuple[str, ...]) -> None:
+    """A script's background commands ignore it."""
+    ended = interrupted(start, f"signal.signal(signal.SIGINT, signal.SIG_IGN)\n{DURING_IMPORTS}")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("usage")
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
-def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
-    """Old or new content, never a mix; the next writer removes what is left over."""
+def test_a_killed_writer_leaves_the_old_or_the_new_file(count: int, folder: Path, tmp_path: Path) -> None:
+    """The next writer removes what is left over."""
     runs = forks("kill", tmp_path, folder, count)
     assert len(runs) == count + 1
     assert all(run["code"] == -9 and run["whole"] for run in runs)
@@ -109,8 +121,8 @@ def test_killed_while_writing(count: int, folder: Path, tmp_path: Path) -> None:
     print(f"{count} kills, {sum(bool(run['left']) for run in runs)} of them in the middle of a file")
 
 
-def test_full_disk(folder: Path, tmp_path: Path) -> None:
-    """The old file is as it was, nothing is left beside it, and the message names the file."""
+def test_a_full_disk_leaves_the_old_file_alone(folder: Path, tmp_path: Path) -> None:
+    """Nothing else is left, and the message names the file."""
     *runs, command = forks("disk_full", tmp_path, folder, 1)
     for run in runs:
         assert (run["code"], run["err"]) == (0, "")
@@ -121,7 +133,7 @@ def test_full_disk(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2])
-def test_processes_on_one_folder(count: int, folder: Path, tmp_path: Path) -> None:
+def test_processes_share_one_folder(count: int, folder: Path, tmp_path: Path) -> None:
     runs = forks("together", tmp_path, folder, count)
     assert all((run["code"], run["err"]) == (0, "") for run in runs)
     assert len({run["out"] for run in runs[::2]}) == 1
@@ -130,8 +142,8 @@ def test_processes_on_one_folder(count: int, folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="counts what is open")
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.soak)])
-def test_loads_leak_nothing(count: int, folder: Path) -> None:
-    """Neither files nor threads, nor when a load fails."""
+def test_loads_leak_no_files_and_no_threads(count: int, folder: Path) -> None:
+    """Not even loads that fail."""
 
     def held() -> tuple[int, int]:
         gc.collect()
@@ -139,7 +151,8 @@ def test_loads_leak_nothing(count: int, folder: Path) -> None:
 
     def load() -> None:
         model, _ = flashmoe_mlx.load(str(folder), ram_budget="1MB")
-        model.streaming.pools[0].load(model.layers[0].mlp.switch_mlp._table, [0, 1])  # starts threads
+        # Starts threads.
+        model.streaming.pools[0].load(model.layers[0].mlp.switch_mlp._table, [0, 1])
 
     load()
     before = held()
@@ -153,11 +166,13 @@ def test_loads_leak_nothing(count: int, folder: Path) -> None:
 @pytest.mark.parametrize(
     "busy",
     [
-        "print('text', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # in C, for minutes
-        "weakref.finalize(Thing(), hear); time.sleep(60)",  # where Python drops what is raised
+        # In C, for minutes.
+        "print('text', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+        # In a finalizer, where Python drops exceptions.
+        "weakref.finalize(Thing(), finalizer); time.sleep(60)",
     ],
 )
-def test_main_thread_that_does_not_hear(busy: str) -> None:
+def test_ctrl_c_ends_a_main_thread_that_cannot_react(busy: str) -> None:
     program = f"""
 import hashlib, time, weakref
 from flashmoe_mlx.cli.errors import one_line_errors
@@ -165,7 +180,7 @@ from flashmoe_mlx.cli.errors import one_line_errors
 class Thing:
     pass
 
-def hear():
+def finalizer():
     print("text", flush=True)
     time.sleep(60)
 

@@ -1,4 +1,4 @@
-"""The evaluator: its arithmetic against numpy, itself against itself, and the command as its users meet it."""
+"""The evaluation: its arithmetic against numpy, a model against itself, and the command as its users meet it."""
 
 import csv
 import io
@@ -22,8 +22,9 @@ from benchmarks.exact import load_resident
 from flashmoe_mlx import evaluate
 from flashmoe_mlx.evaluation.logprobs import LogprobsFile, logprobs
 from flashmoe_mlx.evaluation.metrics import Quality, compare, mean, share
-from flashmoe_mlx.evaluation.tasks import Marks, Task, answer, final, tool_calls
+from flashmoe_mlx.evaluation.tasks import Task, TaskScores, answer, final, tool_calls
 from flashmoe_mlx.model.requantize import expert_bits, requantize
+from flashmoe_mlx.ops.dispatch import Backend
 from tests.support.oracle import PROMPT, streamed
 
 TEXT = "A heron is a bird that waits in shallow water. Then it moves."
@@ -44,7 +45,7 @@ CALL = "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3.5-MoE with tokenizer and chat template, in 8 bits."""
+    """Return a Qwen3.5-MoE with tokenizer and chat template, in 8 bits."""
     path = tmp_path_factory.mktemp("checkpoints") / "model"
     config = qwen3_5_moe(layers=4, experts=16, top_k=4, hidden=128, intermediate=128, vocab=400)
     write_checkpoint(path, config, quantization={"group_size": 64, "bits": 8})
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> TokenizerWrapper:
-    """The model's, with Qwen3-Coder's way to call tools."""
+    """Return the model's tokenizer with Qwen3-Coder's format of tool calls."""
     plain = load_tokenizer(folder)._tokenizer
     marks = {"tool_call_start": qwen3_coder.tool_call_start, "tool_call_end": qwen3_coder.tool_call_end}
     return TokenizerWrapper(plain, tool_parser=qwen3_coder.parse_tool_call, **marks)
@@ -67,14 +68,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def table(tmp_path: Path, *argv: str) -> list[dict[str, str]]:
-    """The lines of CSV that a command line writes."""
+    """Return the rows of CSV that a command line writes."""
     evaluate.main([*argv, "--csv", str(tmp_path / "table.csv")])
     with (tmp_path / "table.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a mistake gets."""
+    """Return the one line that an error is."""
     with pytest.raises(SystemExit) as stop:
         evaluate.main(argv)
     assert stop.value.code == 1
@@ -107,7 +108,7 @@ def test_quality_is_what_numpy_computes(seed: int, positions: int, vocabulary: i
     assert quality.agreement.value == pytest.approx(same.mean())
 
 
-def test_no_probability_on_either_side() -> None:
+def test_tokens_without_probability_add_nothing_or_infinity() -> None:
     half = mx.array([math.log(0.5), math.log(0.5), -math.inf])
     whole = mx.array([0.0, -math.inf, -math.inf])
     assert compare(half, half, 0).kld == 0
@@ -115,7 +116,7 @@ def test_no_probability_on_either_side() -> None:
     assert compare(whole, half, 0).kld == math.inf
 
 
-def test_interval_of_a_mean_is_that_of_its_blocks() -> None:
+def test_the_interval_of_a_mean_is_that_of_its_blocks() -> None:
     values = np.random.default_rng(0).normal(size=160)
     blocks = values.reshape(10, 16).mean(-1)
     margin = 1.959964 * blocks.std(ddof=1) / math.sqrt(10)
@@ -124,7 +125,7 @@ def test_interval_of_a_mean_is_that_of_its_blocks() -> None:
     assert math.isnan(mean([3.0]).low)
 
 
-def test_interval_of_a_mean_holds_the_truth_95_times_in_100() -> None:
+def test_the_interval_of_a_mean_holds_the_truth_95_times_in_100() -> None:
     random = np.random.default_rng(0)
     intervals = [mean(random.normal(size=1600)) for _ in range(1000)]
     assert 0.93 < np.mean([each.low <= 0 <= each.high for each in intervals]) < 0.97
@@ -134,8 +135,8 @@ def test_interval_of_a_mean_holds_the_truth_95_times_in_100() -> None:
     ("successes", "total", "low", "high"),
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
 )
-def test_wilson_interval(successes: int, total: int, low: float, high: float) -> None:
-    # Newcombe, 1998, Statistics in Medicine 17, 857, has the last one.
+def test_the_interval_of_a_share_is_wilsons(successes: int, total: int, low: float, high: float) -> None:
+    # The last one is from Newcombe, 1998, Statistics in Medicine 17, 857.
     assert share(successes, total) == pytest.approx((successes / total, low, high), abs=5e-5)
 
 
@@ -146,7 +147,8 @@ def test_a_share_lies_in_its_interval(total: int, part: float) -> None:
         assert 0 <= low <= value <= high <= 1
 
 
-def test_logprobs_are_mlx_lms_a_token_a_step(folder: Path) -> None:
+@pytest.mark.parametrize("backend", [Backend.REFERENCE], ids=["reference"], indirect=True)
+def test_logprobs_are_those_of_mlx_lm_decoding_one_token_per_step(folder: Path) -> None:
     model = load_resident(str(folder))
     expected = []
     for window in (PROMPT[:8], PROMPT[8:16], PROMPT[16:-1]):
@@ -169,7 +171,7 @@ def test_the_reference_agrees_with_itself_at_every_budget(tmp_path: Path, folder
         assert line["perplexity"] == lines[0]["perplexity"]
 
 
-def test_fewer_experts_and_bits_show(tmp_path: Path, folder: Path, text: Path) -> None:
+def test_fewer_experts_and_fewer_bits_diverge_from_the_reference(tmp_path: Path, folder: Path, text: Path) -> None:
     pytest.importorskip("matplotlib")
     base = ("--model", str(folder), "--text", str(text), "--cache-dir", str(tmp_path / "copies"))
     plot = tmp_path / "plot.svg"
@@ -182,14 +184,14 @@ def test_fewer_experts_and_bits_show(tmp_path: Path, folder: Path, text: Path) -
     assert plot.read_text().startswith("<?xml")
 
 
-def test_another_checkpoint_as_reference(tmp_path: Path, folder: Path, text: Path) -> None:
+def test_the_reference_may_be_another_checkpoint(tmp_path: Path, folder: Path, text: Path) -> None:
     copy = requantize(folder, 3, tmp_path)
     lines = table(tmp_path, "--model", str(copy), "--reference", str(folder), "--text", str(text))
     assert (lines[0]["bits"], lines[0]["experts_per_token"]) == ("3", "4")
     assert float(lines[0]["kld"]) > 0
 
 
-def test_copies_change_the_experts_alone_and_are_made_once(tmp_path: Path, folder: Path) -> None:
+def test_copies_change_only_the_experts_and_are_made_once(tmp_path: Path, folder: Path) -> None:
     copy = requantize(folder, 2, tmp_path)
     assert (expert_bits(folder), expert_bits(copy)) == (8, 2)
     before = (copy / "config.json").stat().st_mtime_ns
@@ -201,7 +203,7 @@ def test_copies_change_the_experts_alone_and_are_made_once(tmp_path: Path, folde
 
 
 def _shards(folder: Path, copy: Path) -> list[Path]:
-    """Files of the weights that are no experts, of both checkpoints."""
+    """Return files with the weights of both checkpoints that are not experts."""
     paths = []
     for source in (folder, copy):
         weights: dict[str, mx.array] = {}
@@ -212,7 +214,9 @@ def _shards(folder: Path, copy: Path) -> list[Path]:
     return paths
 
 
-def test_reference_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, text: Path) -> None:
+def test_a_reference_is_computed_once_and_used_only_for_its_own_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, text: Path
+) -> None:
     cache = tmp_path / "reference.safetensors"
     base = ("--model", str(folder), "--text", str(text), "--reference-cache", str(cache))
     first = table(tmp_path, *base, "--experts-per-token", "4", "2")
@@ -238,7 +242,9 @@ def test_an_interrupted_reference_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_stdin_and_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_text_from_stdin_becomes_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(TEXT))
     evaluate.main(["--model", str(folder), "--text", "-", "--max-positions", "7"])
     out = capsys.readouterr().out
@@ -247,7 +253,7 @@ def test_stdin_and_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert [cell.strip() for cell in row.split("│")[1:-1]][-4:] == ["1", "0", "0", "100"]
 
 
-def test_recall_of_the_models_own_answer(
+def test_a_model_recalls_its_own_answer(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, tokenizer: TokenizerWrapper
 ) -> None:
     messages = [{"role": "user", "content": "What is a heron?"}]
@@ -274,16 +280,16 @@ def test_recall_of_the_models_own_answer(
         ("Rain.", []),
     ],
 )
-def test_tool_calls(text: str, calls: list[Any], tokenizer: TokenizerWrapper) -> None:
+def test_tool_calls_are_known_and_complete_or_none(text: str, calls: list[Any], tokenizer: TokenizerWrapper) -> None:
     assert tool_calls(text, TOOLS, tokenizer) == calls
 
 
-def test_marks_of_tool_calls(tokenizer: TokenizerWrapper) -> None:
+def test_scores_count_calls_that_parse_and_calls_that_are_right(tokenizer: TokenizerWrapper) -> None:
     task = Task([{"role": "user", "content": "?"}], TOOLS, {"name": "weather", "arguments": {"city": "Oslo"}})
-    marks = Marks.of([task] * 4, [CALL, CALL.replace("Oslo", "Rome"), CALL + CALL, "Rain."], tokenizer)
-    assert marks.recall is None
-    assert marks.calls_parse == share(3, 4)
-    assert marks.calls_right == share(1, 4)
+    scores = TaskScores.of([task] * 4, [CALL, CALL.replace("Oslo", "Rome"), CALL + CALL, "Rain."], tokenizer)
+    assert scores.recall is None
+    assert scores.calls_parse == share(3, 4)
+    assert scores.calls_right == share(1, 4)
 
 
 @pytest.mark.parametrize(
@@ -291,16 +297,16 @@ def test_marks_of_tool_calls(tokenizer: TokenizerWrapper) -> None:
     [
         ("{", "line 1: "),
         ("", "has no tasks"),
-        ('{"messages": [{}], "expect": "a", "exspect": "b"}', "nothing else"),
-        ('{"messages": [{}]}', "nothing else"),
+        ('{"messages": [{}], "expect": "a", "exspect": "b"}', "no other fields"),
+        ('{"messages": [{}]}', "no other fields"),
         ('{"messages": [], "expect": "a"}', "at least one"),
-        ('{"messages": [{}], "expect": 3}', "no other kind"),
-        ('{"messages": [{}], "expect": "a", "kind": "tool"}', "no other kind"),
-        ('{"messages": [{}], "expect": {"name": "a", "arguments": {}}}', "has tools"),
+        ('{"messages": [{}], "expect": 3}', "kind must be recall"),
+        ('{"messages": [{}], "expect": "a", "kind": "tool"}', "kind must be recall"),
+        ('{"messages": [{}], "expect": {"name": "a", "arguments": {}}}', "must have tools"),
         ('{"messages": [{}], "tools": [{}], "expect": {"name": "a"}}', "with name and arguments"),
     ],
 )
-def test_what_is_no_task(
+def test_an_invalid_task_is_refused_with_its_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, line: str, message: str
 ) -> None:
     tasks = tmp_path / "tasks.jsonl"
@@ -308,7 +314,7 @@ def test_what_is_no_task(
     assert message in fail(capsys, "--model", str(folder), "--tasks", str(tasks))
 
 
-def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, text: Path) -> None:
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, text: Path) -> None:
     base = ("--model", str(folder))
     read = (*base, "--text", str(text))
     assert "nothing to measure" in fail(capsys, *base)
@@ -317,7 +323,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Pa
     assert "experts_per_token is 0" in fail(capsys, *read, "--experts-per-token", "0")
     assert "not a size" in fail(capsys, *read, "--ram-budget", "much")
     assert "MLX quantizes to" in fail(capsys, *read, "--bits", "7")
-    assert "context is 0" in fail(capsys, *read, "--context", "0")
+    assert "--context is 0: it must be a positive integer" in fail(capsys, *read, "--context", "0")
     assert "cannot write" in fail(capsys, *read, "--csv", str(tmp_path / "none" / "table.csv"))
     assert "No such file" in fail(capsys, *base, "--text", str(tmp_path / "none.txt"))
     text.write_text("")

@@ -87,14 +87,15 @@ def test_late_reads_change_nothing(
 ) -> None:
     """They end in any order, while mlx-lm decodes a token ahead."""
     random = Random(slots)
-    read = Reader._read
+    read = Reader._copy
 
     def slow_read(self: Reader, *args: Any) -> None:
         time.sleep(random.random() * 1e-3)
         read(self, *args)
 
-    monkeypatch.setattr(reader, "_LARGE", 1)  # so that threads share even these small reads
-    monkeypatch.setattr(Reader, "_read", slow_read)
+    # So that threads share even these small reads.
+    monkeypatch.setattr(reader, "_LARGE_NBYTES", 1)
+    monkeypatch.setattr(Reader, "_copy", slow_read)
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_5_moe")
     model = streamed(folder, config=Config(read_threads=threads, lookahead=lookahead))

@@ -1,4 +1,4 @@
-"""Whatever device and files do: the right tokens or one clear error, and then the right tokens again."""
+"""With any fault of device or files: the right tokens or one clear error, and then the right tokens again."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def folder(checkpoint: WriteFamily) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> list[list[int]]:
-    """What mlx-lm's own model says."""
+    """The tokens of mlx-lm's own model."""
     model = resident(folder)
     return [answer(model, question) for question in QUESTIONS]
 
@@ -46,7 +46,8 @@ def impatient() -> Iterator[None]:
         yield
 
 
-WAYS = [(0, False), (0.5, False), (0, True)]  # a pool for all layers, one for each, and one that is read ahead of
+# A pool for all layers, a pool for each layer, and a pool with prefetch.
+WAYS = [(0, False), (0.5, False), (0, True)]
 
 
 def load(folder: Path, fraction: float, lookahead: bool) -> nn.Module:
@@ -54,7 +55,7 @@ def load(folder: Path, fraction: float, lookahead: bool) -> nn.Module:
 
 
 def answer(model: nn.Module, question: list[int], file: Path | None = None) -> list[int]:
-    """Greedy tokens; by way of a prompt cache in a file, if there is to be one."""
+    """Return greedy tokens; with ``file``, after a prompt cache was written there and read back."""
     cache = make_prompt_cache(model)
     if file is not None:
         list(generate_step(mx.array(question), model, max_tokens=0, prompt_cache=cache))
@@ -64,7 +65,9 @@ def answer(model: nn.Module, question: list[int], file: Path | None = None) -> l
 
 
 @pytest.mark.parametrize("count", [14, pytest.param(600, marks=pytest.mark.soak)])
-def test_faulty_reads(count: int, folder: Path, answers: list[list[int]], tmp_path: Path) -> None:
+def test_faulty_reads_give_the_right_tokens_or_an_error(
+    count: int, folder: Path, answers: list[list[int]], tmp_path: Path
+) -> None:
     models = [load(folder, *way) for way in WAYS]
     outcomes: Counter[tuple[str, str]] = Counter()
     for seed in range(count):
@@ -72,7 +75,8 @@ def test_faulty_reads(count: int, folder: Path, answers: list[list[int]], tmp_pa
         kind = (HARMLESS + HARMFUL)[seed % 7]
         model, number = chance.choice(models), chance.randrange(len(QUESTIONS))
         file = tmp_path / "state.safetensors" if chance.random() < 0.3 and number else None
-        most = 0.1 if kind in ("short", "interrupted") else 1  # if every call were, none would come to an end
+        # If every call were cut short, no read would end.
+        most = 0.1 if kind in ("short", "interrupted") else 1
         with faults(kind, chance.choice([0.001, 0.01, 0.1, most]), seed) as thrown:
             try:
                 tokens = answer(model, QUESTIONS[number], file)
@@ -95,13 +99,12 @@ def test_faulty_reads(count: int, folder: Path, answers: list[list[int]], tmp_pa
 
 
 def expected(answers: list[list[int]], number: int, file: Path | None, model: nn.Module) -> list[int]:
-    """What is right: after a prompt cache the last token comes once more."""
+    """Return the right tokens. After a prompt cache, the last token of the question is processed twice."""
     return answers[number] if file is None else answer(model, [*QUESTIONS[number], QUESTIONS[number][-1]])
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(150, marks=pytest.mark.soak)])
-def test_files_that_change(count: int, folder: Path, answers: list[list[int]], tmp_path: Path) -> None:
-    """A shard that is cut off, written to, replaced or removed in the middle of a request ends it."""
+def test_files_that_change_end_the_request(count: int, folder: Path, answers: list[list[int]], tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     for seed in range(count):
         chance = random.Random(seed)
@@ -128,7 +131,7 @@ def test_files_that_change(count: int, folder: Path, answers: list[list[int]], t
 
 
 def after(reads: int, action: Callable[[], None]) -> Callable[..., int]:
-    """``os.preadv``, with something that happens before one of its calls."""
+    """Return ``os.preadv``, with an action before one of its calls."""
     preadv, left = os.preadv, [None] * reads
 
     def read(*call: object) -> int:
@@ -150,7 +153,8 @@ def change(shard: Path, what: str, chance: random.Random) -> None:
         with shard.open("r+b") as file:
             file.seek(shard.stat().st_size // 2)
             file.write(bytes(shard.stat().st_size // 2))
-        os.utime(shard, ns=(1, 1))  # clocks of file systems may be too coarse for this test
+        # The file system's clock may be too coarse to show the change.
+        os.utime(shard, ns=(1, 1))
     elif what == "replaced":
         other = shard.with_name("other")
         other.write_bytes(bytes(shard.stat().st_size))
@@ -160,17 +164,17 @@ def change(shard: Path, what: str, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("count", [7, pytest.param(140, marks=pytest.mark.soak)])
-def test_evaluation(
+def test_evaluation_gives_the_right_figures_or_an_error(
     count: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The right figures or one line; what was written before that is right too."""
+    """Lines written before an error are right, too."""
     monkeypatch.setattr(evaluation, "load", partial(evaluation.load, config=Config(read_timeout=0.3)))
     text = tmp_path / "text.txt"
     text.write_text("A heron waits.")
     half = str(streamed(folder).streaming.experts_nbytes // 2)
 
     def evaluated(number: int) -> tuple[int, str, list[str]]:
-        """Exit code, what it says, and the lines of the table's file."""
+        """Return the exit code, the output, and the lines of the table's file."""
         out, reference = tmp_path / f"{number}.csv", tmp_path / f"{number}.safetensors"
         argv = ["--model", str(folder), "--text", str(text), "--csv", str(out), "--reference-cache", str(reference)]
         code = 0
@@ -200,7 +204,8 @@ def test_evaluation(
         else:
             assert kind in HARMFUL
             assert said.startswith("error: ") and str(folder) in said and said.count("\n") == 1
-            assert "cannot write" not in said  # it is not the reference's file that is to blame
+            # The reference's file is not to blame.
+            assert "cannot write" not in said
     print(*(f"{kind}: {outcome} {n}" for (kind, outcome), n in sorted(outcomes.items())), sep="\n")
     assert all(outcomes[kind, "code 0, with faults"] for kind in HARMLESS)
     assert all(outcomes[kind, "code 1, with faults"] for kind in HARMFUL)

@@ -61,9 +61,11 @@ def test_shrinks_below_the_reserve_and_grows_above_four(tables: list[ExpertTable
 
     assert settle() == [50, 50]
     memory.free = 999
-    assert settle() == [38, 38]  # 1001 bytes missing: 22.75 slots
+    # 1001 bytes are missing, which is 22.75 slots.
+    assert settle() == [38, 38]
     assert 2000 <= memory.free < 2088
-    for free in (1001, 2000, 3999):  # not for every little change
+    # Small changes do not matter.
+    for free in (1001, 2000, 3999):
         memory.free = free
         assert settle() == [38, 38]
     memory.free = 4001
@@ -77,14 +79,14 @@ def test_shrinks_below_the_reserve_and_grows_above_four(tables: list[ExpertTable
     assert settle() == [50, 50]
 
 
-def test_it_does_not_ask_twice_for_what_is_under_way(tables: list[ExpertTable]) -> None:
+def test_slots_not_yet_given_back_are_not_asked_for_twice(tables: list[ExpertTable]) -> None:
     memory = Memory(999)
     pools = [make_pool(tables, 50), make_pool(tables, 50)]
     pressure = MemoryPressure(pools, 4, memory, RESERVE, seconds=0)
     assert [pressure.slots(pool) for pool in pools * 5] == [38] * 10
 
 
-def test_it_seldom_looks(tables: list[ExpertTable]) -> None:
+def test_memory_is_measured_every_two_seconds(tables: list[ExpertTable]) -> None:
     memory = Memory(10**6)
     pool = make_pool(tables, 50)
     pressure = MemoryPressure([pool], 4, memory, RESERVE)
@@ -95,7 +97,7 @@ def test_it_seldom_looks(tables: list[ExpertTable]) -> None:
 
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_most_recent_stay(ahead: bool, pinned: bool, tables: list[ExpertTable]) -> None:
+def test_resize_keeps_the_most_recently_used(ahead: bool, pinned: bool, tables: list[ExpertTable]) -> None:
     pool = make_pool(tables, 6, HostBuffers(44, 5) if pinned else None)
     pool.fetch(tables[0], [0, 1, 2, 3])
     if ahead:
@@ -113,7 +115,7 @@ def test_the_most_recent_stay(ahead: bool, pinned: bool, tables: list[ExpertTabl
     assert pool.moves == 2
 
 
-def test_interrupted(tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_resize_changes_nothing(tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(tables, 6)
     pool.fetch(tables[0], [0, 1, 2])
     resized, calls = Slab.resized, []
@@ -165,7 +167,7 @@ def check_under_pressure(folder: Path, lookahead: bool, wanted: Run, monkeypatch
     assert min(sizes) >= 4
 
 
-def test_given_back_is_told(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary_names_memory_given_back(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     pressure = partial(MemoryPressure, available=lambda: 0, reserve=10**12)
     monkeypatch.setattr(swap, "MemoryPressure", pressure)
     model = streamed(checkpoint("qwen3_5_moe"), 0.8)

@@ -1,4 +1,4 @@
-"""Rows that files are read into, and half precision that becomes float32 without a rounding."""
+"""Rows that files are read into, and half precision that becomes float32 without rounding."""
 
 import mlx.core as mx
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from flashmoe_mlx.streaming.slab import Slab
 
 BITS = np.arange(1 << 16, dtype=np.uint16)
-"""Every half precision number there is."""
+"""Every number in half precision."""
 
 
 @pytest.mark.parametrize("stored", [mx.bfloat16, mx.float16], ids=str)
@@ -19,14 +19,16 @@ def test_widening_is_exact(stored: mx.Dtype) -> None:
     expected = np.asarray(mx.array(BITS).view(stored).astype(mx.float32))
     numbers = ~np.isnan(expected)
     assert numbers.sum() > 60000
-    assert np.array_equal(actual.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])  # -0.0 too
+    # As integers, so that -0.0 counts.
+    assert np.array_equal(actual.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
     assert np.isnan(actual[~numbers]).all()
-    assert not mx.any(rows.array[0]).item()  # its neighbours stay as they were
+    # Other rows stay as they were.
+    assert not mx.any(rows.array[0]).item()
     assert not mx.any(rows.array[2]).item()
 
 
 @pytest.mark.parametrize("stored", [mx.uint8, mx.uint32, mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_memory_stays_as_stored(stored: mx.Dtype) -> None:
+def test_bytes_stay_as_stored_if_nothing_is_widened(stored: mx.Dtype) -> None:
     shape = (3, 8)
     rows = Slab(2, shape, stored, stored)
     data = np.arange(24 * stored.size, dtype=np.uint8)
@@ -38,16 +40,16 @@ def test_memory_stays_as_stored(stored: mx.Dtype) -> None:
     assert not mx.any(rows.array[0]).item()
 
 
-def test_a_number_per_expert() -> None:
-    """nvfp4 may keep one scale per expert, whose rows have no shape."""
+def test_rows_may_be_scalars() -> None:
+    """In nvfp4 an expert may have a single scale."""
     rows = Slab(4, (), mx.float32, mx.float32)
     rows.buffer(2)[:] = np.float32(1.5).tobytes()
     rows.widen(2)
     assert rows.array.tolist() == [0, 0, 1.5, 0]
 
 
-def test_array_does_not_move() -> None:
-    """A graph that was built before a write sees it, and nothing is copied."""
+def test_graphs_see_rows_written_after_they_were_built() -> None:
+    """Because nothing is copied."""
     rows = Slab(2, (4,), mx.float32, mx.float32)
     doubled = rows.array * 2
     rows.buffer(0)[:] = np.full(4, 3, np.float32).tobytes()

@@ -1,4 +1,4 @@
-"""What was in memory when a run ended is there when the next begins."""
+"""Experts that were resident at the end of a run are resident at the beginning of the next."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,12 @@ def residents(model: nn.Module) -> list[list[tuple[str, int]]]:
     return [pool.residents for pool in model.streaming.pools]
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0])  # a pool for each layer, and one for all
-def test_warm_start(fraction: float, checkpoint: WriteFamily, tmp_path: Path) -> None:
+# A pool for each layer, and one for all.
+@pytest.mark.parametrize("fraction", [0.5, 0])
+def test_residents_are_those_of_the_last_run(fraction: float, checkpoint: WriteFamily, tmp_path: Path) -> None:
     folder, file = checkpoint("qwen3_5_moe"), str(tmp_path / "residents.json")
-    first = streamed(folder, fraction, config=Config(warm_start=file))  # there is no file yet
+    # There is no file yet, which is not an error.
+    first = streamed(folder, fraction, config=Config(warm_start=file))
     run(first, PROMPT, tokens=4)
     first.streaming.save_residents(file)
     second = streamed(folder, fraction, config=Config(warm_start=file))
@@ -30,8 +32,7 @@ def test_warm_start(fraction: float, checkpoint: WriteFamily, tmp_path: Path) ->
     assert_same(run(second, tokens=8), run(resident(folder), tokens=8))
 
 
-def test_the_most_recent_stay(checkpoint: WriteFamily, tmp_path: Path) -> None:
-    """A smaller budget keeps what was used last."""
+def test_smaller_budget_keeps_the_most_recently_used(checkpoint: WriteFamily, tmp_path: Path) -> None:
     folder, file = checkpoint("qwen3_5_moe"), str(tmp_path / "residents.json")
     first = streamed(folder, 0.75)
     run(first, tokens=4)
@@ -44,27 +45,26 @@ def test_the_most_recent_stay(checkpoint: WriteFamily, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"experts": 3}', '{"experts": {"a": ["1"]}}', '{"experts": {"a": [1.5]}}', "\0"]
 )
-def test_damaged_file(text: str, checkpoint: WriteFamily, tmp_path: Path) -> None:
+def test_damaged_file_is_refused(text: str, checkpoint: WriteFamily, tmp_path: Path) -> None:
     file = tmp_path / "residents.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match="remove it"):
+    with pytest.raises(ValueError, match="delete it, and it will be recreated"):
         streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(file)))
 
 
-def test_no_folder(checkpoint: WriteFamily, tmp_path: Path) -> None:
-    """Said before a long run, not after it."""
-    with pytest.raises(FileNotFoundError, match="no folder for"):
+def test_missing_folder_is_refused_before_the_run(checkpoint: WriteFamily, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing for the warm-start file"):
         streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(tmp_path / "missing" / "residents.json")))
 
 
-def test_file_of_another_model(checkpoint: WriteFamily, tmp_path: Path) -> None:
+def test_file_of_another_model_is_refused(checkpoint: WriteFamily, tmp_path: Path) -> None:
     file = tmp_path / "residents.json"
     model = streamed(checkpoint("qwen3_5_moe"))
     model(mx.array([[1]]))
     model.streaming.save_residents(file)
     experts = json.loads(file.read_text())["experts"]
     file.write_text(json.dumps({"experts": {layer: [1000] for layer in experts}}))
-    with pytest.raises(ValueError, match="names expert 1000 of"):
+    with pytest.raises(ValueError, match="is of another model: it has expert 1000 of"):
         streamed(checkpoint("qwen3_5_moe"), config=Config(warm_start=str(file)))
 
 

@@ -1,4 +1,4 @@
-"""A file of numbered experts, for tests of what lies below the model."""
+"""A file of numbered experts, for tests without a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _WORDS = 2 * 3 + 5
 
 
 def write_experts(path: Path, layers: int, experts: int) -> list[ExpertTable]:
-    """Write experts whose first word tells layer and number, and return where they are."""
+    """Write experts, and return the table of each layer. No two experts have a word in common."""
     tables = []
     with path.open("wb") as file:
         for layer in range(layers):
@@ -32,7 +32,7 @@ def write_experts(path: Path, layers: int, experts: int) -> list[ExpertTable]:
 
 
 def content(layer: int, expert: int) -> np.ndarray:
-    """The words of an expert. No two experts share one."""
+    """Return the words of an expert."""
     return (np.arange(_WORDS) + _WORDS * (1000 * layer + expert)).astype(np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""A device and an OS that misbehave: what the reader sees of ``os.preadv``, with faults thrown in at random."""
+"""A device and an OS that misbehave: ``os.preadv`` with random faults."""
 
 import errno
 import os
@@ -24,13 +24,13 @@ class Faults:
     """Faults of one kind, in a share of the reads.
 
     Args:
-        kind (str): one of ``HARMLESS``, which change nothing, or ``HARMFUL``, which must end the request.
-        share (float): of the reads that it befalls.
-        seed (int): of the choice.
+        kind (str): One of ``HARMLESS``, which change nothing, or ``HARMFUL``, which must end the request.
+        share (float): Share of the reads that fail.
+        seed (int): Seed of the choice.
 
     Attributes:
-        count (int): how often it has happened.
-        gate (threading.Event): lets stuck reads go on.
+        count (int): Number of faults so far.
+        gate (threading.Event): Lets stuck reads go on.
     """
 
     def __init__(self, kind: str, share: float, seed: int):
@@ -40,10 +40,11 @@ class Faults:
         self._share = share
         self._random = random.Random(seed)
         self._preadv: Preadv = os.preadv
-        self._failed: set[tuple[int, int]] = set()  # files and offsets
+        # Files and offsets that have failed before.
+        self._failed: set[tuple[int, int]] = set()
 
     def preadv(self, fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
-        """What takes the place of ``os.preadv``."""
+        """Replace ``os.preadv``."""
         again = (fd, offset) in self._failed
         if self._random.random() >= self._share and not (again and self._kind == "error"):
             return self._preadv(fd, buffers, offset, flags)
@@ -68,7 +69,7 @@ class Faults:
 
 @contextmanager
 def faults(kind: str, share: float, seed: int) -> Iterator[Faults]:
-    """Let the reader meet faults; at the end those that are stuck go on."""
+    """Let reads fail. At the end, stuck reads go on."""
     thrown = Faults(kind, share, seed)
     with mock.patch("os.preadv", thrown.preadv):
         try:
@@ -79,7 +80,7 @@ def faults(kind: str, share: float, seed: int) -> Iterator[Faults]:
 
 @contextmanager
 def hurried(shared_slots: int) -> Iterator[None]:
-    """Little patience with stuck reads, and tiny pools where layers share them."""
+    """Give up stuck reads soon, and use tiny pools where layers share them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_batch, "_STOP_SECONDS", 0.02)
         patch.setattr(budget, "_SHARED_SLOTS", shared_slots)

@@ -1,4 +1,4 @@
-"""The flags of commands."""
+"""Flags of the commands."""
 
 import argparse
 
@@ -12,8 +12,9 @@ STREAMING = {
     "--manifest",
     "--config",
 }
-"""Those that every command of ours adds to mlx-lm's."""
+"""Flags that the commands add to those of mlx-lm."""
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
+    """Return all flags of a parser, long and short."""
     return {option for action in parser._actions for option in action.option_strings}

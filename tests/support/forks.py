@@ -1,8 +1,8 @@
-"""Runs commands in children that are interrupted or killed, and prints as JSON how each of them ended.
+"""Run commands in child processes that are interrupted or killed, and print as JSON how each of them ended.
 
     python -m tests.support.forks interrupt|kill|disk_full|together FOLDER MODEL COUNT
 
-A program of its own: what has computed with MLX must not fork.
+It is a program of its own because a process must not fork after it has computed with MLX.
 """
 
 import json
@@ -22,7 +22,7 @@ from mlx_lm.models.cache import KVCache
 
 import benchmarks.record
 from flashmoe_mlx import cache_prompt, generate
-from flashmoe_mlx.cli.interrupts import leave_on_interrupt
+from flashmoe_mlx.cli.interrupts import exit_on_interrupt
 from flashmoe_mlx.generation.prompt_cache import save_prompt_cache
 from flashmoe_mlx.streaming.warm_start import save_residents
 from flashmoe_mlx.system.atomic_write import replacing
@@ -32,38 +32,44 @@ MANUAL = ["--prompt", "The heron stands in shallow water and waits. " * 12, "--p
 
 
 def child(work: Callable[[Callable[[], None]], Any], out: Path) -> tuple[int, int]:
-    """Fork; the child works, with its output in files. Returns its number and a pipe that it tells its progress to."""
-    ear, mouth = os.pipe()
+    """Fork a child that works, with its output in files.
+
+    Returns:
+        tuple: (its process id, the read end of a pipe to which it writes its progress).
+    """
+    read_end, write_end = os.pipe()
     sys.stdout.flush()
     if number := os.fork():
-        os.close(mouth)
-        return number, ear
-    os.close(ear)
+        os.close(write_end)
+        return number, read_end
+    os.close(read_end)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    leave_on_interrupt()  # as a command does that begins
-    work(lambda: os.write(mouth, b".") and None)
+    # As Command.run() does.
+    exit_on_interrupt()
+    work(lambda: os.write(write_end, b".") and None)
     sys.exit(0)
 
 
-def ended(number: int) -> int:
+def wait_for(number: int) -> int:
+    """Return the exit code of a child, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
 def command(module: Any, argv: list[str]) -> Callable[[Callable[[], None]], None]:
-    """A command that tells when it has begun and when it is over."""
+    """Return work that runs a command, and reports when it starts and when it has ended."""
 
-    def work(tell: Callable[[], None]) -> None:
+    def work(report: Callable[[], None]) -> None:
         parser = module.setup_arg_parser
-        module.setup_arg_parser = lambda: (tell(), parser())[1]
+        module.setup_arg_parser = lambda: (report(), parser())[1]
         module.main(argv)
-        tell()
+        report()
 
     return work
 
 
 def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
-    """Ctrl-C at a random moment of a generation or of saving a prompt cache."""
+    """Send Ctrl-C at a random moment of a generation or of saving a prompt cache."""
     cases = {
         "generate": (generate, ["--model", model, *TEXT]),
         "silent": (generate, ["--model", model, *TEXT, "--verbose", "False"]),
@@ -74,18 +80,19 @@ def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
         name = list(cases)[trial % len(cases)]
         (folder / "manual.safetensors").write_text("old")
         begin = time.monotonic()
-        number, ear = child(command(*cases[name]), folder / "log")
-        os.read(ear, 1)
-        if trial < 0:  # the first of each is left alone, to know what it says and how long it takes
-            os.read(ear, 1)
+        number, pipe = child(command(*cases[name]), folder / "log")
+        os.read(pipe, 1)
+        # The first run of each case is not interrupted. It shows the whole output and how long it takes.
+        if trial < 0:
+            os.read(pipe, 1)
             lasts[name] = time.monotonic() - begin
         else:
             time.sleep(random.uniform(0, 1.05 * lasts[name]))
             begin = time.monotonic()
             os.kill(number, signal.SIGINT)
-        code = ended(number)
+        code = wait_for(number)
         seconds = time.monotonic() - begin
-        os.close(ear)
+        os.close(pipe)
         manual = (folder / "manual.safetensors").read_bytes()
         runs.append(
             {
@@ -102,7 +109,7 @@ def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
 
 
 def mx_names(content: bytes) -> list[str]:
-    """The tensors of a complete safetensors file."""
+    """Return the names of the tensors of a safetensors file, or none if it is not complete."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -111,7 +118,7 @@ def mx_names(content: bytes) -> list[str]:
 
 
 def writers(folder: Path) -> dict[str, tuple[Path, Callable[[int], None]]]:
-    """Every kind of file that the project writes, and what writes it with a given content."""
+    """Return each kind of file that the project writes, with a function that writes it with a given content."""
 
     class Residents:
         def __init__(self, number: int):
@@ -142,11 +149,12 @@ def writers(folder: Path) -> dict[str, tuple[Path, Callable[[int], None]]]:
 
 
 def whole(kind: str, content: bytes) -> bool:
-    """Whether a file is one that was written, and not a part or a mix."""
+    """Return whether a file is one of those written, and not a part or a mix."""
     if kind == "prompt cache":
         length = int.from_bytes(content[:8], "little")
         words = np.frombuffer(content[8 + length :], np.float32)
-        count = 2 * 2 * 256 * 64  # keys and values, and one word that tells how many tokens they are of
+        # Keys and values, and one word for the number of their tokens.
+        count = 2 * 2 * 256 * 64
         return len(mx_names(content)) == 3 and words.size == count + 1 and len(np.unique(words)) == 2
     if kind == "csv":
         lines = content.decode().splitlines()
@@ -158,40 +166,43 @@ def whole(kind: str, content: bytes) -> bool:
 
 
 def unfinished(folder: Path) -> list[str]:
+    """Return the names of the unfinished files in a folder."""
     return sorted(each.name for each in folder.iterdir() if "unfinished" in each.name)
 
 
 def kill(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
-    """SIGKILL at a random moment of writing a file again and again."""
+    """Send SIGKILL at a random moment of writing a file again and again."""
     runs = []
     for trial in range(count):
         kind, (path, write) = list(writers(folder).items())[trial % 4]
 
-        def work(tell: Callable[[], None], write: Callable[[int], None] = write) -> None:
+        def work(report: Callable[[], None], write: Callable[[int], None] = write) -> None:
             for number in range(10**9):
                 write(number)
-                tell()
+                report()
 
-        number, ear = child(work, folder / "log")
-        os.read(ear, 1)  # it has written once
+        number, pipe = child(work, folder / "log")
+        # It has written once.
+        os.read(pipe, 1)
         time.sleep(random.uniform(0, 0.02))
         os.kill(number, signal.SIGKILL)
-        code = ended(number)
-        os.close(ear)
+        code = wait_for(number)
+        os.close(pipe)
         good = whole(kind, path.read_bytes())
         path.unlink()
         runs.append({"kind": kind, "code": code, "whole": good, "left": unfinished(folder)})
+    # Every writer also sweeps unfinished files.
     for _, write in writers(folder).values():
-        ended(child(lambda _, write=write: write(0), folder / "log")[0])  # and sweeps
+        wait_for(child(lambda _, write=write: write(0), folder / "log")[0])
     return [*runs, {"kind": "all", "code": -signal.SIGKILL, "whole": True, "left": unfinished(folder)}]
 
 
 def disk_full(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
-    """No more room after some bytes: what each writer says, and what is there then and after another try."""
+    """Let each writer run out of disk space, and try again with space."""
     runs = []
     for kind, (path, write) in writers(folder).items():
 
-        def work(tell: Callable[[], None], write: Callable[[int], None] = write, path: Path = path) -> None:
+        def work(report: Callable[[], None], write: Callable[[int], None] = write, path: Path = path) -> None:
             write(1)
             before = path.read_bytes()
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -206,33 +217,33 @@ def disk_full(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
             write(3)
             print(json.dumps({"error": error, "same": same, "left": left, "changed": path.read_bytes() != before}))
 
-        number, ear = child(work, folder / "log")
-        code = ended(number)
-        os.close(ear)
+        number, pipe = child(work, folder / "log")
+        code = wait_for(number)
+        os.close(pipe)
         error = (folder / "log.err").read_text()
         runs.append({"kind": kind, "code": code, "err": error} | json.loads((folder / "log.out").read_text() or "{}"))
     argv = ["--model", model, *MANUAL, "--prompt-cache-file", str(folder / "full")]
 
-    def save(tell: Callable[[], None]) -> None:
+    def save(report: Callable[[], None]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         cache_prompt.main(argv)
 
-    number, ear = child(save, folder / "log")
-    code = ended(number)
-    os.close(ear)
+    number, pipe = child(save, folder / "log")
+    code = wait_for(number)
+    os.close(pipe)
     left = [each.name for each in folder.iterdir() if "full" in each.name]
     return [*runs, {"kind": "command", "code": code, "err": (folder / "log.err").read_text(), "left": left}]
 
 
 def together(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
-    """Several processes on one model, one warm-start file and one prompt cache."""
+    """Run several processes on one model, one warm-start file and one prompt cache."""
     shared = ["--model", model, "--warm-start", str(folder / "residents.json"), "--ram-budget", "1MB"]
     cases = [
         (generate, [*shared, *TEXT, "--verbose", "False"]),
         (cache_prompt, [*shared, *MANUAL, "--prompt-cache-file", str(folder / "manual")]),
     ] * count
     children = [child(command(*case), folder / f"log{number}") for number, case in enumerate(cases)]
-    codes = [ended(number) for number, _ in children]
+    codes = [wait_for(number) for number, _ in children]
     manual = mx_names((folder / "manual.safetensors").read_bytes())
     return [
         {
@@ -247,6 +258,7 @@ def together(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the experiment that the command line names."""
     what, folder, model, count = sys.argv[1:]
     random.seed(0)
     runs = {"interrupt": interrupt, "kill": kill, "disk_full": disk_full, "together": together}

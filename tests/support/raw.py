@@ -12,12 +12,12 @@ Rewrite = Callable[[str, mx.array], Iterable[tuple[str, mx.array]]]
 
 
 def read(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of a checkpoint by its name on disk."""
+    """Return every tensor of a checkpoint by its name on disk."""
     return {name: array for file in sorted(folder.glob("model*.safetensors")) for name, array in mx.load(file).items()}
 
 
 def write(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any], tokenizer: Path) -> Path:
-    """Write a checkpoint of one file, with another's tokenizer."""
+    """Write a checkpoint of one file, with the tokenizer of another."""
     folder.mkdir()
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -27,13 +27,13 @@ def write(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any], to
 
 
 def rewrite(source: Path, folder: Path, change: Rewrite, **config: Any) -> Path:
-    """Write a checkpoint of which ``change`` makes other tensors of each one.
+    """Write a copy of a checkpoint with other tensors.
 
     Args:
-        source (Path): the checkpoint to start from.
-        folder (Path): where to; must not exist.
-        change (Callable): a name and an array -> names and arrays.
-        config: what differs in config.json; ``None`` removes an entry.
+        source (Path): The checkpoint to start from.
+        folder (Path): The copy, which must not exist.
+        change (Callable): Takes a name and an array, and returns names and arrays in their place.
+        config: Entries of config.json to replace; ``None`` removes an entry.
     """
     tensors = dict(pair for name, array in read(source).items() for pair in change(name, array))
     entries = json.loads((source / "config.json").read_text()) | config
@@ -41,12 +41,12 @@ def rewrite(source: Path, folder: Path, change: Rewrite, **config: Any) -> Path:
 
 
 def one_tensor_per_expert(pattern: str, template: str, names: dict[str, str]) -> Rewrite:
-    r"""Unstack experts.
+    r"""Return a change that unstacks experts.
 
     Args:
-        pattern (str): a regular expression with the groups ``parent``, ``projection`` and ``kind``.
-        template (str): the name on disk with ``{parent}``, ``{expert}``, ``{projection}`` and ``{kind}``.
-        names (dict[str, str]): what each projection is called on disk.
+        pattern (str): A regular expression with the groups ``parent``, ``projection`` and ``kind``.
+        template (str): The name on disk with ``{parent}``, ``{expert}``, ``{projection}`` and ``{kind}``.
+        names (dict[str, str]): The name of each projection on disk.
     """
 
     def change(name: str, array: mx.array) -> Iterable[tuple[str, mx.array]]:

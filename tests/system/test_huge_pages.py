@@ -1,4 +1,4 @@
-"""Large pages change where an array lies, and nothing else."""
+"""Huge pages change where an array lies, and nothing else."""
 
 import platform
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
-def test_arrays_stay_what_they_are() -> None:
+def test_values_stay_the_same() -> None:
     wide = mx.random.normal((2048, 4096), key=mx.random.key(0))
     for array in (
         wide,
@@ -26,23 +26,24 @@ def test_arrays_stay_what_they_are() -> None:
         assert mx.array_equal(array, before)
 
 
-def test_pages_are_large() -> None:
+def test_memory_lies_in_huge_pages() -> None:
     """At least half of 64 MB, where the machine grants them at once."""
     granted = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not granted.exists() or "[never]" in granted.read_text() or _linux() < (6, 1):
-        pytest.skip("no large pages here")
+        pytest.skip("no huge pages here")
 
-    def large() -> int:
+    def huge() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
-    mx.clear_cache()  # or the array may get memory that has been counted
-    before = large()
+    # Otherwise the array may get memory that has been counted.
+    mx.clear_cache()
+    before = huge()
     array = mx.ones((64 << 20,), mx.uint8)
     mx.eval(array)
     use_huge_pages(array)
     if mx.default_device().type == mx.cpu:
-        assert large() - before > 32 << 20
+        assert huge() - before > 32 << 20
 
 
 def _linux() -> tuple[int, ...]:

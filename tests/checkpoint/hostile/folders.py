@@ -1,4 +1,4 @@
-"""Model folders of which one thing is wrong each."""
+"""Model folders with one fault each."""
 
 import json
 import os
@@ -12,14 +12,13 @@ from flashmoe_mlx.checkpoint.folder import INDEX
 
 FIRST = "model-00001-of-00003.safetensors"
 MARKER = "it-ran"
-"""What the code that comes with a hostile folder would write beside it."""
+"""File that the code in a hostile folder would write next to it."""
 
 Change = Callable[[Path], Any]
-_DAMAGED = "is damaged: {reason}. Download it again"
 
 
 def _config(**entries: Any) -> Change:
-    """Give config.json these entries, and the folder a module that tells whether it ran."""
+    """Add entries to config.json, and a module to the folder that leaves a marker if it runs."""
 
     def change(folder: Path) -> None:
         _edit(folder / "config.json", lambda config: config.update(entries))
@@ -39,12 +38,12 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def _places(name: str) -> Change:
-    """Let the index say that a tensor of FIRST is in the file ``name``."""
+    """Let the index name the file ``name`` for a tensor of FIRST."""
     return lambda folder: _edit(folder / INDEX, lambda index: index["weight_map"].update({first_tensor(folder): name}))
 
 
 def first_tensor(folder: Path) -> str:
-    """One that the index has in the file FIRST."""
+    """Return a tensor that the index has in the file FIRST."""
     return min(name for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items() if file == FIRST)
 
 
@@ -54,7 +53,7 @@ def _twice_in_index(folder: Path) -> None:
 
 
 def _link(name: str, target: str) -> Change:
-    """Move a file to ``target``, seen from the folder, and leave a link."""
+    """Move a file to ``target``, relative to the folder, and leave a link."""
 
     def change(folder: Path) -> None:
         place = folder / target
@@ -66,7 +65,7 @@ def _link(name: str, target: str) -> Change:
 
 
 def _instead(name: str, make: Change) -> Change:
-    """Put something else in the place of a file."""
+    """Replace a file by something else."""
 
     def change(folder: Path) -> None:
         (folder / name).unlink()
@@ -81,10 +80,10 @@ def _stray(folder: Path) -> None:
 
 _ASKS = "{folder}/config.json asks for code to be run: %s. If you trust this model's authors, pass "
 _ASKS += "trust_remote_code=True or --trust-remote-code; else use another copy of the model"
-_PLACE = "{folder}/" + INDEX + " names the file %r: it may name files of its own folder only"
-_OUT = "{folder}/%s is a link out of the model's folder, to {parent}/%s: put the file itself there"
-_NO_FILE = "{folder}/%s is not a file. Download it again"
-_BROKEN = "{folder}/config.json is damaged: %s. Download it again"
+_PLACE = "{folder}/" + INDEX + " names the file %r: it may only name files in its own folder"
+_OUT = "{folder}/%s is a link to {parent}/%s, outside the model folder: replace it by the file"
+_NO_FILE = "{folder}/%s is not a file: download it again"
+_BROKEN = "{folder}/config.json is damaged (%s): download it again"
 
 FOLDERS: dict[str, tuple[Change, str]] = {
     # config.json
@@ -123,7 +122,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     ),
     "config.json is a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
-        "{folder}/config.json names no model_type: not a model's config",
+        "{folder}/config.json has no model_type: it is not the config of a model",
     ),
     "generation_config.json is a list": (
         lambda folder: (folder / "generation_config.json").write_text("[]"),
@@ -135,7 +134,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     ),
     "config.json links to itself": (
         _instead("config.json", lambda file: file.symlink_to(file.name)),
-        "{folder}/config.json is a link to itself. Download it again",
+        "{folder}/config.json is a link to itself: download it again",
     ),
     "tokenizer links out": (
         _link("tokenizer_config.json", "../elsewhere/x"),
@@ -150,40 +149,40 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "shard that is two dots": (_places(".."), _PLACE % ".."),
     "shard that is a dot": (_places("."), _PLACE % "."),
     "shard without a name": (_places(""), _PLACE % ""),
-    "shard that is not there": (
+    "shard that is missing": (
         _places("model-7.safetensors"),
-        "{folder}: model-7.safetensors is missing, and the index needs it. Download it again",
+        "{folder}: model-7.safetensors is in the index but missing: download it again",
     ),
-    "shard that has it not": (
+    "shard without the tensor": (
         _places("model-00003-of-00003.safetensors"),
-        "{folder}: {tensor} is not in model-00003-of-00003.safetensors, where the index has it. Download both again",
+        "{folder}: {tensor} is not in model-00003-of-00003.safetensors, as the index says: download both again",
     ),
     "tensor twice in the index": (
         _twice_in_index,
-        "{folder}/" + INDEX + " is damaged: ValueError(\"the name 'a' is there twice\"). Download it again",
+        "{folder}/" + INDEX + " is damaged (ValueError(\"the name 'a' occurs twice\")): download it again",
     ),
     "index links out": (_link(INDEX, "../elsewhere/index"), _OUT % (INDEX, "elsewhere/index")),
     "index links to nothing": (
         _instead(INDEX, lambda file: file.symlink_to("nothing")),
-        "{folder}/" + INDEX + " is a link to nothing. Download it again",
+        "{folder}/" + INDEX + " is a broken link: download it again",
     ),
     "index is a folder": (_instead(INDEX, Path.mkdir), _NO_FILE % INDEX),
-    "tensor that the index has not": (
+    "tensor that is not in the index": (
         _stray,
-        "{folder}: model-extra.safetensors holds model.extra, which is not in the index. Remove the stray file",
+        "{folder}: model-extra.safetensors holds model.extra, which is not in the index: remove the stray file",
     ),
     # shards
     "shard links out": (_link(FIRST, "../elsewhere/x"), _OUT % (FIRST, "elsewhere/x")),
     "shard links to another repository's blob": (_link(FIRST, "../blobs/x"), _OUT % (FIRST, "blobs/x")),
     "shard links to a device": (
         _instead(FIRST, lambda file: file.symlink_to("/dev/zero")),
-        "{folder}/" + FIRST + " is a link out of the model's folder, to /dev/zero: put the file itself there",
+        "{folder}/" + FIRST + " is a link to /dev/zero, outside the model folder: replace it by the file",
     ),
     "shard links to nothing": (
         _instead(FIRST, lambda file: file.symlink_to("nothing")),
-        "{folder}/" + FIRST + " is a link to nothing. Download it again",
+        "{folder}/" + FIRST + " is a broken link: download it again",
     ),
     "shard is a folder": (_instead(FIRST, Path.mkdir), _NO_FILE % FIRST),
     "shard is a pipe": (_instead(FIRST, lambda file: os.mkfifo(file)), _NO_FILE % FIRST),
 }
-"""By what is wrong: what to do to a sound folder, and the message it is refused with."""
+"""By the fault: the change to a sound folder, and the message that it is refused with."""

@@ -1,10 +1,10 @@
-"""The reader of headers against bytes that a fuzzer makes: ``make fuzz``, or
+"""Fuzzes the reader of headers: ``make fuzz``, or the command below.
 
 python -m tests.checkpoint.hostile.fuzz build/corpus -runs=5000000 -max_len=2048 -timeout=5 -malloc_limit_mb=64
 
 The flags are libFuzzer's. The corpus begins with the hostile files. An input is one byte, for the size of the data, and
-a header. What is taken of them the safetensors library must take as well, and see the same tensors. A disagreement, any
-exception but ValueError, a hang, or memory beyond twice the header ends it.
+a header. The safetensors library must accept every header that the reader accepts, and see the same tensors. A
+disagreement, an exception other than ValueError, a hang, or memory beyond twice the header ends the run.
 """
 
 import os
@@ -24,10 +24,12 @@ from flashmoe_mlx.checkpoint.header import check_header, check_length, entries
 from tests.checkpoint.hostile.headers import FILES, SOUND
 
 SLACK = 1 << 17
-"""Bytes that even a small header takes: a piece of text as it is decoded, and what Python itself keeps."""
+"""Bytes that even a small header takes: a piece of decoded text, and Python's own objects."""
 
-_MEASURED = 1 << 10  # one of so many inputs, because measuring memory is slow
-_REPORTED = 500_000  # libFuzzer leaves no chance to count at the end
+# One input of this many is measured, because that is slow.
+_MEASURED = 1 << 10
+# Inputs between two reports, because libFuzzer never returns.
+_REPORTED = 500_000
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[0-9]+|.', re.DOTALL)
 _TOKENS = (
     *(b"%d" % number for number in (0, 1, 2, 8, 255, 2**32, 2**61, 2**63, 2**64 - 1, 2**64, 10**20)),
@@ -55,13 +57,13 @@ _SCRATCH = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"flashmo
 
 
 def check_alike(header: bytes, data_nbytes: int) -> bool:
-    """Check a header and, if it is taken, that the library takes it and sees the same tensors.
+    """Check a header and, if it is accepted, that the library accepts it and sees the same tensors.
 
     Returns:
-        bool: whether it was taken.
+        bool: The header was accepted.
 
     Raises:
-        AssertionError: the two do not agree.
+        AssertionError: The two disagree.
     """
     try:
         check_length(len(header), 8 + len(header) + data_nbytes)
@@ -85,7 +87,7 @@ def check_memory(header: bytes, data_nbytes: int) -> None:
     """Check that a header, itself included, takes no more than twice its bytes.
 
     Raises:
-        AssertionError: it does.
+        AssertionError: It takes more.
     """
     tracemalloc.start()
     try:
@@ -99,8 +101,9 @@ def check_memory(header: bytes, data_nbytes: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fuzz until libFuzzer's flags say stop."""
-    import atheris  # an extra of its own
+    """Fuzz as long as libFuzzer's flags say."""
+    # Here, because it is in an extra of its own.
+    import atheris
 
     counts = Counter[str]()
 
@@ -117,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
             print(dict(counts), flush=True)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
-        """As libFuzzer does, or by whole words of JSON, which gets further into a parser."""
+        """Mutate as libFuzzer does, or by whole tokens of JSON, which gets further into a parser."""
         random = Random(seed)
         if random.random() < 0.3:
             return bytes(atheris.Mutate(data, most))

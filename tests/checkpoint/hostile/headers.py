@@ -1,4 +1,4 @@
-"""Safetensors files that break one rule of the format each."""
+"""Safetensors files, each of which breaks one rule of the format."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ _U8 = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
 
 
 def shard(header: Mapping[str, Any] | str | bytes, data: bytes = b"12") -> bytes:
-    """A file with this header."""
+    """Return a file with this header."""
     if isinstance(header, Mapping):
         header = json.dumps(header)
     text = header.encode() if isinstance(header, str) else header
@@ -17,17 +17,17 @@ def shard(header: Mapping[str, Any] | str | bytes, data: bytes = b"12") -> bytes
 
 
 def entry(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
-    """A tensor's entry."""
+    """Return the entry of a tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def one(dtype: str, shape: list[Any], begin: Any, end: Any, data: bytes = b"12") -> bytes:
-    """A file with one tensor, ``a``."""
+    """Return a file with one tensor, ``a``."""
     return shard({"a": entry(dtype, shape, begin, end)}, data)
 
 
 def no_entry(header: str, position: int = 1) -> tuple[bytes, str]:
-    """A file whose header has something other than an entry from ``position`` on, and what is said of it."""
+    """Return a file whose header has no entry at ``position``, and the reason it is refused for."""
     excerpt = header[position : position + 40]
     entry = '"name": {"dtype": ..., "shape": ..., "data_offsets": ...}'
     return shard(header), f"at byte {position} of its header {excerpt!r} is not {entry}"
@@ -145,18 +145,18 @@ FILES = {
         shard({"a": GOOD, "b": entry("U8", [0], 1, 1)}),
         "'a' and 'b' overlap by 1 bytes",
     ),
-    "hole at the beginning": (one("U8", [2], 1, 3, b"123"), "no tensor has bytes 0 to 1 of those after its header"),
+    "hole at the beginning": (one("U8", [2], 1, 3, b"123"), "no tensor has bytes 0 to 1 after its header"),
     "hole in the middle": (
         shard({"a": GOOD, "b": entry("U8", [1], 3, 4)}, b"1234"),
-        "no tensor has bytes 2 to 3 of those after its header",
+        "no tensor has bytes 2 to 3 after its header",
     ),
     "bytes after the last tensor": (
         one("U8", [2], 0, 2, b"123"),
-        "no tensor has bytes 2 to 3 of those after its header",
+        "no tensor has bytes 2 to 3 after its header",
     ),
     "cut off": (one("U8", [2], 0, 2, b"1"), "'a' has bytes 0 to 2, and the file has 1 after its header"),
 }
-"""By what is wrong: a file's bytes, and the reason it is refused for."""
+"""By the fault: the bytes of a file, and the reason it is refused for."""
 
 SOUND = {
     "nothing": shard("{}", b""),
@@ -169,4 +169,4 @@ SOUND = {
     "MLX's metadata": shard({"__metadata__": None, "a": GOOD}),
     "white space": shard('{ "a" :\t{ "shape" : [ 2 ] ,\n"dtype":"U8", "data_offsets" : [ 0 , 2 ] } }   '),
 }
-"""Files that obey every rule."""
+"""Files that break no rule."""

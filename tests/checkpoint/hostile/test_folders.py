@@ -1,4 +1,4 @@
-"""load() on model folders that somebody crafted: what it says, and that nothing of theirs runs."""
+"""load() refuses crafted model folders, and runs none of their code."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def folder(checkpoint: WriteFamily, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_refused(name: str, folder: Path) -> None:
+def test_hostile_folder_is_refused_with_its_reason(name: str, folder: Path) -> None:
     change, message = FOLDERS[name]
     tensor = first_tensor(folder)
     change(folder)
@@ -30,7 +30,7 @@ def test_refused(name: str, folder: Path) -> None:
 
 
 def edit(file: Path, **entries: object) -> None:
-    """Change a JSON file, and put a module beside it that tells whether it ran."""
+    """Change a JSON file, and put a module next to it that leaves a marker if it runs."""
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     marker = file.parent.parent / MARKER
     (file.parent / "evil.py").write_text(
@@ -38,16 +38,16 @@ def edit(file: Path, **entries: object) -> None:
     )
 
 
-def test_auto_map_is_passed_over(folder: Path) -> None:
-    """Many plain checkpoints have one. mlx-lm has its own class, and nothing asks for theirs."""
+def test_auto_map_is_ignored(folder: Path) -> None:
+    """Many plain checkpoints have one. mlx-lm has its own class, and nothing runs theirs."""
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tok", None]})
     flashmoe_mlx.load(str(folder))
     assert not (folder.parent / MARKER).exists()
 
 
-def test_tokenizer_that_is_only_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused, and nobody is asked at the terminal."""
+def test_tokenizer_that_is_only_code_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a question at the terminal."""
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Config"})
     edit(folder / "tokenizer_config.json", tokenizer_class="Tok", auto_map={"AutoTokenizer": ["evil.Tok", None]})
@@ -58,14 +58,15 @@ def test_tokenizer_that_is_only_code(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_trusted_code_runs(folder: Path) -> None:
-    """So the tests above would see it if it ran."""
+    """So the tests above would notice."""
     edit(folder / "config.json", model_file="evil.py")
-    with pytest.raises(AttributeError):  # its Model is None
+    # Its Model is None.
+    with pytest.raises(AttributeError):
         flashmoe_mlx.load(str(folder), trust_remote_code=True)
     assert (folder.parent / MARKER).exists()
 
 
-def test_kernel_by_a_word_is_no_code(folder: Path) -> None:
+def test_kernel_chosen_by_a_word_is_not_code(folder: Path) -> None:
     edit(folder / "config.json", _attn_implementation="flash_attention_2", use_kernels=False)
     flashmoe_mlx.load(str(folder))
 
@@ -86,8 +87,8 @@ def test_chat_template_runs_in_a_sandbox(template: str, folder: Path) -> None:
     assert not (folder.parent / MARKER).exists()
 
 
-def test_hub_cache(folder: Path) -> None:
-    """There each file is a link to ``blobs/<hash>`` of the same repository."""
+def test_links_in_the_hub_cache_are_accepted(folder: Path) -> None:
+    """Each file there is a link to ``blobs/<hash>`` of the same repository."""
     snapshot = folder.parent / "models--somebody--model" / "snapshots" / "abc"
     blobs = snapshot.parent.parent / "blobs"
     for place in (snapshot, blobs):
@@ -99,5 +100,5 @@ def test_hub_cache(folder: Path) -> None:
     (snapshot / FIRST).unlink()
     (snapshot / FIRST).symlink_to("../../../secret")
     (snapshot.parent.parent.parent / "secret").write_text("secret")
-    with pytest.raises(ValueError, match="link out of the model's folder"):
+    with pytest.raises(ValueError, match="outside the model folder"):
         flashmoe_mlx.load(str(snapshot))

@@ -1,4 +1,4 @@
-"""The reader of headers against files that somebody crafted, and against files that nobody did."""
+"""The reader of headers, on crafted files and on random ones."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.checkpoint.hostile.headers import FILES, SOUND
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_refused(name: str, tmp_path: Path) -> None:
+def test_hostile_file_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     data, reason = FILES[name]
     file = tmp_path / "model.safetensors"
     file.write_bytes(data)
@@ -24,7 +24,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_taken(name: str, tmp_path: Path) -> None:
+def test_sound_file_is_accepted(name: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(SOUND[name])
     first, found = read_header(file)
@@ -37,8 +37,8 @@ def test_taken(name: str, tmp_path: Path) -> None:
     }
 
 
-def test_library_alone_is_not_enough(tmp_path: Path) -> None:
-    """Why there is a check of our own: if this fails, the library has caught up."""
+def test_safetensors_accepts_a_name_twice(tmp_path: Path) -> None:
+    """So the check of our own is needed, until this fails."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(FILES["name twice"][0])
     with safe_open(file, framework="np"):
@@ -64,8 +64,7 @@ _FLOOD = 20_000
     ],
     ids=lambda header: header[:30],
 )
-def test_memory(header: bytes) -> None:
-    """Whatever stands in it, checking a header takes no more memory than the header once more: twice in all."""
+def test_checking_takes_no_more_memory_than_the_header(header: bytes) -> None:
     check_memory(header, 0)
 
 
@@ -83,7 +82,9 @@ _HEADER = st.dictionaries(st.text(max_size=3), _ENTRY, max_size=3)
 
 @given(header=_HEADER, data_nbytes=st.integers(0, 12), escaped=st.booleans(), blanks=st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_headers_that_look_right(header: dict[str, object], data_nbytes: int, escaped: bool, blanks: bool) -> None:
+def test_nearly_right_headers_agree_with_safetensors(
+    header: dict[str, object], data_nbytes: int, escaped: bool, blanks: bool
+) -> None:
     text = json.dumps(header, ensure_ascii=escaped, separators=None if blanks else (",", ":"))
     check_alike(text.encode(errors="surrogatepass"), data_nbytes)
 
@@ -93,7 +94,7 @@ def test_headers_that_look_right(header: dict[str, object], data_nbytes: int, es
     changes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), st.binary(max_size=3)), max_size=4),
 )
 @settings(max_examples=500, deadline=None)
-def test_mutated_files(file: bytes, changes: list[tuple[int, int, bytes]]) -> None:
+def test_mutated_files_agree_with_safetensors(file: bytes, changes: list[tuple[int, int, bytes]]) -> None:
     header = file[8:]
     for position, removed, added in changes:
         header = header[:position] + added + header[position + removed :]
@@ -102,7 +103,7 @@ def test_mutated_files(file: bytes, changes: list[tuple[int, int, bytes]]) -> No
 
 
 @given(st.binary(max_size=64))
-def test_any_bytes(header: bytes) -> None:
+def test_random_bytes_agree_with_safetensors(header: bytes) -> None:
     check_alike(header, 0)
 
 
@@ -113,7 +114,7 @@ def test_any_bytes(header: bytes) -> None:
         unique_by=lambda pair: pair[0],
     ).filter(lambda tensors: all(name != "__metadata__" for name, _ in tensors))
 )
-def test_sound_headers_are_taken(tensors: list[tuple[str, int]]) -> None:
+def test_random_sound_headers_are_accepted(tensors: list[tuple[str, int]]) -> None:
     header, end = {}, 0
     for name, size in tensors:
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}

@@ -1,4 +1,4 @@
-"""What every test of the reader begins with."""
+"""A file, and four cores, for every test of the reader."""
 
 import os
 from pathlib import Path

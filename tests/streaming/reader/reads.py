@@ -7,14 +7,15 @@ import numpy as np
 
 from flashmoe_mlx.checkpoint.span import Span
 
-LARGE = 1 << 18  # bytes; threads share the work
+# Bytes that several threads share.
+LARGE = 1 << 18
 DATA = np.random.default_rng(0).bytes(8 * LARGE)
 
 Preadv = Callable[..., int]
 
 
 def plan(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
-    """Reads of these sizes from odd offsets, each with a buffer."""
+    """Return spans of these sizes at odd offsets, each with a buffer."""
     return [
         (Span(str(file), 13 * number, size), memoryview(bytearray(b"\xaa" * size)))
         for number, size in enumerate(sizes, 1)

@@ -1,4 +1,4 @@
-"""Where bytes do not arrive, a ReadError does, and no thread writes to what is used again."""
+"""A read that fails raises ReadError, and no thread writes to its buffers afterwards."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from tests.streaming.reader.reads import DATA, LARGE, SIZES, Preadv, complete, p
 
 
 def fail_in(main: bool, preadv: Preadv) -> Preadv:
-    """A device error in the calling thread or in the others; whoever does not fail is slow."""
+    """Return a preadv that fails in the main thread or in the others, and is slow where it does not fail."""
 
     def read(fd: int, buffers: Sequence[Any], *where: int) -> int:
         if (threading.current_thread() is threading.main_thread()) == main:
@@ -31,7 +31,7 @@ def fail_in(main: bool, preadv: Preadv) -> Preadv:
     return read
 
 
-def test_device_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_error_raises_and_leaves_buffers_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counters = Counters()
     reader = Reader([str(file)], 4, counters)
     preadv = os.preadv
@@ -47,7 +47,8 @@ def test_device_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not complete(reads)
     assert counters.bytes_read == 0
 
-    time.sleep(0.2)  # long enough for a read that somebody forgot
+    # Long enough for a read that was not waited for.
+    time.sleep(0.2)
     assert [bytes(buffer) for _, buffer in reads] == before
     monkeypatch.setattr(os, "preadv", preadv)
     reader.read(reads)
@@ -55,7 +56,7 @@ def test_device_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
-def test_error_of_a_cached_read_is_looked_into_by_others(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_cached_read_is_retried_by_another_thread(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader([str(file)], 4, Counters())
     monkeypatch.setattr(os, "preadv", fail_in(True, os.preadv))
     reads = plan(file, [LARGE, 7] * 3)
@@ -66,8 +67,10 @@ def test_error_of_a_cached_read_is_looked_into_by_others(file: Path, monkeypatch
 @pytest.mark.parametrize("knows_cached", [True, False])
 @pytest.mark.parametrize("size", [100, LARGE])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINTR])
-def test_once(code: int, size: int, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the device that goes away, and signals, do no harm."""
+def test_transient_error_is_retried(
+    code: int, size: int, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the device that goes away, or a signal."""
     reader = Reader([str(file)], 4, Counters())
     reader._knows_cached &= knows_cached
     preadv = os.preadv
@@ -88,7 +91,7 @@ def test_once(code: int, size: int, knows_cached: bool, file: Path, monkeypatch:
     assert len(failed) == 12
 
 
-def test_small_read_fails_while_large_ones_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_small_read_stops_large_ones(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader([str(file)], 4, Counters())
     preadv = os.preadv
 
@@ -109,7 +112,7 @@ def test_small_read_fails_while_large_ones_run(file: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("change", ["bytes", "time", "other file", "gone", "longer"])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_changed_file(ahead: bool, change: str, file: Path) -> None:
+def test_file_that_changed_since_it_was_opened_is_refused(ahead: bool, change: str, file: Path) -> None:
     reader = Reader([str(file)], 2, Counters())
     reads = plan(file, SIZES)
     other = file.with_name("other")
@@ -117,7 +120,8 @@ def test_changed_file(ahead: bool, change: str, file: Path) -> None:
     if change == "bytes":
         with file.open("r+b") as stream:
             stream.write(b"x")
-        os.utime(file, ns=(1, 1))  # a clock that is too coarse to tell is not what is tested here
+        # The file system's clock may be too coarse to show the change.
+        os.utime(file, ns=(1, 1))
     elif change == "time":
         os.utime(file, ns=(1, 1))
     elif change == "other file":
@@ -134,7 +138,7 @@ def test_changed_file(ahead: bool, change: str, file: Path) -> None:
         Reader([str(file)], 2, Counters()).read(reads)
 
 
-def test_relative_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_survives_a_change_of_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     reader = Reader([file.name], 2, Counters())
     monkeypatch.chdir("/")
@@ -146,8 +150,10 @@ def test_relative_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("knows_cached", [True, False])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("size", [100, LARGE])
-def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request fails in time, its buffer stays taken until the read is back, and others are read meanwhile."""
+def test_stuck_read_fails_and_blocks_only_its_buffer(
+    size: int, ahead: bool, knows_cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In time. Other buffers can be read to meanwhile, and this one when the read is back."""
     monkeypatch.setattr(read_batch, "_STOP_SECONDS", 0.05)
     reader = Reader([str(file)], 2, Counters(), timeout=0.1)
     reader._knows_cached &= knows_cached
@@ -164,7 +170,8 @@ def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypat
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
-    for _ in range(3):  # more of them than there are threads
+    # More stuck reads than threads.
+    for _ in range(3):
         with pytest.raises(ReadError, match="no progress for") as error:
             reader.start(reads)() if ahead else reader.read(reads)
         assert (error.value.offset, error.value.wanted, error.value.got) == (reads[2][0].offset, size, 0)
@@ -180,7 +187,7 @@ def test_stuck(size: int, ahead: bool, knows_cached: bool, file: Path, monkeypat
     assert complete(reads)
 
 
-def test_a_stuck_read_does_not_keep_the_process(file: Path) -> None:
+def test_stuck_read_does_not_keep_the_process_alive(file: Path) -> None:
     program = """
 import os, sys, time
 from flashmoe_mlx.checkpoint.folder import Span
@@ -200,8 +207,8 @@ reader.read([(Span(sys.argv[1], 0, 5), memoryview(bytearray(5)))])
     assert time.monotonic() - begin < 20
 
 
-def test_interrupted_again_while_it_stops(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is thrown at it, it tells which buffers are still written to."""
+def test_buffers_in_use_are_known_after_a_second_interrupt(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the reader waits for its threads after the first."""
     reader = Reader([str(file)], 2, Counters())
     reads = plan(file, [LARGE] * 12)
     preadv = os.preadv

@@ -19,7 +19,7 @@ from tests.streaming.reader.reads import DATA, LARGE, SIZES, complete, plan
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_bytes(threads: int, file: Path) -> None:
+def test_buffers_get_the_bytes_of_their_spans(threads: int, file: Path) -> None:
     counters = Counters()
     reader = Reader([str(file)], threads, counters)
     for sizes in (SIZES, SIZES[::-1], [7] * 50, [LARGE] * 20, []):
@@ -33,8 +33,10 @@ def test_bytes(threads: int, file: Path) -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each buffer is handed over once, when all of its bytes are there; what that raises is raised."""
+def test_on_filled_is_called_once_with_complete_buffers(
+    ahead: bool, cached: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that it raises is the error of the read."""
     reader = Reader([str(file)], 4, Counters())
     if not cached:
         preadv = os.preadv
@@ -43,7 +45,7 @@ def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.Monke
     where = {id(buffer): number for number, (_, buffer) in enumerate(reads)}
     found: list[int] = []
 
-    def landed(buffers: Sequence[memoryview]) -> None:
+    def on_filled(buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:
             assert complete([reads[where[id(buffer)]]])
             found.append(where[id(buffer)])
@@ -57,19 +59,20 @@ def test_landed(ahead: bool, cached: bool, file: Path, monkeypatch: pytest.Monke
         else:
             reader.read(reads, then)
 
-    run(landed)
+    run(on_filled)
     assert sorted(found) == list(range(len(reads)))
     with pytest.raises(OSError, match="not what it was"):
         run(refuse)
-    run(landed)
+    run(on_filled)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("size", [100, LARGE])
-def test_truncated_file(size: int, threads: int, file: Path) -> None:
+def test_truncated_file_is_an_error(size: int, threads: int, file: Path) -> None:
     reader = Reader([str(file)], threads, Counters())
     reads = plan(file, [size] * 3)
-    os.truncate(file, 13 * 3 + size - 1)  # the last byte of the last read is gone
+    # The last byte of the last read is gone.
+    os.truncate(file, 13 * 3 + size - 1)
     with pytest.raises(OSError, match="truncated") as error:
         reader.read(reads)
     assert str(file) in str(error.value)
@@ -79,13 +82,13 @@ def test_truncated_file(size: int, threads: int, file: Path) -> None:
     assert complete(reads[:2])
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         Reader([str(tmp_path / "nowhere")], 2, Counters())
 
 
 @pytest.mark.parametrize("threads", [1, 8])
-def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_completed(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The OS may give fewer bytes than were asked for."""
     preadv = os.preadv
     sizes = [1, 7, 8, 1000]
@@ -103,7 +106,9 @@ def test_short_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("cached", [0, 5, 1000])
-def test_partly_cached(threads: int, cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partly_cached_reads_are_completed(
+    threads: int, cached: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The page cache has the first bytes of a read, or nothing."""
     preadv = os.preadv
 
@@ -119,15 +124,15 @@ def test_partly_cached(threads: int, cached: int, file: Path, monkeypatch: pytes
     assert complete(reads)
 
 
-def neighbours(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
-    """Reads that follow one another in the file."""
+def contiguous(file: Path, sizes: Sequence[int]) -> list[tuple[Span, memoryview]]:
+    """Return spans that are contiguous in the file, each with a buffer."""
     offsets = [13 + sum(sizes[:number]) for number in range(len(sizes))]
     spans = [Span(str(file), offset, size) for offset, size in zip(offsets, sizes, strict=True)]
     return [(span, memoryview(bytearray(b"\xaa" * span.nbytes))) for span in spans]
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The sizes of the buffers of each preadv from now on."""
+    """Return a list that each call of preadv appends the sizes of its buffers to."""
     calls: list[list[int]] = []
     preadv = os.preadv
 
@@ -140,11 +145,11 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_neighbours_are_read_at_once(ahead: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contiguous_small_spans_are_one_read(ahead: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counters = Counters()
     reader = Reader([str(file)], 2, counters)
     calls = record_calls(monkeypatch)
-    first, second = neighbours(file, [100, 7, 0, 5000]), neighbours(file, [40] * 10)
+    first, second = contiguous(file, [100, 7, 0, 5000]), contiguous(file, [40] * 10)
     reads = first + second
     reader.start(reads)() if ahead else reader.read(reads)
     assert complete(reads)
@@ -152,37 +157,39 @@ def test_neighbours_are_read_at_once(ahead: bool, file: Path, monkeypatch: pytes
     assert counters.bytes_read == 5507
 
 
-def test_what_is_not_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_spans_are_separate_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = file.with_name("other")
     other.write_bytes(DATA)
     reader = Reader([str(file), str(other)], 1, Counters())
     calls = record_calls(monkeypatch)
-    one, two, three = neighbours(file, [100, 50, 10])
-    apart = [one, three]  # a gap
+    one, two, three = contiguous(file, [100, 50, 10])
+    with_a_gap = [one, three]
     backwards = [two, one]
     overlap = [one, (Span(str(file), 100, 50), memoryview(bytearray(50)))]
     elsewhere = [one, (Span(str(other), two[0].offset, 50), memoryview(bytearray(50)))]
-    for reads in (apart, backwards, overlap, elsewhere):
+    for reads in (with_a_gap, backwards, overlap, elsewhere):
         calls.clear()
         reader.read(reads)
         assert complete(reads)
         assert len(calls) == 2
     calls.clear()
-    large = neighbours(file, [LARGE] * 7)
+    large = contiguous(file, [LARGE] * 7)
     reader.read(large)
     assert complete(large)
-    assert calls == [[LARGE] * 4, [LARGE] * 3]  # 1 MiB
+    # At most 1 MiB is merged.
+    assert calls == [[LARGE] * 4, [LARGE] * 3]
     calls.clear()
-    many = neighbours(file, [1] * (os.sysconf("SC_IOV_MAX") + 5))
-    reader.read(many)  # the OS refuses more buffers
+    many = contiguous(file, [1] * (os.sysconf("SC_IOV_MAX") + 5))
+    # The OS refuses more buffers in one call.
+    reader.read(many)
     assert complete(many)
     assert len(calls) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
 @pytest.mark.parametrize("cached", [0, 1, 99, 100, 101, 107, 5106])
-def test_partly_cached_neighbours(cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in the page cache ends inside a buffer, between two or with the last byte but one."""
+def test_partly_cached_merged_read_is_completed(cached: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cached part ends inside a buffer, between two, or with the last byte but one."""
     reader = Reader([str(file)], 2, Counters())
     preadv = os.preadv
     rest: list[int] = []
@@ -201,14 +208,14 @@ def test_partly_cached_neighbours(cached: int, file: Path, monkeypatch: pytest.M
         return cached
 
     monkeypatch.setattr(os, "preadv", read)
-    reads = neighbours(file, [100, 7, 0, 5000])
+    reads = contiguous(file, [100, 7, 0, 5000])
     reader.read(reads)
     assert complete(reads)
     assert rest == [5107 - cached]
 
 
-def test_truncated_within_neighbours(file: Path) -> None:
-    reads = neighbours(file, [100, 7, 5000])
+def test_truncated_merged_read_is_an_error(file: Path) -> None:
+    reads = contiguous(file, [100, 7, 5000])
     reader = Reader([str(file)], 2, Counters())
     os.truncate(file, 13 + 5107 - 2)
     with pytest.raises(OSError, match="ends 2 bytes too early"):
@@ -218,7 +225,7 @@ def test_truncated_within_neighbours(file: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the OS does not tell what is cached")
 @pytest.mark.parametrize("size", [100, LARGE])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_device_has_as_many_reads_as_there_are_threads(
+def test_device_reads_in_flight_are_as_many_as_threads(
     ahead: bool, size: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = Reader([str(file)], 8, Counters())
@@ -228,7 +235,8 @@ def test_the_device_has_as_many_reads_as_there_are_threads(
     def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         if flags:
             raise BlockingIOError
-        barrier.wait()  # for seven others
+        # Until seven others are here.
+        barrier.wait()
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
@@ -238,20 +246,19 @@ def test_the_device_has_as_many_reads_as_there_are_threads(
 
 
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_no_readahead(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readahead_is_disabled(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     for module, name in ((fcntl, "fcntl"), (os, "posix_fadvise")):
         monkeypatch.setattr(module, name, lambda fd, *call: calls.append((os.fstat(fd).st_ino, *call)), raising=False)
     monkeypatch.setattr(os, "POSIX_FADV_RANDOM", 1, raising=False)
     monkeypatch.setattr(sys, "platform", platform)
     Reader([str(file)], 1, Counters())
-    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]  # 45 is F_RDAHEAD
+    # 45 is F_RDAHEAD.
+    assert calls == [(file.stat().st_ino, *((45, 0) if platform == "darwin" else (0, 0, 1)))]
 
 
 @pytest.mark.parametrize("threads", [1, 8])
-def test_file_system_that_does_not_tell_what_is_cached(
-    threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_system_without_cached_reads(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preadv = os.preadv
 
     def read(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
@@ -272,7 +279,7 @@ def test_failed_constructor_closes_its_files(file: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_start(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_returns_at_once_and_counts_real_waits(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counters = Counters()
     reader = Reader([str(file)], threads, counters)
     preadv = os.preadv
@@ -286,21 +293,23 @@ def test_start(threads: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(os, "preadv", read)
     reads = plan(file, SIZES * 3)
-    finish = reader.start(iter(reads))  # returns although nothing can be read yet
+    # Returns, although nothing can be read yet.
+    finish = reader.start(iter(reads))
     assert counters == Counters()
     gate.set()
     time.sleep(0.1)
     assert complete(reads)
     finish()
     assert counters.bytes_read == sum(SIZES) * 3
-    assert 0 < counters.read_seconds < 0.1  # only what was really waited for
+    # Only the time really waited.
+    assert 0 < counters.read_seconds < 0.1
     assert threading.main_thread() not in readers
     reader.start([])()
 
 
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("cold", [True, False])
-def test_read_does_not_wait_for_what_was_started(
+def test_read_does_not_wait_for_prefetches(
     cold: bool, threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counters = Counters()
@@ -331,7 +340,7 @@ def test_read_does_not_wait_for_what_was_started(
 
 
 @pytest.mark.parametrize("cold", [True, False])
-def test_start_fails(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_prefetch_raises_when_waited_for(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counters = Counters()
     reader = Reader([str(file)], 4, counters)
     reads = plan(file, [LARGE] * 12)
@@ -351,7 +360,8 @@ def test_start_fails(cold: bool, file: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OSError, match="Input/output error"):
         finish()
     before = [bytes(buffer) for _, buffer in reads]
-    assert not cold or b"\xaa" * LARGE in before[1:]  # some were given up
+    # Some reads were dropped.
+    assert not cold or b"\xaa" * LARGE in before[1:]
     assert counters == Counters()
     time.sleep(0.1)
     assert [bytes(buffer) for _, buffer in reads] == before
@@ -375,7 +385,7 @@ def test_files_are_closed_with_the_reader(file: Path) -> None:
     assert not any(path.exists() and path.samefile(file) for path in Path("/dev/fd").iterdir())
 
 
-def test_reader_and_handle_dropped_while_threads_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_dropped_while_threads_read_closes_its_files(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preadv = os.preadv
     before = set(threading.enumerate())
     reader = Reader([str(file)], 2, Counters())
