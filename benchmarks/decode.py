@@ -4,45 +4,56 @@
     python -m benchmarks.decode --model FOLDER --budgets 0 0.25 --cold
     python -m benchmarks.decode --model FOLDER --budgets 0 0.25 --leave 5GB
 
-The two take turns of a few tokens, so that a machine that slows down slows both; ratios are of neighbouring turns, and
-everything is a median. Budgets are shares of all experts. Cold, the page cache is emptied of the checkpoint before each
-token. With ``--leave``, another process takes all memory but so much; mlx-lm is measured before, and its own way to run
-a model that is larger than memory is tried as well.
+Three models take turns of a few tokens, so that a machine that slows down slows them all: mlx-lm's, ours with every
+expert a hit, and ours at a budget. Ratios are those of one round, and everything is a median. Budgets are shares of all
+experts. Cold, the checkpoint is evicted from the page cache before each token. With ``--leave``, another process takes
+all memory but that much; the first two models are measured before, and mlx-lm's own way to run a model that is larger
+than memory is tried as well.
 
-``predicted_tps`` is what bytes explain: mlx-lm's time with all in memory, and all bytes that were read, at the rate at
-which the reader brings random experts from the device or, for what that did not deliver, from the page cache. The last
-line is JSON.
+The law is ``seconds per token = seconds with every expert a hit + missed bytes / bandwidth``. The first term is
+measured on a model that streams, host syncs included, with a slot for every expert: trunk, experts and waiting for
+routers. The bandwidth is that of fetching as many random experts as a layer misses, measured in the same round: from
+the device for the bytes that it delivered, from the page cache for the others.
+
+The law assumes that nothing overlaps with reads. Where it fails:
+
+- The shared expert and the resident experts are computed during reads. Where reads leave the processor alone, which is
+  a device's, not a page cache's, decoding is faster than the law. So it is with ``--lookahead``.
+- A layer with hits and misses computes its experts in two launches, and merges them. If experts are small, that costs
+  as much as their reads, and decoding is slower.
+- At budget 1 layers do not wait for routers, and decoding is faster.
+
+``measured_over_predicted`` is the ratio of tokens per second. Lines of results/decode.csv without ``all_hits_tps``
+predict from mlx-lm's seconds instead. The last line of the output is JSON.
 """
 
 import argparse
 import json
-import random
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream
 
 import flashmoe_mlx
-from benchmarks.ballast import ballast
 from benchmarks.exact import load_resident
-from benchmarks.io import device_bytes, evict
+from benchmarks.fetch import Fetcher
+from benchmarks.memory_hog import memory_hog
+from benchmarks.models import checkpoint_files, expert_tables, fill, load_all_hits, sizes
+from benchmarks.page_cache import CAN_EVICT, bring, device_bytes, evict
 from benchmarks.record import record
 from flashmoe_mlx.checkpoint.folder import find_folder, read_config
-from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.config import Config, parse_size
-from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.reader import Reader
 
 _MLX_LM = """
 import sys, time
@@ -61,7 +72,7 @@ for tokens in range(1, 9):
 def seconds_per_token(
     model: nn.Module, prompt: list[int], turn: int, before_turn: Callable[[], None]
 ) -> Iterator[float]:
-    """Decode for ever; yield the mean time of each turn of ``turn`` tokens, all its work done."""
+    """Decode without end; yield the mean time of each turn of ``turn`` tokens, all its work done."""
     steps = generate_step(mx.array(prompt), model, max_tokens=-1)
     next(steps)
     while True:
@@ -74,37 +85,13 @@ def seconds_per_token(
         yield (time.perf_counter() - begin) / turn
 
 
-def read_rate(files: list[Path], expert_nbytes: int, experts: int, cold: bool) -> float:
-    """Bytes a second at which the reader brings experts, in nine pieces each, from the device or the page cache."""
-    pieces = [expert_nbytes * unit // 54 for unit in (16, 1, 1) * 3]
-    buffers = [memoryview(bytearray(piece)) for piece in pieces * experts]
-    reader = Reader(map(str, files), Config().read_threads, Counters())
-    rates = []
-    for _ in range(24):
-        reads = []
-        for buffer in buffers:
-            file = random.choice(files)
-            reads.append(
-                (Span(str(file), random.randrange(file.stat().st_size - buffer.nbytes), buffer.nbytes), buffer)
-            )
-        if cold:
-            for file in files:
-                evict(file)
-        else:
-            reader.read(reads)
-        begin = time.perf_counter()
-        reader.read(reads)
-        rates.append(sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - begin))
-    return median(rates)
-
-
 def mlx_lm_alone(folder: str, seconds: int = 240) -> str:
-    """How mlx-lm's own lazy loading fares with the memory that is left: what becomes of its first eight tokens."""
+    """Describe how mlx-lm's own lazy loading decodes its first eight tokens in the memory that is free."""
     command = [sys.executable, "-c", _MLX_LM, folder]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"no eight tokens in {seconds} s"
+        return f"fewer than eight tokens in {seconds} s"
     if done.returncode < 0:
         return f"killed (signal {-done.returncode})"
     if done.returncode:
@@ -113,115 +100,203 @@ def mlx_lm_alone(folder: str, seconds: int = 240) -> str:
     return f"first token after {first:.1f} s, then {7 / (last - first):.2f} tok/s"
 
 
+@dataclass
+class Bandwidth:
+    """Bytes per second at which missing experts are fetched.
+
+    Args:
+        fetcher (Fetcher): Measures it.
+        device (float): From the device; infinite where the page cache cannot be emptied.
+        cache (list[float]): From the page cache, the latest measurement last.
+    """
+
+    fetcher: Fetcher
+    device: float
+    cache: list[float]
+
+    @classmethod
+    def measure(cls, fetcher: Fetcher, files: Sequence[Path], experts: int) -> Self:
+        """Measure both in fetches of that many experts of a checkpoint, which is in the page cache afterwards."""
+        device = fetcher.bandwidth(experts, 12, cold=True) if CAN_EVICT else float("inf")
+        bring(files)
+        return cls(fetcher, device, [fetcher.bandwidth(experts, 24)])
+
+    def seconds(self, nbytes: int, delivered: int) -> float:
+        """Return how long reads of ``nbytes`` take, of which the device delivers some and the page cache the rest."""
+        # A device delivers whole pages, which are more.
+        delivered = min(delivered, nbytes)
+        return delivered / self.device + (nbytes - delivered) / self.cache[-1]
+
+
+class Round(NamedTuple):
+    """One turn of each model.
+
+    Args:
+        mlx_lm (float): Seconds per token of mlx-lm, all experts in memory.
+        all_hits (float): Seconds per token of ours, every expert a hit.
+        streamed (float): Seconds per token of ours at the budget.
+        reads (float): Seconds per token that reads take by the law.
+        delivered (int): Bytes that the device delivered.
+    """
+
+    mlx_lm: float
+    all_hits: float
+    streamed: float
+    reads: float
+    delivered: int
+
+    @property
+    def predicted(self) -> float:
+        """Return the law's seconds per token."""
+        return self.all_hits + self.reads
+
+
+def play(
+    args: argparse.Namespace,
+    models: Mapping[str, Iterator[float]],
+    counters: Counters,
+    bandwidth: Bandwidth,
+    layers: int,
+) -> tuple[list[Round], Counters]:
+    """Let models take turns; return the rounds, and what streaming counted in them.
+
+    Args:
+        args (argparse.Namespace): The command line.
+        models (Mapping): Turns of ``mlx_lm``, ``all_hits`` and ``streamed``.
+        counters (Counters): Of the streamed one.
+        bandwidth (Bandwidth): Measured anew in each round.
+        layers (int): Of the model.
+    """
+    next(models["streamed"])
+    missed = round(counters.misses / (args.turn * layers))
+    rounds = []
+    start = replace(counters)
+    for number in range(args.turns):
+        nbytes, delivered = counters.bytes_read, device_bytes()
+        names = list(models)[:: -1 if number % 2 else 1]
+        seconds = {name: next(models[name]) for name in names}
+        nbytes, delivered = counters.bytes_read - nbytes, device_bytes() - delivered
+        # Except where that would change what the page cache holds.
+        if missed and args.leave is None and not args.cold:
+            bandwidth.cache.append(bandwidth.fetcher.bandwidth(missed, 2 * layers))
+        reads = bandwidth.seconds(nbytes, delivered) / args.turn
+        rounds.append(Round(**seconds, reads=reads, delivered=delivered))
+    return rounds, Counters(**{name: value - getattr(start, name) for name, value in vars(counters).items()})
+
+
+def figures(budget: float, rounds: Sequence[Round], counters: Counters, layers: int, tokens: int) -> dict[str, Any]:
+    """Return what is recorded of a budget, from the rounds of ``tokens`` tokens in all."""
+    routed = counters.hits + counters.misses
+    seconds = median(each.streamed for each in rounds)
+    total = sum(each.streamed for each in rounds) * tokens / len(rounds)
+    return {
+        "budget": budget,
+        "ms_per_layer": round(1e3 * seconds / layers, 3),
+        "tps": round(1 / seconds, 2),
+        "ratio": round(median(each.mlx_lm / each.streamed for each in rounds), 3),
+        "predicted_tps": round(1 / median(each.predicted for each in rounds), 2),
+        "measured_over_predicted": round(median(each.predicted / each.streamed for each in rounds), 3),
+        "all_hits_tps": round(1 / median(each.all_hits for each in rounds), 2),
+        "hit_rate": round(counters.hits / routed, 3) if routed else 1.0,
+        "mb_per_token": round(counters.bytes_read / 1e6 / tokens, 2),
+        "device_mb_per_token": round(sum(each.delivered for each in rounds) / 1e6 / tokens, 2),
+        "read_share": round(counters.read_seconds / total, 3),
+        "sync_share": round(counters.sync_seconds / total, 3),
+        "lookahead_used": counters.lookahead_used,
+        "lookahead_wasted": counters.lookahead_wasted,
+    }
+
+
+def mlx_lm_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the entries of config.json that give mlx-lm as many experts per token as the command line asks for."""
+    if args.experts_per_token is None:
+        return {}
+    config = {"num_experts_per_tok": args.experts_per_token}
+    text_config = read_config(find_folder(args.model)).get("text_config")
+    return {"text_config": text_config | config} if text_config else config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0, 0.25, 0.5, 1])
+    parser.add_argument("--model", required=True, help="folder or Hugging Face repo; it must fit into memory")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[0, 0.25, 0.5, 1], help="shares of all experts (default: 0 to 1)"
+    )
     parser.add_argument("--prompt", default="What is a heron?")
-    parser.add_argument("--turns", type=int, default=24)
-    parser.add_argument("--turn", type=int, default=8, help="tokens a turn (default: 8)")
-    parser.add_argument("--cold", action="store_true", help="read from the disk (Linux only): turns of a single token")
+    parser.add_argument("--turns", type=int, default=24, help="turns of each model (default: 24)")
+    parser.add_argument("--turn", type=int, default=8, help="tokens per turn (default: 8)")
+    parser.add_argument("--cold", action="store_true", help="read from the device (Linux only), in turns of one token")
     parser.add_argument("--leave", type=parse_size, help="memory left by another process, e.g. 5GB (Linux only)")
-    parser.add_argument("--experts-per-token", type=int, help="for both; of a model that calls it num_experts_per_tok")
-    parser.add_argument("--lookahead", action="store_true", help="read ahead what the next router may choose")
+    parser.add_argument("--experts-per-token", type=int, help="for all; of a model that calls it num_experts_per_tok")
+    parser.add_argument("--lookahead", action="store_true", help="prefetch the experts that the next router may choose")
     parser.add_argument("--record", action="store_true", help="append the figures to results/decode.csv")
     args = parser.parse_args()
-
-    files = list(find_folder(args.model).glob("*.safetensors"))
     if args.cold:
-        args.turn = 1  # what the page cache learns in a turn, it knows
+        # What a token brings to the page cache, the next one would find there.
+        args.turn = 1
 
-    def before_turn() -> None:
-        for file in files if args.cold else []:
-            evict(file)
-
-    streamed, tokenizer = flashmoe_mlx.load(args.model)
-    streaming = streamed.streaming
-    expert_nbytes, top_k = streaming.pools[0].expert_nbytes, args.experts_per_token or streaming.experts_per_token
-    layers = len(streamed.layers)
-    full = Path(tempfile.mkdtemp()) / "residents.json"  # pools begin full, as they are after a while
-    tables = [m._table for m in streamed.modules() if isinstance(m, StreamedSwitchGLU)]
-    full.write_text(json.dumps({"experts": {table.layer: list(range(table.experts)) for table in tables}}))
-    del streamed
-    rates = {name: read_rate(files, expert_nbytes, top_k, name == "device") for name in ("device", "cache")}
+    tables, files, streaming = expert_tables(args.model), checkpoint_files(args.model), sizes(args.model)
+    top_k = args.experts_per_token or streaming.experts_per_token
+    bandwidth = Bandwidth.measure(Fetcher(tables, files, top_k), files, top_k)
+    tokenizer = flashmoe_mlx.load(args.model, lazy=True)[1]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True)
-    config: dict[str, Any] = {}
-    if args.experts_per_token is not None:
-        config = {"num_experts_per_tok": top_k}
-        if text_config := read_config(find_folder(args.model)).get("text_config"):
-            config = {"text_config": text_config | config}
-    resident = load_resident(args.model, **config)
-    theirs = seconds_per_token(resident, prompt, args.turn, before_turn)
-    resident_seconds = [next(theirs) for _ in range(args.turns // 2)][1:]
+
+    def turns(model: nn.Module) -> Iterator[float]:
+        return seconds_per_token(model, prompt, args.turn, lambda: evict(files if args.cold else []))
+
+    baselines = {
+        "mlx_lm": turns(load_resident(args.model, **mlx_lm_config(args))),
+        "all_hits": turns(load_all_hits(args.model, experts_per_token=args.experts_per_token)),
+    }
+    for each in baselines.values():
+        next(each)
     if args.leave is not None:
-        del resident, theirs
+        # They cannot stay in memory.
+        baselines = {name: repeat(median(islice(each, args.turns))) for name, each in baselines.items()}
         mx.clear_cache()
     runs: list[dict[str, Any]] = []
-    with nullcontext() if args.leave is None else ballast(args.leave):
+    mlx_lm_seconds: list[float] = []
+    with nullcontext() if args.leave is None else memory_hog(args.leave):
         for budget in args.budgets:
-            streamed, _ = flashmoe_mlx.load(
+            model = flashmoe_mlx.load(
                 args.model,
                 ram_budget=int(budget * streaming.experts_nbytes),
                 experts_per_token=args.experts_per_token,
-                config=Config(lookahead=args.lookahead, warm_start=str(full)),
-            )
-            counters = streamed.streaming.counters
-            ours = seconds_per_token(streamed, prompt, args.turn, before_turn)
-            next(ours)  # warm up
-            before, delivered = replace(counters), device_bytes()
-            pairs = []
-            for _ in range(args.turns):
-                pairs.append((next(theirs) if args.leave is None else median(resident_seconds), next(ours)))
-            delivered = device_bytes() - delivered
-            after = {name: value - getattr(before, name) for name, value in vars(counters).items()}
-            routed = after["hits"] + after["misses"]
-            tokens, our_seconds = args.turns * args.turn, args.turn * sum(pair[1] for pair in pairs)
-            if args.leave is None:
-                resident_seconds += [pair[0] for pair in pairs]
-            cached = max(0, after["bytes_read"] - delivered)
-            predicted = median(pair[0] for pair in pairs)
-            predicted += (delivered / rates["device"] + cached / rates["cache"]) / tokens
-            run = {
-                "budget": budget,
-                "ms_per_layer": round(1e3 * median(pair[1] for pair in pairs) / layers, 3),
-                "tps": round(1 / median(pair[1] for pair in pairs), 2),
-                "ratio": round(median(a / b for a, b in pairs), 3),
-                "predicted_tps": round(1 / predicted, 2),
-                "hit_rate": round(after["hits"] / routed, 3) if routed else 1.0,
-                "mb_per_token": round(after["bytes_read"] / 1e6 / tokens, 2),
-                "device_mb_per_token": round(delivered / 1e6 / tokens, 2),
-                "read_share": round(after["read_seconds"] / our_seconds, 3),
-                "sync_share": round(after["sync_seconds"] / our_seconds, 3),
-                "lookahead_used": after["lookahead_used"],
-                "lookahead_wasted": after["lookahead_wasted"],
-            }
+                config=Config(lookahead=args.lookahead),
+            )[0]
+            fill(model, tables)
+            models = {**baselines, "streamed": turns(model)}
+            rounds, counted = play(args, models, model.streaming.counters, bandwidth, len(tables))
+            mlx_lm_seconds += [each.mlx_lm for each in rounds]
+            run = figures(budget, rounds, counted, len(model.layers), args.turns * args.turn)
             runs.append(run)
             print(
-                f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s (bytes predict {run['predicted_tps']}), "
-                f"{run['ms_per_layer']} ms a layer, {run['ratio']:.3f} of mlx-lm's, {run['hit_rate']:.1%} hits, "
-                f"{run['mb_per_token']} MB a token, {run['device_mb_per_token']} from the device; "
-                f"{run['read_share']:.0%} of the time in reads, {run['sync_share']:.0%} waiting for routers",
+                f"budget {budget:4.0%}: {run['tps']:6.2f} tok/s, predicted {run['predicted_tps']:6.2f}, "
+                f"measured / predicted {run['measured_over_predicted']:.2f}; {run['ratio']:.2f} times mlx-lm's; "
+                f"{run['hit_rate']:.1%} hits, {run['mb_per_token']} MB per token, {run['device_mb_per_token']} from "
+                f"the device; {run['read_share']:.0%} of the time reading, {run['sync_share']:.0%} waiting for routers",
                 flush=True,
             )
-            del streamed, ours
+            del model, models
         lazily = mlx_lm_alone(args.model) if args.leave is not None else None
+    layers = len(tables)
     common = {
         "model": Path(args.model).name,
         "layers": layers,
-        "expert_mb": round(expert_nbytes / 1e6, 2),
+        "expert_mb": round(tables[0].expert_nbytes / 1e6, 2),
         "experts_per_token": top_k,
         "cold": args.cold,
         "leave_gb": args.leave and args.leave / 1e9,
         "lookahead": args.lookahead,
-        "resident_tps": round(1 / median(resident_seconds), 2),
-        "resident_ms_per_layer": round(1e3 * median(resident_seconds) / layers, 3),
-        "device_gbps": round(rates["device"] / 1e9, 2),
-        "cache_gbps": round(rates["cache"] / 1e9, 2),
+        "resident_tps": round(1 / median(mlx_lm_seconds), 2),
+        "resident_ms_per_layer": round(1e3 * median(mlx_lm_seconds) / layers, 3),
+        "device_gbps": round(bandwidth.device / 1e9, 2) if CAN_EVICT else None,
+        "cache_gbps": round(median(bandwidth.cache) / 1e9, 2),
         "mlx_lm_lazily": lazily,
     }
     print(
-        f"mlx-lm, all in memory: {common['resident_tps']:.2f} tok/s; device: {common['device_gbps']} GB/s, page cache: "
-        f"{common['cache_gbps']}"
+        f"mlx-lm, all in memory: {common['resident_tps']:.2f} tok/s; ours, all hits: {runs[-1]['all_hits_tps']} tok/s; "
+        f"fetches from the device: {common['device_gbps']} GB/s, from the page cache: {common['cache_gbps']} GB/s"
     )
     if lazily:
         print(f"mlx-lm with the memory that is left: {lazily}")

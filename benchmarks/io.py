@@ -2,15 +2,15 @@
 
     python -m benchmarks.io --rounds 200
     python -m benchmarks.io --rounds 30 --cold
-    python -m benchmarks.io --rounds 50 --experts 32 --neighbours
+    python -m benchmarks.io --rounds 50 --experts 32 --neighbors
 
 Warm reads come from the page cache. Cold ones come from the device: the file's pages are evicted before each batch, and
-``device_share`` says how many of the bytes read the device delivered, by the kernel's own count.
+``device_share`` is the share of the bytes read that the device delivered, as the OS counts them.
 
-The ceiling is a C program that makes the same reads, of a file's spans into MLX's memory, on as many threads. Both read
-batches of random experts in turn, so noise hits both; with ``--neighbours`` experts that lie side by side, as prefill
-reads them. The last line is JSON: its first figures are those of Qwen's
-1.77 MB experts in nine pieces, its ``ratio`` is the median of what reader and ceiling did one right after the other.
+What is predicted is the speed of a C program that makes the same reads, of a file's spans into MLX's memory, on as many
+threads. Both read batches of random experts in turn, so noise hits both; with ``--neighbors`` experts that are adjacent
+in the file, as prefill reads them. ``ratio`` is measured / predicted: the median of what reader and C program did one
+right after the other. The last line is JSON: its first figures are those of Qwen's 1.77 MB experts in nine pieces.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.page_cache import bring, device_bytes, evict
 from benchmarks.record import record
 from flashmoe_mlx.checkpoint.span import Span, Tensor
 from flashmoe_mlx.config import Config
@@ -38,17 +39,20 @@ from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
 
-UNITS = (16, 1, 1) * 3  # an expert with 4-bit weights, bfloat16 scales and biases in groups of 64
-SIZES = tuple(unit * sum(UNITS) for unit in (7424, 32768, 131072))  # 0.4, 1.77 and 7.08 MB
-SLOT_BYTES = 256_000_000  # more than a CPU's cache, as in use
+# An expert with 4-bit weights, bfloat16 scales and biases in groups of 64.
+UNITS = (16, 1, 1) * 3
+# 0.4, 1.77 and 7.08 MB.
+SIZES = tuple(unit * sum(UNITS) for unit in (7424, 32768, 131072))
+# More than a CPU's cache, as in use.
+SLOT_BYTES = 256_000_000
 
 Reads = Sequence[tuple[Span, memoryview]]
 
 
 def layout(path: Path, sizes: Sequence[int]) -> tuple[list[tuple[Span, ...]], list[list[memoryview]]]:
-    """The spans of all experts whose parts have these ``sizes``, and slots to read them into.
+    """Return the spans of all experts whose parts have these ``sizes``, and slots to read them into.
 
-    Each part has a tensor of its own that holds it for all experts, as stacked checkpoints have.
+    Each part has a tensor of its own for all experts, as in stacked checkpoints.
     """
     experts, slots = path.stat().st_size // sum(sizes), SLOT_BYTES // sum(sizes)
     tensors, slabs, offset = [], [], 0
@@ -63,10 +67,15 @@ def layout(path: Path, sizes: Sequence[int]) -> tuple[list[tuple[Span, ...]], li
 
 
 def c_ceiling(folder: Path, path: Path, threads: int) -> Callable[[Reads], Callable[[], None]]:
-    """Given a batch, returns what makes its reads in C; all else is done beforehand. Raises if there is no compiler."""
-    source = Path(__file__).with_name("ceiling.c")
-    subprocess.run(["cc", "-O2", "-pthread", "-shared", "-fPIC", "-o", folder / "ceiling.so", source], check=True)
-    library = ctypes.CDLL(str(folder / "ceiling.so"))
+    """Return what prepares a batch of reads in C, so that only the reads themselves are timed.
+
+    Raises:
+        OSError: There is no C compiler.
+        CalledProcessError: It cannot compile the program.
+    """
+    source = Path(__file__).with_name("read_files.c")
+    subprocess.run(["cc", "-O2", "-pthread", "-shared", "-fPIC", "-o", folder / "read_files.so", source], check=True)
+    library = ctypes.CDLL(str(folder / "read_files.so"))
     library.start(threads - 1)
     file = os.open(path, os.O_RDONLY)
 
@@ -76,7 +85,7 @@ def c_ceiling(folder: Path, path: Path, threads: int) -> Callable[[Reads], Calla
 
         def run() -> None:
             if library.run(ctypes.c_void_p(table.ctypes.data), ctypes.c_long(len(rows))):
-                raise OSError("the ceiling could not read")
+                raise OSError("the C program could not read: its file is damaged or gone")
 
         return run
 
@@ -84,7 +93,7 @@ def c_ceiling(folder: Path, path: Path, threads: int) -> Callable[[Reads], Calla
 
 
 def python_ceiling(path: Path, threads: int) -> Callable[[Reads], Callable[[], None]]:
-    """Without a compiler: an equal share of the bytes for each thread, and nothing else to do."""
+    """Do the same without a compiler: each thread makes an equal share of the reads, and nothing else."""
     pool = ThreadPoolExecutor(threads)
     file = os.open(path, os.O_RDONLY)
 
@@ -96,39 +105,24 @@ def python_ceiling(path: Path, threads: int) -> Callable[[Reads], Callable[[], N
         def make(share: list[tuple[list[memoryview], int]]) -> None:
             for buffers, offset in share:
                 if os.preadv(file, buffers, offset) < buffers[0].nbytes:
-                    raise OSError("the ceiling could not read")
+                    raise OSError("the file ended before a span did")
 
         return lambda: list(pool.map(make, shares)).clear()
 
     return prepare
 
 
-def evict(path: Path) -> None:
-    """Make the page cache forget a file, where the OS lets a program do that."""
-    if not hasattr(os, "posix_fadvise"):
-        raise SystemExit("--cold needs Linux, which can evict a file's pages")
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def device_bytes(process: int | str = "self") -> int:
-    """What devices have delivered to a process so far, by reads or page faults."""
-    lines = Path(f"/proc/{process}/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
-
-
 def compare(path: Path, sizes: Sequence[int], prepare: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Reader and ceiling in turn: the median GB/s of each, and of the ratio within a round."""
+    """Let reader and ceiling take turns; return the median GB/s of each, and of the ratio within a round."""
     spans, slots = layout(path, sizes)
     reader = Reader([str(path)], args.threads, Counters())
 
     def batch() -> Reads:
         first = random.randrange(len(spans) - args.experts + 1)
-        neighbours = range(first, first + args.experts)
-        experts = neighbours if args.neighbours else random.sample(range(len(spans)), args.experts)
-        places = random.sample(range(len(slots)), args.experts)
-        pairs = list(zip(experts, places, strict=True))
-        return [(spans[expert][part], slots[place][part]) for part in range(len(sizes)) for expert, place in pairs]
+        neighbors = range(first, first + args.experts)
+        experts = neighbors if args.neighbors else random.sample(range(len(spans)), args.experts)
+        pairs = list(zip(experts, random.sample(slots, args.experts), strict=True))
+        return [(spans[expert][part], buffers[part]) for part in range(len(sizes)) for expert, buffers in pairs]
 
     def reader_run(reads: Reads) -> Callable[[], None]:
         return lambda: reader.read(reads)
@@ -142,7 +136,7 @@ def compare(path: Path, sizes: Sequence[int], prepare: Any, args: argparse.Names
             reads = batch()
             run = sides[name](reads)
             if args.cold:
-                evict(path)
+                evict([path])
                 delivered -= device_bytes()
             begin = time.perf_counter()
             run()
@@ -158,7 +152,7 @@ def compare(path: Path, sizes: Sequence[int], prepare: Any, args: argparse.Names
 
 
 def check(path: Path, reads: Reads) -> None:
-    """The bytes that arrived must be the file's; the slots are overwritten afterwards, so that nothing is left over."""
+    """Refuse bytes that are not the file's. The slots are cleared, so that the next check cannot see them."""
     with path.open("rb") as file:
         for span, buffer in reads:
             file.seek(span.offset)
@@ -168,7 +162,7 @@ def check(path: Path, reads: Reads) -> None:
 
 
 def write_file(path: Path, nbytes: int) -> None:
-    """Random bytes, on disk and in the page cache."""
+    """Write random bytes, which are then on disk and in the page cache."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if shutil.disk_usage(path.parent).free < 2 * nbytes or memory < 2 * (nbytes + 2 * SLOT_BYTES):
         raise SystemExit(f"not enough disk or memory for a file of {nbytes / 1e6:.0f} MB that stays in the page cache")
@@ -177,24 +171,27 @@ def write_file(path: Path, nbytes: int) -> None:
         for begin in range(0, nbytes, 1 << 24):
             file.write(generator.bytes(min(1 << 24, nbytes - begin)))
         os.fsync(file.fileno())
-    with path.open("rb") as file:
-        while file.read(1 << 24):
-            pass
+    bring([path])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=Config().read_threads)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--size", type=int, default=800, help="MB of the file")
-    parser.add_argument("--experts", type=int, default=10, help="in a batch; 10 is one layer's in a decode step")
-    parser.add_argument("--neighbours", action="store_true", help="experts of a batch lie side by side, as in prefill")
+    parser.add_argument(
+        "--threads", type=int, default=Config().read_threads, help="of the reader (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=200, help="batches of each (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=800, help="MB of the file (default: %(default)s)")
+    parser.add_argument(
+        "--experts", type=int, default=10, help="experts of a batch; a layer's in a decode step (default: %(default)s)"
+    )
+    parser.add_argument("--neighbors", action="store_true", help="adjacent experts, as in prefill")
     parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
     if not 0 < args.experts <= SLOT_BYTES // max(SIZES):
-        parser.error(f"--experts is {args.experts}: 1 to {SLOT_BYTES // max(SIZES)} of the largest fit in the slots")
-    threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)  # the ceiling's: as many copy
+        parser.error(f"--experts is {args.experts}: it must be 1 to {SLOT_BYTES // max(SIZES)}, which fit in the slots")
+    # As many as copy in the reader.
+    threads = args.threads if args.cold else min(args.threads, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "experts"
@@ -203,17 +200,18 @@ def main() -> None:
             prepare, ceiling = c_ceiling(folder, path, threads), "c"
         except (OSError, subprocess.CalledProcessError):
             prepare, ceiling = python_ceiling(path, threads), "python"
-        print(f"expert MB  layout      reader GB/s  {ceiling + ' GB/s':>12}  ratio  from the device")
+        print(f"expert MB  layout      reader GB/s  {ceiling + ' GB/s':>12}  measured / predicted  from the device")
         runs: list[dict[str, Any]] = []
         for size in SIZES:
             pieces = [size * units // sum(UNITS) for units in UNITS]
             for kind, sizes in (("scattered", pieces), ("contiguous", [size])):
                 figures = compare(path, sizes, prepare, args)
                 runs.append({"expert_mb": round(size / 1e6, 2), "layout": kind} | figures)
-                print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:5.2f}  {:15.0%}".format(*runs[-1].values()), flush=True)
+                print("{:9}  {:10}  {:11.2f}  {:12.2f}  {:20.2f}  {:15.0%}".format(*runs[-1].values()), flush=True)
     if args.record:
         for run in runs:
-            batch = {"experts": args.experts, "neighbours": args.neighbours}
+            # The column's name, as earlier lines have it.
+            batch = {"experts": args.experts, "neighbours": args.neighbors}
             record("io", run | batch | {"cold": args.cold, "ceiling": ceiling, "threads": args.threads})
     first = next(r for r in runs if (r["expert_mb"], r["layout"]) == (1.77, "scattered"))
     chosen = {key: first[key] for key in ("reader_gbps", "ceiling_gbps", "ratio")}

@@ -18,27 +18,33 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(name: str, figures: dict[str, Any]) -> None:
-    """Append a line to ``results/<name>.csv``; the file's columns are those of its first line."""
+    """Append a line to ``results/<name>.csv``. A new figure becomes a new column, which is empty in earlier lines."""
     line = {"date": date.today().isoformat(), "commit": _commit(), "machine": _machine(), **figures}
     line |= {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "python": platform.python_version()}
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
-    before = path.read_text() if path.exists() else ""
+    columns: list[str] = []
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns, lines = list(reader.fieldnames or ()), list(reader)
+    columns += [column for column in line if column not in columns]
     with replacing(path) as unfinished, unfinished.open("w", newline="") as file:
-        file.write(before)
-        writer = csv.DictWriter(file, line, lineterminator="\n")
-        if not before:
-            writer.writeheader()
-        writer.writerow(line)
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*lines, line])
 
 
-@cache  # what is recorded changes the tree
+# Kept for a whole run, because recording its first line makes the tree dirty.
+@cache
 def _commit() -> str:
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # no repository: figures are kept all the same
+        # Without a repository figures are recorded all the same.
+        return "unknown"
 
 
 def _machine() -> str:

@@ -2,4 +2,5 @@
 
 import mlx.core as mx
 
-mx.set_default_device(mx.cpu)  # before mlx_lm is imported, which keeps a stream of the default device
+# Before mlx_lm is imported, which keeps a stream of the default device.
+mx.set_default_device(mx.cpu)

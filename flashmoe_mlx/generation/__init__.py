@@ -1,1 +1,1 @@
-"""Messages to tokens to text, on the one thread that runs a model."""
+"""Turn messages into tokens, and tokens into text, thoughts and tool calls."""

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 @dataclass
 class Delta:
-    """What some tokens add to an answer.
+    """The part that one or more tokens add to an answer.
 
     Args:
         content (str): Text for the user.
@@ -57,10 +57,10 @@ class OutputParser:
         self._tokenizer = tokenizer
         self._tools = list(tools)
         if tokenizer is None:
-            self._marks = TextStateMachine().make_state()
+            self._markers = TextStateMachine().make_state()
         else:
             state = tokenizer.response_initial_state or ("reasoning" if in_thought else "normal")
-            self._marks = make_text_state_machine(tokenizer).make_state(state)
+            self._markers = make_text_state_machine(tokenizer).make_state(state)
         self._stops = TextStateMachine({"normal": [(stop, None) for stop in stops]}).make_state()
         self._call: str | None = None
         self._space = ""
@@ -79,9 +79,9 @@ class OutputParser:
             Delta: What the part adds to the answer.
         """
         delta = Delta()
-        self._marks, parts = TextStateMachine.split(self._marks, text)
+        self._markers, parts = TextStateMachine.split(self._markers, text)
         if last:
-            self._marks, rest, kind = TextStateMachine.flush(self._marks)
+            self._markers, rest, kind = TextStateMachine.flush(self._markers)
             parts.append((kind, rest))
         for kind, part in parts:
             if kind == "tool":
@@ -128,12 +128,12 @@ class OutputParser:
         assert self._tokenizer is not None
         try:
             found = self._tokenizer.tool_parser(text.strip(), self._tools)
-            return [_shaped(**call) for call in (found if isinstance(found, list) else [found])]
+            return [_openai_call(**call) for call in (found if isinstance(found, list) else [found])]
         # Parsers raise arbitrary exceptions on malformed calls.
         except Exception:
             return []
 
 
-def _shaped(name: str, arguments: dict[str, Any], id: str | None = None) -> dict[str, Any]:
+def _openai_call(name: str, arguments: dict[str, Any], id: str | None = None) -> dict[str, Any]:
     function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False)}
     return {"id": id or f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

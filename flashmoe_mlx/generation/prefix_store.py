@@ -1,4 +1,4 @@
-"""The state after the beginnings of prompts, in a folder that outlives the process and that several may share."""
+"""States of the model after prefixes of prompts, in a folder that processes can share."""
 
 import hashlib
 import os
@@ -17,49 +17,51 @@ from flashmoe_mlx.generation.prompt_cache import load_prompt_cache, save_prompt_
 from flashmoe_mlx.system.atomic_write import sweep
 
 _NAME = re.compile(r"[0-9a-f]{32}-([1-9][0-9]*)-[0-9a-f]{64}\.safetensors")
-_HEADER_NBYTES = 1 << 16  # names and shapes in a file, at most
+# Upper bound of the names and shapes in a file.
+_HEADER_NBYTES = 1 << 16
 
 
 class PrefixStore:
-    """Prompt caches on disk. The ones that have not been used for the longest time leave when there are too many.
+    """Keeps states in files, and deletes the least recently used ones when they take too much space.
 
-    A prefix is of use only as a whole, because the state of linear attention has no way back. A file that is damaged
-    or of something else is removed when it is met. All files are their owner's alone.
+    A state serves only prompts that begin with all of its tokens, because linear-attention state cannot be rolled back.
+    Files that turn out to be damaged are deleted. All files are accessible to their owner only.
 
     Args:
-        folder (Path): made if it is missing. Nobody else may have access to it.
-        limit_bytes (int): what all files in it may take, those of other models too.
-        identity (str): from :func:`model_identity`; other models' states are not seen.
+        folder (Path): Created if it is missing. Others must not have access to it.
+        max_bytes (int): Space for all files in it, those of other models included.
+        identity (str): From :func:`flashmoe_mlx.checkpoint.identity.model_identity`. States of other identities are
+            ignored.
 
     Raises:
-        OSError: the folder cannot be made or written to.
-        PermissionError: others have access to it.
+        OSError: The folder cannot be created or written to.
+        PermissionError: Others have access to it.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, identity: str):
+    def __init__(self, folder: Path, max_bytes: int, identity: str):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise PermissionError(
-                f"{folder} is open to others, and prompts are private: chmod 700 it, or choose another"
+                f"{folder} is accessible to others, and prompts are private: chmod 700 it or choose another folder"
             )
         sweep(folder)
-        self._folder, self._limit, self._identity = folder, limit_bytes, identity
+        self._folder, self._max_bytes, self._identity = folder, max_bytes, identity
 
     @property
     def nbytes(self) -> int:
-        """What all files take."""
+        """Space that all files take."""
         return sum(size for _, size, _ in self._files())
 
     def longest(self, tokens: Sequence[int], beyond: int = 0) -> tuple[list[Any], int] | None:
-        """The state after the longest prefix of a prompt that there is one of.
+        """Return the state after the longest prefix of a prompt.
 
         Args:
-            tokens (Sequence[int]): the prompt, without its last token if that is to be computed in any case.
-            beyond (int): it must be longer than this. Default: ``0``.
+            tokens (Sequence[int]): The prompt, without its last token if that is computed anyway.
+            beyond (int): The prefix must be longer than this. Default: ``0``.
 
         Returns:
-            tuple: (the model's cache, one item a layer; how many tokens it has seen), or ``None``.
+            tuple: (the model's cache, one item per layer; how many of the tokens it has seen), or ``None``.
         """
         lengths = {
             int(part) for path in self._folder.glob(f"{self._identity}-*.safetensors") if (part := _length(path))
@@ -72,17 +74,17 @@ class PrefixStore:
         return None
 
     def store(self, tokens: Sequence[int], cache: list[Any]) -> bool:
-        """Keep a state.
+        """Write a state, unless it is there already.
 
         Args:
-            tokens (Sequence[int]): all that it has seen, at least one.
-            cache (list): the model's, one item a layer.
+            tokens (Sequence[int]): All tokens that it has seen, at least one.
+            cache (list): The model's cache, one item per layer.
 
         Returns:
-            bool: whether it is there now; it is not if it alone is over the limit.
+            bool: False if the state alone is larger than ``max_bytes``.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: It cannot be written.
         """
         ((length, digest),) = _digests(tokens, [len(tokens)])
         path = self._path(length, digest)
@@ -90,11 +92,12 @@ class PrefixStore:
             _touch(path)
             return True
         nbytes = sum(array.nbytes for _, array in _leaves(cache) if isinstance(array, mx.array)) + _HEADER_NBYTES
-        if nbytes > self._limit:
+        if nbytes > self._max_bytes:
             return False
         self._make_room(nbytes)
         save_prompt_cache(path, cache, {"name": path.stem, "content": _content(cache)}, 0o600)
-        self._make_room(0)  # others may have written meanwhile
+        # Other processes may have written meanwhile.
+        self._make_room(0)
         return True
 
     def _path(self, length: int, digest: str) -> Path:
@@ -104,17 +107,18 @@ class PrefixStore:
         try:
             cache, metadata = load_prompt_cache(path)
             if metadata.get("name") != path.stem or metadata.get("content") != _content(cache):
-                raise ValueError(f"{path} is not what was written")
-        except (ValueError, RuntimeError):  # MLX reads an array when it is used, and says so by a RuntimeError
+                raise ValueError(f"{path} is damaged")
+        # MLX raises RuntimeError when it cannot read a lazy array.
+        except (ValueError, RuntimeError):
             path.unlink(missing_ok=True)
             return None
         _touch(path)
         return cache
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove the files that have not been used for the longest time until ``nbytes`` more fit."""
+        """Delete the least recently used files until ``nbytes`` more fit."""
         files = sorted(self._files())
-        excess = sum(size for _, size, _ in files) + nbytes - self._limit
+        excess = sum(size for _, size, _ in files) + nbytes - self._max_bytes
         for _, size, path in files:
             if excess <= 0:
                 break
@@ -122,21 +126,27 @@ class PrefixStore:
             excess -= size
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """When each file was used last, its size, and its path; of nothing else that the folder may hold."""
+        """Yield the time of last use, size and path of each file. Other files in the folder are not ours."""
         for path in filter(_length, self._folder.glob("*.safetensors")):
-            with suppress(FileNotFoundError):  # another process has removed it
+            # Another process may have deleted it.
+            with suppress(FileNotFoundError):
                 status = path.stat()
                 yield status.st_mtime_ns, status.st_size, path
 
 
 def _length(path: Path) -> int:
-    """How many tokens a file is of by its name, or 0 if it has another kind of name."""
+    """Return the number of tokens in the name of a file, or 0 if it is not a file of ours."""
     name = _NAME.fullmatch(path.name)
     return int(name[1]) if name else 0
 
 
 def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Some lengths, in rising order, and SHA-256 of so many tokens: no prompt can be made that looks like another."""
+    """Yield each length with the SHA-256 digest of that many tokens, so that no prompt can be forged to match another.
+
+    Args:
+        tokens (Sequence[int]): The prompt.
+        lengths (Sequence[int]): Lengths of prefixes, in rising order.
+    """
     array, total, begin = np.asarray(tokens, dtype="<u4"), hashlib.sha256(), 0
     for length in lengths:
         total.update(array[begin:length].tobytes())
@@ -150,7 +160,7 @@ def _leaves(cache: list[Any]) -> list[tuple[str, Any]]:
 
 
 def _content(cache: list[Any]) -> str:
-    """XXH3 of everything in a cache: it finds damage, not malice."""
+    """Return a checksum (XXH3) of a cache. It detects damage, not tampering."""
     total = xxhash.xxh3_128(" ".join(type(layer).__name__ for layer in cache).encode())
     for name, leaf in _leaves(cache):
         if isinstance(leaf, mx.array):

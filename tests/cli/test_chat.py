@@ -108,7 +108,7 @@ def test_results_and_exceptions_of_tools_go_back_to_the_model(pipe: Any, tools: 
 def test_thoughts_are_shown_or_hidden_and_never_on_stdout(
     pipe: Any, endless: Path, monkeypatch: pytest.MonkeyPatch, thinking: str
 ) -> None:
-    """Wherever the model sets its line breaks."""
+    """The line feeds between a thought and the answer are in neither."""
 
     def answer(conversation: Conversation, *_: Any, **options: Any) -> Iterator[Delta]:
         yield Delta(reasoning="A bird, ")
@@ -150,7 +150,7 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
     def until(self, *texts: str) -> str:
-        """What is shown from now on up to one of some texts."""
+        """Return the output from now on up to one of some texts."""
         begin, deadline = len(self.shown), time.monotonic() + 60
         while not any(text in self.shown[begin:] for text in texts):
             assert time.monotonic() < deadline, self.shown
@@ -196,7 +196,8 @@ def test_a_tool_runs_only_after_a_yes(tools: Path) -> None:
         run.type("y\n")
         said = run.until("\r\n> ")
         assert "window" in said and "7 degrees and rainy in Oslo" in said
-        assert "\x1b[2mPrompt: " in said  # dimmed
+        dimmed = "\x1b[2m"
+        assert f"{dimmed}Prompt: " in said
         run.type(f"{OSLO}\n")
         run.until("[y/N] ")
         run.type("n\n")

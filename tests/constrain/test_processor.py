@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def accepts(processor, tokenizer, *texts: str) -> bool:
-    """Whether every token of the texts, each encoded by itself, is allowed in its place."""
+    """Say whether every token of the texts, each encoded by itself, is allowed in its place."""
     width, past = len(tokenizer.get_vocab()) + 8, [0]
     for token in (token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)):
         if processor(mx.array(past), mx.zeros((1, width)))[0, token].item() != 0:
@@ -236,7 +236,7 @@ PARAMETERS = objects(VALUES).map(lambda schema: schema | {"$defs": {"tree": TREE
 
 
 def written_at_random(processor, tokenizer, pieces, seed: int) -> str:
-    """What a model writes that wants anything, bad texts above all, and after a while an end."""
+    """Generate with a model that wants anything, bad texts above all, and after a while an end."""
     random = np.random.default_rng(seed)
     past, wish = [0], []
     for step in count():

@@ -6,10 +6,10 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from demo.tokenizer import MODEL
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from demo import MODEL
 from flashmoe_mlx.generation.conversation import Conversation
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache

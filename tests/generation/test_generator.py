@@ -54,7 +54,7 @@ def test_a_prompt_goes_on_from_the_state_after_the_last_answer(folder: Path) -> 
 
 
 def test_a_prompt_goes_on_from_a_kept_prefix(folder: Path) -> None:
-    """Where a state cannot be rolled back, and also where it can be without being asked to."""
+    """Also if the state can be rolled back, and so was not kept."""
     text = generator(folder)
     answer(text, PROMPT, {13: "system"})
     other = [*PROMPT[:13], 7, 7, 7]

@@ -1,4 +1,4 @@
-"""Beginnings of prompts on disk: what goes on from one is what would have gone on without it, or it is not there."""
+"""States on disk: one that is found continues as if it had never been away, or it is not found."""
 
 import multiprocessing
 import os
@@ -49,18 +49,19 @@ def fill(nbytes: int = 256_000, value: float = 1) -> list[Any]:
     return [cache]
 
 
-def test_restored_is_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    """The same logits, bit for bit, in a store that another process could have made."""
+def test_a_restored_state_continues_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    """In a store that another process could have made."""
     cache, _ = read(folder, PROMPT[:25])
     assert PrefixStore(tmp_path / "new" / "store", 1 << 30, MODEL).store(PROMPT[:25], cache)
     _, expected = read(folder, PROMPT[25:], cache)
     found = PrefixStore(tmp_path / "new" / "store", 1 << 30, MODEL).longest(PROMPT)
     assert found and found[1] == 25
     assert mx.array_equal(read(folder, PROMPT[25:], found[0])[1], expected)
-    assert not mx.array_equal(read(folder, PROMPT[25:])[1], expected)  # the state matters
+    # Without the state the logits differ.
+    assert not mx.array_equal(read(folder, PROMPT[25:])[1], expected)
 
 
-def test_quantised_and_half_precision(tmp_path: Path) -> None:
+def test_half_precision_and_quantized_states_are_restored(tmp_path: Path) -> None:
     store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     (cache,) = fill(value=0.3)
     cache.keys, cache.values = cache.keys.astype(mx.bfloat16), cache.values.astype(mx.bfloat16)
@@ -75,7 +76,7 @@ def test_quantised_and_half_precision(tmp_path: Path) -> None:
     assert found and found[1] == 2 and found[0][0].bits == 8
 
 
-def test_only_whole_prefixes(tmp_path: Path) -> None:
+def test_only_whole_prefixes_are_found(tmp_path: Path) -> None:
     store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     for length in (3, 5, 9):
         assert store.store(PROMPT[:length], fill())
@@ -86,19 +87,18 @@ def test_only_whole_prefixes(tmp_path: Path) -> None:
     assert store.longest([7, *PROMPT[1:]]) is None
 
 
-def test_other_model(tmp_path: Path) -> None:
+def test_states_of_other_models_are_not_found(tmp_path: Path) -> None:
     assert PrefixStore(tmp_path / "store", 1 << 30, MODEL).store(PROMPT, fill())
     other = PrefixStore(tmp_path / "store", 1 << 30, OTHER)
     assert other.longest(PROMPT) is None
-    # Not even if somebody gives the file the other's name.
+    # Not even if a file is renamed to that of another model.
     (file,) = (tmp_path / "store").iterdir()
     file.rename(file.with_name(file.name.replace(MODEL, OTHER)))
     assert other.longest(PROMPT) is None
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_identity(hybrid: Path, tmp_path: Path) -> None:
-    """Another for other settings, other weights in the same place, and another config."""
+def test_identity_differs_by_settings_weights_and_config(hybrid: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(hybrid, folder)
     seen = [model_identity(folder, {"experts_per_token": count}) for count in ("4", "2")]
@@ -114,8 +114,8 @@ def test_identity(hybrid: Path, tmp_path: Path) -> None:
     assert len(set(seen)) == 4
 
 
-def test_damaged(tmp_path: Path) -> None:
-    """A byte anywhere, a cut, or another file: a miss, and gone."""
+def test_damaged_files_are_deleted(tmp_path: Path) -> None:
+    """A flipped byte anywhere, a truncated file, or one of something else."""
     store = PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     store.store(PROMPT, fill())
     (file,) = (tmp_path / "store").iterdir()
@@ -129,12 +129,12 @@ def test_damaged(tmp_path: Path) -> None:
     assert store.longest(PROMPT)
 
 
-def test_bound(tmp_path: Path) -> None:
-    """What was not used for the longest time leaves; what is too large never enters."""
+def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
+    """A state that is larger than the limit is not written."""
     store = PrefixStore(tmp_path / "store", 1_000_000, MODEL)
     for count in range(3):
         assert store.store([count], fill())
-        age(store, 10 - count)
+        age(tmp_path / "store", 10 - count)
     assert 768_000 < store.nbytes <= 1_000_000
     assert store.longest([0])
     assert store.store([3], fill())
@@ -145,15 +145,14 @@ def test_bound(tmp_path: Path) -> None:
     assert store.nbytes <= 400_000
 
 
-def age(store: PrefixStore, seconds: int) -> None:
+def age(folder: Path, seconds: int) -> None:
     """Let the newest file look as if it had been used some seconds ago."""
-    newest = max(store._files())[2]
+    newest = max(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     before = newest.stat().st_mtime - seconds
     os.utime(newest, (before, before))
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    """Weights in the same folder are not counted and not removed."""
+def test_other_files_in_the_folder_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
     store = PrefixStore(tmp_path / "store", 400_000, MODEL)
     weights = [tmp_path / "store" / name for name in ("model.safetensors", f"{MODEL}-1-model.safetensors")]
     for file in weights:
@@ -164,8 +163,8 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     assert store.nbytes <= 400_000 and all(file.stat().st_size == 1_000_000 for file in weights)
 
 
-def test_weights_changed_in_place(hybrid: Path, tmp_path: Path) -> None:
-    """Another model: with a later time alone, and with the time set back, also if a download left its note."""
+def test_identity_differs_once_weights_were_changed_in_place(hybrid: Path, tmp_path: Path) -> None:
+    """With a later time alone, and with the time set back, also if the hub's download metadata is there."""
     folder = tmp_path / "model"
     shutil.copytree(hybrid, folder)
     shard = next(folder.glob("model*.safetensors"))
@@ -184,7 +183,7 @@ def test_weights_changed_in_place(hybrid: Path, tmp_path: Path) -> None:
     assert len(set(seen)) == 3
 
 
-def test_private(tmp_path: Path) -> None:
+def test_files_are_accessible_to_their_owner_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         PrefixStore(tmp_path / "store", 1 << 30, MODEL).store([1], fill())
@@ -198,8 +197,7 @@ def test_private(tmp_path: Path) -> None:
         PrefixStore(tmp_path / "store", 1 << 30, MODEL)
 
 
-def test_left_over(tmp_path: Path) -> None:
-    """What a killed process had begun to write is swept."""
+def test_unfinished_files_of_killed_processes_are_deleted(tmp_path: Path) -> None:
     PrefixStore(tmp_path / "store", 1 << 30, MODEL)
     (tmp_path / "store" / f".{MODEL}-1-ab.cd.unfinished.safetensors").write_text("half")
     PrefixStore(tmp_path / "store", 1 << 30, MODEL)
@@ -220,8 +218,7 @@ def use_often(folder: Path) -> None:
         use(folder, turn)
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    """They read what the other wrote, or nothing, and both keep the bound."""
+def test_two_processes_share_a_folder_and_its_limit(tmp_path: Path) -> None:
     other = multiprocessing.get_context("spawn").Process(target=use_often, args=(tmp_path / "store",))
     other.start()
     turn = 0
@@ -234,13 +231,13 @@ def test_two_processes(tmp_path: Path) -> None:
     assert any(store.longest([number]) for number in range(7))
 
 
-def test_server_after_a_restart(folder: Path, tmp_path: Path) -> None:
-    """What the last run read of a long system message is not read again, and the answer is the same."""
+def test_a_restarted_server_continues_from_the_preamble(folder: Path, tmp_path: Path) -> None:
+    """With the same answer, and also if the files are damaged: then the preamble is computed again."""
     words = " ".join(f"Rule {number}: be brief." for number in range(60))
     messages = [{"role": "system", "content": words}, {"role": "user", "content": "What is a heron?"}]
     answers, cached = [], []
     for turn in range(3):
-        if turn == 2:  # damaged files are read around
+        if turn == 2:
             for file in tmp_path.glob("store/*"):
                 file.write_bytes(file.read_bytes()[:-9])
         with serve(folder, open_prefix_store=lambda model: PrefixStore(tmp_path / "store", 1 << 30, MODEL)) as running:

@@ -93,7 +93,8 @@ def test_late_reads_change_nothing(
         time.sleep(random.random() * 1e-3)
         read(self, *args)
 
-    monkeypatch.setattr(reader, "_LARGE_NBYTES", 1)  # so that threads share even these small reads
+    # So that threads share even these small reads.
+    monkeypatch.setattr(reader, "_LARGE_NBYTES", 1)
     monkeypatch.setattr(Reader, "_copy", slow_read)
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     folder = checkpoint("qwen3_5_moe")

@@ -22,7 +22,8 @@ LONG_PROMPT = [(37 * i * i + 11 * i) % 320 for i in range(40)]
 @pytest.mark.parametrize("fraction", [0, 0.25, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, fraction: float, checkpoint: WriteFamily, expected: Expected, monkeypatch: Any) -> None:
-    monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)  # fewer than these tiny models have, so that experts must leave
+    # Fewer than these tiny models have, so that experts must leave.
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
     folder = checkpoint(family)
     assert_same(run(streamed(folder, fraction)), expected(folder))
 
@@ -63,8 +64,10 @@ def test_quantization(quantization: str, fraction: float, checkpoint: WriteFamil
 @pytest.mark.parametrize("fraction", [0, 0.25])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize(
-    "family", ["qwen3_moe", "gpt_oss", "nemotron_h"]
-)  # gpt_oss adds biases, nemotron_h two-part MLPs
+    "family",
+    ["qwen3_moe", "gpt_oss", "nemotron_h"],
+    # gpt_oss adds biases, nemotron_h two-part MLPs.
+)
 def test_half_precision_scales(
     family: str, dtype: mx.Dtype, fraction: float, checkpoint: WriteFamily, expected: Expected
 ) -> None:
@@ -96,7 +99,8 @@ def test_mixed_bits(fraction: float, checkpoint: WriteFamily, expected: Expected
     assert_same(run(streamed(folder, fraction)), expected(folder))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama4"])  # always takes one expert
+# Always takes one expert.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama4"])
 def test_fewer_experts_per_token(family: str, checkpoint: WriteFamily, monkeypatch: Any) -> None:
     folder = checkpoint(family)
     model = streamed(folder, experts_per_token=2)
@@ -115,7 +119,7 @@ def test_fewer_experts_per_token(family: str, checkpoint: WriteFamily, monkeypat
 
 
 def with_two_experts(config: dict[str, Any]) -> dict[str, Any]:
-    """What to replace in a config."""
+    """Return the config entries to replace."""
     if "text_config" in config:
         return {"text_config": config["text_config"] | with_two_experts(config["text_config"])}
     return {next(key for key in ("num_experts_per_tok", "top_k_experts") if key in config): 2}

@@ -41,7 +41,7 @@ def test_generate(models: Models) -> None:
 
 @pytest.mark.parametrize("step", [1, 5, None])
 def test_chunks(models: Models, step: int | None) -> None:
-    """However many tokens of a prompt are read at a time, the tokens after it are the same."""
+    """The generated tokens do not depend on the size of prefill chunks."""
     model, oracle, tokenizer = models
     step = step or model.streaming.prefill_step_size
     text = mlx_lm.generate(model, tokenizer, TEXT, max_tokens=32, prefill_step_size=step)
@@ -89,12 +89,14 @@ def test_restored_prompt_cache(models: Models, tmp_path: Path) -> None:
 
 
 def test_quantized_kv_cache(checkpoint: WriteFamily) -> None:
-    folder = checkpoint("qwen3_5_moe")  # gpt_oss's rotating cache cannot be quantised
+    # gpt_oss's rotating cache cannot be quantised.
+    folder = checkpoint("qwen3_5_moe")
     model, _ = flashmoe_mlx.load(str(folder))
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
     expected = go_on(resident(folder), None, **options)
     assert mx.array_equal(go_on(model, None, **options), expected)
-    assert not mx.array_equal(go_on(model, None), expected)  # the options did something
+    # The options did something.
+    assert not mx.array_equal(go_on(model, None), expected)
 
 
 def go_on(model: nn.Module, cache: list[Any] | None, **options: Any) -> mx.array:

@@ -17,7 +17,8 @@ from tests.conftest import WriteFamily
 from tests.support.faults import HARMFUL, HARMLESS, faults, hurried
 from tests.support.oracle import resident, streamed
 
-PAGES = 40 << 20  # bytes that an allocator may keep or not
+# Bytes that an allocator may keep or not.
+PAGES = 40 << 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,8 @@ def test_requests_of_random_length(count: int, checkpoint: WriteFamily) -> None:
                 assert kind in HARMFUL
                 outcomes["error"] += 1
         right = [int(token) for token, _ in generate_step(prompt, oracle, max_tokens=tokens)]
-        wrong += sum(a != b for a, b in zip(said, right, strict=False))  # also in what an error cut off
+        # Also in what an error cut off.
+        wrong += sum(a != b for a, b in zip(said, right, strict=False))
         held.append(memory())
     half = np.array(held[count // 2 :]) / 1e3
     slope = np.polyfit(range(len(half)), half, 1)[0]

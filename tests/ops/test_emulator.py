@@ -118,7 +118,8 @@ def test_small_floats_round_as_those_of_mlx(dtype: mx.Dtype) -> None:
     count = values.size
     rounded = run("out[i] = T(a[i]);", values, shape=(count,), threads=count, dtype=dtype, template=(("T", dtype),))
     assert same(rounded, values.astype(dtype))
-    x, y = rounded, rounded[::-1]  # every operation rounds
+    # Every operation rounds.
+    x, y = rounded, rounded[::-1]
     z = run("out[i] = a[i] * b[i] + a[i];", x, y, shape=(count,), threads=count, dtype=dtype)
     assert same(z, x * y + x)
     assert same(run("out[i] = float(a[i]);", x, shape=(count,), threads=count), x.astype(mx.float32))
@@ -142,7 +143,8 @@ def test_vectors_and_bits() -> None:
 
 
 def test_small_inputs_scalars_shapes_and_headers() -> None:
-    matrix = mx.arange(6).reshape(2, 3).T  # not contiguous, and in constant memory
+    # Not contiguous, and in constant memory.
+    matrix = mx.arange(6).reshape(2, 3).T
     source = "out[i] = K * helper(a, i) + b + a_shape[0] * 100 + a_strides[0] * 1000 + a_ndim * 10000;"
     header = (
         "#include <metal_stdlib>\nusing namespace metal;\nint helper(const constant int* p, uint i) { return p[i]; }\n"
@@ -167,7 +169,8 @@ def test_neighbours_need_a_barrier(step: int, kind: str | None) -> None:
     values = mx.arange(64, dtype=mx.float32)
     if kind == "threadgroup":
         assert same(run(source, values, threads=64, shape=(64,)), mx.roll(values, -step))
-    else:  # a barrier of the simdgroup does not order it and the other one
+    else:
+        # A barrier of the simdgroup does not order it and the other one.
         with pytest.raises(EmulationError, match=r"output out: element \d+ .*: a barrier is missing"):
             run(source, values, threads=64, shape=(64,))
 
@@ -211,7 +214,8 @@ def test_memory_that_is_used_again_needs_a_second_barrier(step: int) -> None:
             "out[i] = l < 3 ? simd_sum(a[i]) :\n simd_max(a[i]);",
             r"thread 0 .* waits in simd_sum while thread 3 waits in .*max",
         ),
-        ("out[i] = simd_shuffle(a[i], 4);", r"simd_shuffle reads lane 4 of 4"),  # of the last simdgroup
+        # Of the last simdgroup.
+        ("out[i] = simd_shuffle(a[i], 4);", r"simd_shuffle reads lane 4 of 4"),
         (
             "if (l > 40) threadgroup_barrier(mem_flags::mem_none);\nout[i] = 0;",
             r"thread 41 of a threadgroup waits in .* while thread 0 has",

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
+from flashmoe_mlx.generation.prefix_cache import PrefixCache
 from flashmoe_mlx.model.info import Streaming
 from tests.support.serving import DEFINITION, HERON, Running, serve
 
@@ -32,13 +33,17 @@ def test_a_conversation_continues_from_its_cached_state(running: Running) -> Non
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 20 + 25
 
 
-def test_a_quantized_cache_is_used_and_kept() -> None:
+def test_a_quantized_cache_is_used_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    nearest = PrefixCache.nearest
+    monkeypatch.setattr(PrefixCache, "nearest", lambda *args: found.append(nearest(*args)) or found[-1])
     cache = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
     with serve(kv_cache=cache) as running:
-        assert running.chat(messages=HERON)[1]["choices"][0]["message"]["content"] == DEFINITION
-        prefixes = running.worker._prefixes
-        kept, _ = prefixes.fetch_nearest_cache(*prefixes._lru._lrus["assistant"][-1])
-        assert any(isinstance(layer, QuantizedKVCache) for layer in kept)
+        message = running.chat(messages=HERON)[1]["choices"][0]["message"]
+        assert message["content"] == DEFINITION
+        assert running.chat(messages=[*HERON, message, *HERON])[0] == 200
+    kept, tokens = found[-1]
+    assert tokens and any(isinstance(layer, QuantizedKVCache) for layer in kept)
 
 
 def test_the_context_limit_counts_the_quantized_cache(monkeypatch: pytest.MonkeyPatch) -> None:

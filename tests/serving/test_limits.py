@@ -54,6 +54,7 @@ def test_a_slow_reader_does_not_delay_others(running: Running) -> None:
 
 def test_a_silent_stream_gets_keepalive_comments(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "_KEEPALIVE_INTERVAL", 0)
+    monkeypatch.setattr(routes, "_POLL_INTERVAL", 1e-3)
     long = [{"role": "user", "content": "heron " * 60}]
     with connected(running, endless(running, messages=long, stream=True, max_tokens=1)) as connection:
         text = connection.makefile("rb").read().decode()

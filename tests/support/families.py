@@ -16,7 +16,8 @@ _BASE: dict[str, Any] = {
 }
 
 _DELTA_NET: dict[str, Any] = {
-    "num_hidden_layers": 4,  # three GatedDeltaNet layers, then one attention layer
+    # Three GatedDeltaNet layers, then one attention layer.
+    "num_hidden_layers": 4,
     "full_attention_interval": 4,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -82,7 +83,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         **_BASE,
         "model_type": "gpt_oss",
-        "num_hidden_layers": 2,  # one sliding and one full attention layer: both must be present
+        # One sliding and one full attention layer: both must be present.
+        "num_hidden_layers": 2,
         "intermediate_size": 256,
         "num_local_experts": 16,
         "num_experts_per_tok": 4,
@@ -104,7 +106,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 128,
         "q_lora_rank": 128,
         "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 128,  # embed_q is quantised along it
+        # Embed_q is quantised along it.
+        "qk_nope_head_dim": 128,
         "v_head_dim": 32,
     },
     "glm4_moe": {
@@ -157,12 +160,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {
             **_BASE,
             "model_type": "llama4_text",
-            "num_hidden_layers": 4,  # the fourth layer's cache makes the global mask, so no fewer
+            # The fourth layer's cache makes the global mask, so no fewer.
+            "num_hidden_layers": 4,
             "interleave_moe_layer_step": 2,
             "intermediate_size": 256,
             "intermediate_size_mlp": 256,
             "num_local_experts": 16,
-            "num_experts_per_tok": 1,  # the only value that mlx-lm accepts
+            # The only value that mlx-lm accepts.
+            "num_experts_per_tok": 1,
             "attention_bias": False,
             "attention_chunk_size": 1024,
             "rope_scaling": None,
@@ -176,7 +181,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
         "global_head_dim": 64,
-        "intermediate_size": 128,  # of the dense MLP that runs beside the experts
+        # Of the dense MLP that runs beside the experts.
+        "intermediate_size": 128,
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 0,
         "enable_moe_block": True,
@@ -189,7 +195,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_BASE,
         **_DEEPSEEK_MOE,
         "model_type": "nemotron_h",
-        "hybrid_override_pattern": "ME*E",  # Mamba, MoE, attention, MoE
+        # Mamba, MoE, attention, MoE.
+        "hybrid_override_pattern": "ME*E",
         "num_hidden_layers": 4,
         "moe_shared_expert_intermediate_size": 128,
         "mamba_num_heads": 4,

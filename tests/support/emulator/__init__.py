@@ -22,12 +22,14 @@ HERE = Path(__file__).parent
 FLAGS = [
     *("-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE"),
     *("-fsanitize=alignment,bounds,integer-divide-by-zero,shift-exponent", "-fno-sanitize-recover=all"),
-    "-Werror=double-promotion",  # Metal has no double
+    # Metal has no double.
+    "-Werror=double-promotion",
 ]
 # GCC rounds every half, and takes 1.0 for a float, if it is told to. A frame may have half of a thread's stack.
 GCC_FLAGS = ["-fexcess-precision=16", "-fsingle-precision-constant", "-Werror=frame-larger-than=32768"]
 CLANG_FLAGS = ["-Wframe-larger-than=32768", "-Werror=frame-larger-than"]
-TIMEOUT = 60  # seconds
+# Seconds.
+TIMEOUT = 60
 
 
 class EmulationError(Exception):
@@ -82,7 +84,7 @@ class Emulated:
 
 
 def _printed(function: Callable[[], object]) -> str:
-    """What `function` writes to standard output from C++, which does not know Python's ``sys.stdout``."""
+    """Return what `function` writes to standard output from C++, which bypasses Python's ``sys.stdout``."""
     sys.stdout.flush()
     with tempfile.TemporaryFile() as file:
         stdout = os.dup(1)
@@ -113,7 +115,8 @@ def _filled(names: Sequence[str], inputs: Sequence[mx.array]) -> list[tuple[str,
         if name not in about:
             x = next(left)
             raw = np.array(mx.contiguous(x).reshape(-1).view(mx.uint8))
-            about[name] = raw.view(f"V{x.dtype.size}")  # numpy has no bfloat16; bytes are all that is needed
+            # Numpy has no bfloat16; bytes are all that is needed.
+            about[name] = raw.view(f"V{x.dtype.size}")
             about[f"{name}_shape"] = np.array(x.shape, np.int32)
             about[f"{name}_strides"] = np.array([np.prod(x.shape[i + 1 :]) for i in range(x.ndim)], np.int64)
             about[f"{name}_ndim"] = np.array(x.ndim, np.int32)
@@ -156,7 +159,8 @@ def _translated(source: str) -> str:
 
     if instance := re.search(r"^template \[\[host_name.* decltype\((.*)\) .*", source, re.MULTILINE):
         name = instance[1]
-        source = source.replace(instance[0], "")  # attributes that C++ does not allow here; the call instantiates, too
+        # Attributes that C++ does not allow here; the call instantiates, too.
+        source = source.replace(instance[0], "")
     source = re.sub(r"#include <metal_\w+>", "", source)
     variable = r"\w+(?:\[[^\]]*\])*"
     declaration = rf"\bthreadgroup[ \t]+([\w:<>, ]*[\w>])[ \t]+({variable}(?:,[ \t]*{variable})*);"

@@ -54,7 +54,8 @@ CONFIG: dict[str, Any] = {
 
 TOKENS: list[int] = [(37 * i * i + 11) % 320 for i in range(48)]
 
-_SEED = 133  # of the first 150, the one whose routing stays furthest from ties (make_golden.py checks)
+# Of the first 150, the one whose routing stays furthest from ties (make_golden.py checks).
+_SEED = 133
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
@@ -82,7 +83,8 @@ def _shapes() -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_heads * head, hidden),
         "self_attn.o_proj.weight": (hidden, q_heads * head),
         "self_attn.q_norm.weight": (head,),
-        "self_attn.q_proj.weight": (2 * q_heads * head, hidden),  # each head's query, then its output gate
+        # Each head's query, then its output gate.
+        "self_attn.q_proj.weight": (2 * q_heads * head, hidden),
         "self_attn.v_proj.weight": (kv_heads * head, hidden),
     }
     every_layer = {
@@ -112,14 +114,17 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 def _center_and_spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Return the middle and the half-width of the interval that a tensor's values fill evenly."""
     if name.endswith("A_log"):
-        return -1.5, 1.5  # a token decays the state by 0.35 to 0.98: both short and long memory count
+        # A token decays the state by 0.35 to 0.98: both short and long memory count.
+        return -1.5, 1.5
     if name.endswith("dt_bias"):
         return 0.0, 1.0
     if name.endswith("linear_attn.norm.weight"):
         return 1.0, 0.2
     if name.endswith("norm.weight"):
-        return 0.0, 0.2  # all the other norms multiply by 1 + weight
-    return 0.0, (3 / shape[-1]) ** 0.5  # fan-in scaling: outputs vary as much as inputs
+        # All the other norms multiply by 1 + weight.
+        return 0.0, 0.2
+    # Fan-in scaling: outputs vary as much as inputs.
+    return 0.0, (3 / shape[-1]) ** 0.5
 
 
 def weights() -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Another process that holds memory, so that a small model is larger than what is left."""
+"""Another process that holds memory, so that a small model is larger than the memory that is free."""
 
 import subprocess
 import sys
@@ -18,20 +18,20 @@ sys.stdin.read()
 
 
 @contextmanager
-def ballast(leave: int) -> Iterator[int]:
+def memory_hog(leave: int) -> Iterator[int]:
     """Leave ``leave`` bytes of memory to everything else, page cache included (Linux only). Yields the bytes held."""
     nbytes = psutil.virtual_memory().available - leave
     if nbytes < 0:
-        raise SystemExit(f"less than {leave / 1e9:.1f} GB of memory are free already")
+        raise SystemExit(f"less than {leave / 1e9:.1f} GB of memory are free: ask to leave less")
     with subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(nbytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         if process.stdout.readline() != "held\n":
-            raise SystemExit(f"no {nbytes / 1e9:.1f} GB of memory could be held")
+            raise SystemExit(f"{nbytes / 1e9:.1f} GB of memory could not be held: ask to leave more")
         try:
             yield nbytes
             if process.poll() is not None:
-                raise SystemExit("the process that held memory was killed, so the figures are of a larger machine")
+                raise SystemExit("the process that held memory was killed: the figures are those of a larger machine")
         finally:
             process.kill()

@@ -1,4 +1,4 @@
-// Reads of a batch, each {file, offset, nbytes, buffer}, on threads that stay. Compiled and called by io.py.
+// Makes the reads of a batch, each {file, offset, nbytes, buffer}, on threads that stay. Compiled and called by io.py.
 #include <pthread.h>
 #include <stdatomic.h>
 #include <unistd.h>
