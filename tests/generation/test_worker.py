@@ -136,3 +136,21 @@ def test_an_error_of_loading_is_raised() -> None:
 
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Worker(fail, lambda **_: None, 1, 0)
+
+
+@pytest.mark.parametrize(("family", "group_size"), [("gpt_oss", 32), ("deepseek_v3", 32), ("qwen3_5_moe", 64)])
+def test_a_kv_cache_that_cannot_be_quantized_is_refused_at_the_start(
+    checkpoint: WriteFamily, family: str, group_size: int
+) -> None:
+    kv_cache = {"kv_bits": 8, "kv_group_size": group_size, "quantized_kv_start": 5000}
+    with (
+        pytest.raises(ValueError, match=f"--kv-bits 8 with --kv-group-size {group_size} does not work"),
+        working(checkpoint(family), kv_cache=kv_cache),
+    ):
+        pass
+
+
+def test_only_full_attention_is_quantized_beside_sliding_windows(checkpoint: WriteFamily) -> None:
+    kv_cache = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    with working(checkpoint("gemma4_text"), kv_cache=kv_cache) as worker:
+        assert len(ids(worker.submit(job()))) == 4
