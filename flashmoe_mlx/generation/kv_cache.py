@@ -33,8 +33,8 @@ def make_kv_cache(model: nn.Module, max_kv_size: int | None = None) -> list[Any]
     Args:
         model (nn.Module): mlx-lm's or ours.
         max_kv_size (int, optional): Tokens that layers of full attention keep: the first 4 and the last ones. Unlike
-            mlx-lm's ``make_prompt_cache``, this also limits models that make their own cache, such as hybrid ones; their
-            sliding windows and recurrent states stay as they are. Default: ``None``, they keep all tokens.
+            mlx-lm's ``make_prompt_cache``, this also limits models that make their own cache, such as hybrid ones.
+            Their sliding windows and recurrent states stay as they are. Default: ``None``, they keep all tokens.
 
     Raises:
         ValueError: The size is too small, or the model's cache cannot be limited.
@@ -91,8 +91,8 @@ def check_quantization(
     # Each family's attention fails in its own way.
     except Exception as error:
         raise ValueError(
-            f"--kv-bits {kv_bits} with --kv-group-size {kv_group_size} does not work with this model: {error}. Leave it "
-            "out or choose other values"
+            f"--kv-bits {kv_bits} with --kv-group-size {kv_group_size} does not work with this model: {error}. Leave "
+            "it out or choose other values"
         ) from error
     if not any(isinstance(layer, QuantizedKVCache) for layer in cache):
         reason = "this model has no layer whose KV cache can be quantized"

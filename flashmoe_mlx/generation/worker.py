@@ -184,7 +184,7 @@ class Worker:
     def _generate(self, answer: Answer) -> Iterator[Token]:
         job, prompt = answer.job, answer.job.prompt
         mx.random.seed(secrets.randbits(63) if job.seed is None else job.seed % 2**64)
-        kinds: dict[int, Kind] = {prompt.thought_start: "user", prompt.preamble: "system"}
+        kinds: dict[int, Kind] = {prompt.answer_start: "user", prompt.preamble: "system"}
         keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
         context = self._generator.prefill(prompt.tokens, keep, cancelled=lambda: answer.cancelled)
         answer.cached_tokens = context.cached_tokens

@@ -11,9 +11,10 @@ from mlx_lm.utils import load_tokenizer
 
 from demo import MODEL
 from flashmoe_mlx.generation.conversation import Conversation
+from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
-from flashmoe_mlx.generation.prompt import Message, Prompt
+from flashmoe_mlx.generation.prompt import Prompt
 from tests.support.oracle import resident, streamed
 
 HERON: Message = {"role": "user", "content": "What is a heron?"}
@@ -80,7 +81,7 @@ def test_thoughts_that_the_template_drops_cost_only_the_answer_again(forgetful: 
     conversation = converse(forgetful)
     ask(conversation, HERON)
     text = ask(conversation, CRANE)
-    kept = Prompt.from_messages([HERON], forgetful).thought_start
+    kept = Prompt.from_messages([HERON], forgetful).answer_start
     assert computed(conversation) == len(Prompt.from_messages(conversation.messages[:3], forgetful).tokens) - kept
     assert text == expected(forgetful, conversation.messages[:3])
 
@@ -102,7 +103,7 @@ def test_an_answer_that_is_abandoned_keeps_the_state_of_its_prompt(tokenizer: To
     assert conversation.messages == [HERON]
     text = "".join(delta.content for delta in conversation.answer(8))
     prompt = Prompt.from_messages([HERON], tokenizer)
-    assert computed(conversation) == len(prompt.tokens) - prompt.thought_start
+    assert computed(conversation) == len(prompt.tokens) - prompt.answer_start
     assert text == expected(tokenizer, [HERON])
 
 

@@ -28,8 +28,8 @@ def test_prefixes_end_where_other_prompts_diverge(thinker: TokenizerWrapper) -> 
     other = Prompt.from_messages([system, {"role": "user", "content": "Define a sofa."}], thinker)
     turns += [{"role": "assistant", "content": "A bird."}, {"role": "user", "content": "Which?"}]
     then = Prompt.from_messages(turns, thinker)
-    assert 0 < first.preamble == other.preamble < first.thought_start
-    for prompt, length in ((other, first.preamble), (then, first.thought_start)):
+    assert 0 < first.preamble == other.preamble < first.answer_start
+    for prompt, length in ((other, first.preamble), (then, first.answer_start)):
         assert prompt.tokens[:length] == first.tokens[:length]
         assert prompt.tokens[: length + 1] != first.tokens[: length + 1]
 
