@@ -15,6 +15,7 @@ from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
 from flashmoe_mlx.generation.prompt import Prompt
+from tests.conftest import WriteFamily
 from tests.support.oracle import resident, streamed
 
 HERON: Message = {"role": "user", "content": "What is a heron?"}
@@ -135,3 +136,24 @@ def test_tools_are_refused_where_the_model_cannot_call_them(
     monkeypatch.setattr(tokenizer, "_tool_call_start", None)
     with pytest.raises(ValueError, match="leave out the tools"):
         converse(tokenizer, [HERON], [{"type": "function", "function": {"name": "add"}}])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "qwen3_moe"])
+def test_a_conversation_with_sliding_windows_computes_only_what_is_new(checkpoint: WriteFamily, family: str) -> None:
+    """The template rewrites earlier answers, as gpt-oss' does."""
+    folder = checkpoint(family)
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if m.role == 'user' else 'It said something.' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rewriting = load_tokenizer(folder, {"chat_template": template})
+    conversation = Conversation(Generator(streamed(folder), rewriting, PrefixCache(max_entries=2), 64))
+    before = 0
+    for word in ("heron", "crane", "sofa"):
+        text = ask(conversation, {"role": "user", "content": f"What is a {word}, and why? " * 20})
+        prompt = Prompt.from_messages(conversation.messages[:-1], rewriting).tokens
+        whole = mlx_lm.generate(resident(folder), rewriting, prompt, max_tokens=8, prefill_step_size=64)
+        assert text == whole
+        assert computed(conversation) <= len(prompt) - before
+        before = len(prompt) - 1
+    assert before > 3 * 128
