@@ -54,6 +54,9 @@ class Generator:
         model (nn.Module): The model.
         tokenizer (TokenizerWrapper): The tokenizer.
         prefixes (PrefixCache): States to continue from.
+
+    Raises:
+        ValueError: The model's KV cache cannot be limited to ``max_kv_size``.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Generator:
         self._step_size: int = prefill_step_size or model.streaming.prefill_step_size
         self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
         self._max_kv_size = max_kv_size
+        # Refused now rather than in the first answer.
+        make_kv_cache(model, max_kv_size)
 
     def refuse_context(self, tokens: int) -> None:
         """Refuse a context whose KV cache would not fit in memory.

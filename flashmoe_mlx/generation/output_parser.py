@@ -70,11 +70,11 @@ class OutputParser:
             self._markers = _state_machine(tokenizer).make_state(state)
         self._stops = TextStateMachine({"normal": [(stop, None) for stop in stops]}).make_state()
         self._call: str | None = None
-        # Text of the current thought.
-        self._thought = ""
         self._space = ""
         self.stopped = False
         self.called = False
+        # Text of the current thought.
+        self._thought = ""
 
     def feed(self, text: str, last: bool) -> Delta:
         """Parse the next part of the text.
@@ -105,7 +105,9 @@ class OutputParser:
                 self._add_content(delta, part)
         if last:
             self._end_call(delta, whole=self._tokenizer is not None and not self._tokenizer.tool_call_end)
-            self._add_calls(delta, self._calls_at_end_of_thought())
+            calls = self._calls_at_end_of_thought()
+            self.called |= bool(calls)
+            delta.tool_calls += calls
             if not self.stopped:
                 self._stops, rest, _ = TextStateMachine.flush(self._stops)
                 delta.content += rest
@@ -132,9 +134,6 @@ class OutputParser:
         if not calls:
             text = self._tokenizer.tool_call_start + text + (self._tokenizer.tool_call_end if whole else "")
             self._add_content(delta, text)
-        self._add_calls(delta, calls)
-
-    def _add_calls(self, delta: Delta, calls: list[dict[str, Any]]) -> None:
         self.called |= bool(calls)
         delta.tool_calls += calls
 
