@@ -90,8 +90,9 @@ def check_quantization(
         raise
     # Each family's attention fails in its own way.
     except Exception as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"--kv-bits {kv_bits} with --kv-group-size {kv_group_size} does not work with this model: {error}. Leave "
+            f"--kv-bits {kv_bits} with --kv-group-size {kv_group_size} does not work with this model: {reason}. Leave "
             "it out or choose other values"
         ) from error
     if not any(isinstance(layer, QuantizedKVCache) for layer in cache):
