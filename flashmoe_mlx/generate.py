@@ -30,6 +30,13 @@ from flashmoe_mlx.cli.arguments import complete, extend_parser, parse
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
+from flashmoe_mlx.generation.kv_cache import (
+    RotatingKVCache,
+    can_roll_back,
+    check_quantization,
+    make_kv_cache,
+    refuse_context,
+)
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
 
 EPILOG = """examples:
@@ -71,12 +78,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if restored is not None:
         restored.refuse_other_model(model, args.adapter_path)
+    check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
+    cache = make_kv_cache(model, args.max_kv_size) if restored is None else restored.cache
+    draft_model = None
+    if args.draft_model is not None:
+        draft_model = _draft_model(args, tokenizer)
+        cache += _draft_cache(args, cache, draft_model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     text, is_chat = _render_prompt(args, tokenizer, restored is not None)
     tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
-    total = len(tokens) + max(0, args.max_tokens)
-    model.streaming.refuse_context(min(total, args.max_kv_size or total), args.kv_bits, args.kv_group_size)
+    step_size = args.prefill_step_size or model.streaming.prefill_step_size
+    kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    total = len(tokens) + max(0, args.max_tokens) + (0 if restored is None else restored.tokens)
+    refuse_context(model, total, step_size, max_kv_size=args.max_kv_size, **kv_cache)
     say = mlx_lm.generate if args.verbose else _generate_silently
     say(
         model,
@@ -85,13 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         verbose=args.verbose,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size or model.streaming.prefill_step_size,
-        prompt_cache=None if restored is None else restored.cache,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
-        draft_model=None if args.draft_model is None else _draft_model(args, tokenizer),
+        prefill_step_size=step_size,
+        prompt_cache=cache,
+        **kv_cache,
+        draft_model=draft_model,
         num_draft_tokens=args.num_draft_tokens,
         input_embeddings=embeddings,
         prompt_progress_callback=PromptProgress(),
@@ -103,8 +115,14 @@ def _apply_restored(args: argparse.Namespace, restored: RestoredPrompt) -> None:
     """Take the model from a prompt cache, and refuse flags that do not go with it."""
     own = restored.metadata["model"]
     args.model = own if args.model is None else restored.same_model(args.model)
+    restored.refuse_changed_checkpoint(args.model, args.trust_remote_code)
     if args.draft_model is not None:
         raise ValueError(f"{restored.path} holds no state of a draft model: leave out --draft-model")
+    sizes = {cache.max_size for cache in restored.cache if isinstance(cache, RotatingKVCache) and cache.keep}
+    if args.max_kv_size is not None and args.max_kv_size not in sizes:
+        made = f"--max-kv-size {sizes.pop()}" if sizes else "no --max-kv-size"
+        raise ValueError(f"{restored.path} was made with {made}, and now it is {args.max_kv_size}: leave it out")
+    args.max_kv_size = next(iter(sizes), None)
     for cache in restored.cache:
         if isinstance(cache, QuantizedKVCache):
             for flag, given, stored in (
@@ -200,6 +218,20 @@ def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> nn.Mo
             "model must have the same tokenizer"
         )
     return model
+
+
+def _draft_cache(args: argparse.Namespace, cache: Sequence[Any], draft_model: nn.Module) -> list[Any]:
+    """Return the cache of a draft model, if rejected tokens can be removed from both caches."""
+    if args.max_kv_size is not None:
+        raise ValueError("a draft model needs a KV cache without a limit: leave out --max-kv-size or --draft-model")
+    draft_cache = make_kv_cache(draft_model)
+    for name, each in ((args.model, cache), (args.draft_model, draft_cache)):
+        if not can_roll_back(each):
+            raise ValueError(
+                f"{name} has a state that tokens cannot be removed from, such as a sliding window: leave out "
+                "--draft-model"
+            )
+    return draft_cache
 
 
 def _sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:

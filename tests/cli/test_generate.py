@@ -200,6 +200,24 @@ def test_a_draft_model_does_not_change_the_text(
     assert "a draft model must have the same tokenizer" in fail(capsys, "--model", model, "--draft-model", str(folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "argv", "words"),
+    [
+        ("qwen3_moe", ("--max-kv-size", "64"), "leave out --max-kv-size or --draft-model"),
+        ("gpt_oss", (), "has a state that tokens cannot be removed from"),
+        ("qwen3_5_moe", (), "has a state that tokens cannot be removed from"),
+    ],
+)
+def test_a_draft_model_is_refused_where_its_tokens_could_not_be_removed(
+    capsys: pytest.CaptureFixture[str], checkpoint: WriteFamily, family: str, argv: tuple[str, ...], words: str
+) -> None:
+    """A full sliding window would stay as it is, without an error of mlx-lm's."""
+    draft = str(checkpoint("qwen3_moe"))
+    model = str(checkpoint(family))
+    capsys.readouterr()
+    assert words in fail(capsys, "--model", model, "--draft-model", draft, *argv)
+
+
 def test_an_image_becomes_embeddings(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

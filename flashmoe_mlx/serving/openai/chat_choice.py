@@ -9,6 +9,7 @@ from flashmoe_mlx.constrain import Constraint, validate_call
 from flashmoe_mlx.generation.call_stream import CallPart
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
+from flashmoe_mlx.serving.openai.first_spaces import FirstSpaces
 from flashmoe_mlx.serving.openai.schema import ChatRequest, NamedTool
 from flashmoe_mlx.serving.openai.token_bytes import TokenBytes
 
@@ -42,9 +43,12 @@ class ChatChoice:
         )
         self._one_call = not request.parallel_tool_calls or isinstance(request.tool_choice, NamedTool)
         self._logprobs = request.logprobs
+        self._spaces = FirstSpaces(token_bytes, self._ends) if request.continues else None
         self._all = Delta()
         # Added since the last chunk.
         self._new = Delta()
+        # Ids of the calls that were certain while they were written.
+        self._streamed: set[str] = set()
         # Numbers of the calls in a stream, by their ids.
         self._numbers: dict[str, int] = {}
         # Tokens whose logprobs are not sent yet.
@@ -59,15 +63,18 @@ class ChatChoice:
     def add(self, token: Token) -> None:
         """Add a token of the answer."""
         self.tokens += 1
-        delta = self._parser.feed(token.text, token.finish_reason is not None)
+        last = token.finish_reason is not None
+        text = token.text if self._spaces is None else self._spaces.text(token, last)
+        delta = self._parser.feed(text, last)
         if token.id not in self._ends:
             self._unsent.append(token)
         for each in (self._all, self._new):
             each += delta
         if self._one_call:
             self._all.tool_calls = self._all.tool_calls[:1]
-        if delta.tool_calls and self.warnings:
-            self._add_faults(delta.tool_calls)
+        self._streamed |= {part.id for part in delta.call_parts}
+        # No constraint holds calls at the end of an open thought, and those of unknown formats.
+        self._add_faults([call for call in delta.tool_calls if self.warnings or call["id"] not in self._streamed])
         enough = self._parser.stopped or (self._one_call and self._parser.called)
         self.finish_reason = "stop" if enough else token.finish_reason
         if self.finish_reason == "stop" and self._parser.called:

@@ -144,6 +144,9 @@ def _check_consistency(request: ChatRequest, tools: list[Tool]) -> None:
         raise ApiError(400, message, "max_completion_tokens")
     if request.max_tokens == 0:
         raise ApiError(400, "max_tokens is 0: a chat has no answer without tokens.", "max_tokens")
+    if not request.add_generation_prompt and not request.continues:
+        message = "add_generation_prompt is false, so nothing would begin: set continue_final_message."
+        raise ApiError(400, message, "add_generation_prompt")
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs requires logprobs: true.", "top_logprobs")
     if request.offered_tools and not isinstance(request.response_format, TextFormat):
@@ -162,7 +165,13 @@ def _chat_prompt(request: ChatRequest, tokenizer: TokenizerWrapper, template_opt
     if request.offered_tools and not tokenizer.has_tool_calling:
         raise ApiError(400, "mlx-lm has no parser for this model's tool calls: leave out the tools.", "tools")
     with bad_request("messages"):
-        return Prompt.from_messages(request.conversation(), tokenizer, request.offered_tools, options)
+        return Prompt.from_messages(
+            request.conversation(),
+            tokenizer,
+            request.offered_tools,
+            options,
+            continue_final_message=request.continues,
+        )
 
 
 def _constraints(

@@ -73,6 +73,9 @@ class AssistantMessage(_Message, tag="assistant", kw_only=True):
     tool_calls: list[ToolCall] = []
     reasoning: str | None = None
     reasoning_content: str | None = None
+    # Of a last message: the answer continues it. Mistral's and DeepSeek's name, and another one.
+    prefix: bool = False
+    prefill: bool = False
 
 
 class ToolMessage(_Message, tag="tool", kw_only=True):
@@ -196,6 +199,9 @@ class ChatRequest(Sampling, kw_only=True):
     parallel_tool_calls: bool = True
     response_format: TextFormat | JsonFormat | SchemaFormat = msgspec.field(default_factory=TextFormat)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    continue_final_message: bool = False
+    # vLLM's clients send false with the field above.
+    add_generation_prompt: bool = True
     chat_template_kwargs: TemplateOptions = msgspec.field(default_factory=TemplateOptions)
     metadata: dict[str, str] = {}
     prompt_cache_key: str = ""
@@ -207,6 +213,12 @@ class ChatRequest(Sampling, kw_only=True):
     def offered_tools(self) -> list[dict[str, Any]]:
         """Tools that the model may call."""
         return self.tools if self.tool_choice != "none" else []
+
+    @property
+    def continues(self) -> bool:
+        """The answer continues the last message."""
+        last = self.messages[-1]
+        return self.continue_final_message or (isinstance(last, AssistantMessage) and (last.prefix or last.prefill))
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates take them, with the results of calls in the order of the calls.

@@ -7,6 +7,7 @@ from typing import Any
 from flashmoe_mlx.generation.job import Answer, Token
 from flashmoe_mlx.generation.output_parser import OutputParser
 from flashmoe_mlx.generation.prompt_logprobs import PromptToken
+from flashmoe_mlx.serving.openai.first_spaces import FirstSpaces
 from flashmoe_mlx.serving.openai.schema import CompletionRequest
 from flashmoe_mlx.serving.openai.token_bytes import TokenBytes
 
@@ -42,8 +43,7 @@ class TextChoice:
         # Tokens whose logprobs are not sent yet, each with its place in the text.
         self._unsent: list[tuple[int, Token | PromptToken]] = []
         self._characters, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
-        # Bytes of the first tokens, until some text comes.
-        self._first: bytes | None = b""
+        self._spaces = FirstSpaces(token_bytes, ends)
         self._echoed = not request.echo
         prompt = request.prompts()[index]
         self._prompt = prompt if isinstance(prompt, str) else None
@@ -54,7 +54,7 @@ class TextChoice:
         self._echo()
         self.tokens += 1
         last = token.finish_reason is not None
-        text = self._parser.feed(self._with_space(token, last), last).content
+        text = self._parser.feed(self._spaces.text(token, last), last).content
         self._all += text
         self._new += text
         # The token that ends the text is no part of it, but it has a logprob.
@@ -85,17 +85,6 @@ class TextChoice:
     def _choice(self, text: str) -> dict[str, Any]:
         logprobs = self._take_logprobs() if self._logprobs else None
         return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-    def _with_space(self, token: Token, last: bool) -> str:
-        """Return the text of a token; mlx-lm's detokenizer drops spaces at the start, which a completion needs."""
-        if self._first is None:
-            return token.text
-        self._first += b"" if token.id in self._ends else self._token_bytes.of(token.id)
-        if not token.text and not last:
-            return token.text
-        first, self._first = self._first.decode(errors="replace").rstrip("\ufffd"), None
-        dropped = first.removesuffix(token.text.rstrip("\ufffd"))
-        return dropped + token.text if dropped.strip(" ") == "" else token.text
 
     def _echo(self) -> None:
         """Begin with the prompt, once its logprobs are known."""
