@@ -13,6 +13,11 @@ import llguidance.numpy
 import mlx.core as mx
 import numpy as np
 
+# A text of 250,000 characters under a bound has as many states; each takes about 700 bytes, while it is written.
+_LIMITS = llguidance.LLParserLimits(
+    max_lexer_states=1_000_000, initial_lexer_fuel=50_000_000, step_lexer_fuel=20_000_000
+)
+
 _LOG = logging.getLogger(__name__)
 
 # [256, 8]: the biases of eight tokens, for each byte of a mask.
@@ -136,7 +141,9 @@ class Constraint:
         self._released_call = self._calls is not None
 
     def _begin(self, grammars: Sequence[str]) -> None:
-        self._matchers = [llguidance.LLMatcher(self._vocabulary, grammar, log_level=0) for grammar in grammars]
+        self._matchers = [
+            llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=_LIMITS) for grammar in grammars
+        ]
 
     def _begin_first(self) -> None:
         if self._first is not None:

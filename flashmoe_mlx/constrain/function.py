@@ -1,12 +1,12 @@
 """Functions that may be called, with the schema that their arguments are held to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flashmoe_mlx.constrain.alternatives import alternatives
 from flashmoe_mlx.constrain.cleaning import Cleaned, clean
-from flashmoe_mlx.constrain.keywords import APART
+from flashmoe_mlx.constrain.lengths import LENGTHS_APART, only_length
 from flashmoe_mlx.constrain.schema import Schema
 from flashmoe_mlx.constrain.weakening import weaken
 
@@ -29,14 +29,20 @@ class Function:
     warnings: Sequence[str] = ()
     is_strict: bool = False
 
-    def lengths(self) -> "Function":
-        """Return the function with the lengths of texts that have patterns, instead of the patterns."""
-        return Function(self.name, *lengths_of(self.schema, self.definitions))
 
-    @property
-    def has_lengths(self) -> bool:
-        """There are texts with patterns whose lengths must be in a grammar of their own."""
-        return lengths_of(self.schema, self.definitions) != (self.schema, self.definitions)
+def variants_of(functions: Sequence[Function]) -> list[Sequence[Function]]:
+    """Return the functions once for each grammar: as they are, and for lengths that are apart."""
+    variants = [functions]
+    for key in LENGTHS_APART:
+        parts = [only_length(key, function.schema, function.definitions) for function in functions]
+        if any(part is not None for part in parts):
+            variants.append(
+                [
+                    each if part is None else Function(each.name, *part)
+                    for each, part in zip(functions, parts, strict=True)
+                ]
+            )
+    return variants
 
 
 def functions_of(tools: Sequence[Schema]) -> list[Function]:
@@ -80,20 +86,3 @@ def _flat(cleaned: Cleaned, name: str) -> dict[str, Any]:
     flat: dict[str, Any] = {"type": "object", "required": required}
     flat["properties"] = {key: parts[0] if len(parts) == 1 else {"anyOf": parts} for key, parts in properties.items()}
     return flat | ({"additionalProperties": False} if closed else {})
-
-
-def lengths_of(schema: Any, definitions: Any) -> tuple[Any, Any]:
-    """Return a schema and its definitions with the lengths of texts that are apart, instead of their patterns."""
-    return _lengths(schema), _lengths(definitions)
-
-
-def _lengths(part: Any) -> Any:
-    if isinstance(part, Mapping):
-        if APART in part:
-            rest = {key: value for key, value in part.items() if key not in (APART, "pattern", "format")}
-            return rest | part[APART]
-        return {
-            key: _lengths(value) if isinstance(value, Mapping) or key != "enum" else value
-            for key, value in part.items()
-        }
-    return [_lengths(each) for each in part] if isinstance(part, list) else part

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from flashmoe_mlx.constrain.call import Call, whole_characters
-from flashmoe_mlx.constrain.function import Function
+from flashmoe_mlx.constrain.function import Function, variants_of
 from flashmoe_mlx.constrain.lark import one_of_calls, without
 from flashmoe_mlx.constrain.schema import json_value
 
@@ -26,10 +26,7 @@ def json_calls(functions: Sequence[Function], end: str, closing: str) -> list[st
     """
     # A closing tag inside a string would end the call there. The model can write it with an escape.
     envelope = f'start: CALL {closing}\nCALL: "\\n" (/[^\\n]*/ & {without(end)}) "\\n"\n'
-    grammars = [_grammar(functions, closing), envelope]
-    if any(function.has_lengths for function in functions):
-        grammars.append(_grammar([function.lengths() for function in functions], closing))
-    return grammars
+    return [*(_grammar(variant, closing) for variant in variants_of(functions)), envelope]
 
 
 def _grammar(functions: Sequence[Function], closing: str) -> str:

@@ -15,11 +15,11 @@ _MAX_LENGTH = 2**31
 # llguidance has bounds in float64.
 _MAX_BOUND = 2**53
 
-# States of a pattern and states of a counter multiply.
-_TOGETHER = 256
+TOGETHER = 256
+"""Longest text that may have its length and its pattern in the same grammar."""
 
 APART = "\0lengths"
-"""Keyword of a clean schema for ``minLength`` and ``maxLength`` of a text that has a pattern as well."""
+"""Keyword of a clean schema for a ``minLength`` and ``maxLength`` that are in a grammar of their own."""
 
 LENGTHS = ("minLength", "maxLength", "minItems", "maxItems")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
@@ -86,7 +86,7 @@ def clean_text(given: Schema, lengths: dict[str, Any], warn: Warn) -> dict[str, 
     Args:
         given (dict): The schema as it is written.
         lengths (dict): Its ``minLength`` and ``maxLength``. If they must not be in the grammar that has the pattern,
-            they are moved to :data:`APART`.
+            they are moved to :data:`APART`. A counter and the states of a pattern multiply.
         warn (Callable): Takes what is not enforced.
     """
     pattern, name = given.get("pattern"), given.get("format")
@@ -96,13 +96,15 @@ def clean_text(given: Schema, lengths: dict[str, Any], warn: Warn) -> dict[str, 
         if pattern is not None and not isinstance(pattern, str):
             warn("pattern is ignored: it must be a text")
         found = {"format": name} if isinstance(name, str) and name in _FORMATS else {}
+    if max(lengths.values(), default=0) > TOGETHER:
+        return found | {APART: lengths}
     if not found or not lengths:
         return found | lengths
     fault = fault_of(f"start: x\nx: {json_value({'type': 'string'} | found | lengths, {})}\n")
-    if "is empty" in fault:
+    if "Regex is empty" in fault:
         warn(f"{' and '.join(lengths)} are not enforced: no text of the pattern or format fits")
         return found
-    return found | ({APART: lengths} if fault or max(lengths.values()) > _TOGETHER else lengths)
+    return found | ({APART: lengths} if fault else lengths)
 
 
 def clean_pattern(pattern: str, warn: Warn) -> bool:

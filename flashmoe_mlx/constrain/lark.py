@@ -12,7 +12,7 @@ def quote(text: str) -> str:
 
 def without(text: str) -> str:
     """Return a term for texts that do not contain a text."""
-    escaped = re.escape(text).replace("/", "\\/")
+    escaped = re.escape(text).replace("/", "\\/").replace("\n", "n")
     return f"~/(?s:.*{escaped}.*)/"
 
 

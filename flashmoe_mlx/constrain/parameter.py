@@ -10,6 +10,7 @@ import msgspec
 
 from flashmoe_mlx.constrain.alternatives import alternatives
 from flashmoe_mlx.constrain.call import whole_characters
+from flashmoe_mlx.constrain.keywords import APART, TOGETHER
 from flashmoe_mlx.constrain.lark import quote
 from flashmoe_mlx.constrain.pattern import FORMATS, whole_text
 from flashmoe_mlx.constrain.schema import Schema, fault_of, json_value
@@ -17,6 +18,8 @@ from flashmoe_mlx.constrain.schema import Schema, fault_of, json_value
 END = "\n</parameter>\n"
 """The end of a value."""
 
+# Texts without an end of a value, which they could also form together with the one that follows them.
+_WHOLE = r"~/(?s:.*\n<\/parameter>(?:\n.*)?)/"
 _TAG = re.compile(r"<(\\*)/(parameter|tool_call)>")
 _NUMBER = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _ANYTHING = {"null", "boolean", "number", "string", "array", "object"}
@@ -122,20 +125,31 @@ class Parameter:
 
     def _text(self, schema: Schema) -> str:
         """Return a term for a text that is not read as something else."""
-        parts = [f"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/"]
-        if (pattern := _usable(schema.get("pattern", ""))) and "pattern" in schema:
-            parts.append(f"/{pattern}/")
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        length, rules = f"/(?s:.{{{least},{most}}})/", []
+        # A long one is in a grammar for lengths alone.
+        if max(least, most or 0) <= TOGETHER:
+            rules = self._rules(schema)
+        # The reader takes the first end of a value for the end, even if the text does not fit yet.
+        is_free = not rules and not least
+        return length if is_free else f"({' & '.join([length, *rules, _WHOLE])})"
+
+    def _rules(self, schema: Schema) -> list[str]:
+        """Return terms for the rules of a text, other than its length."""
+        rules = []
+        if "pattern" in schema and (pattern := _usable(schema["pattern"])):
+            rules.append(f"/{pattern}/")
         if schema.get("format") in FORMATS:
-            parts.append(f"/{FORMATS[schema['format']]}/")
+            rules.append(f"/{FORMATS[schema['format']]}/")
         # An escape has one character more than its text.
-        if len(parts) > 1 or schema.get("minLength"):
-            parts.append(r"~/(?s:.*<\\+\/(?:parameter|tool_call)>.*)/")
+        if rules or schema.get("minLength") or "minLength" in schema.get(APART, ()):
+            rules.append(r"~/(?s:.*<\\+\/(?:parameter|tool_call)>.*)/")
         starts = ("\\[" if "array" in self._ruled else "") + ("{" if "object" in self._ruled else "")
         if starts:
-            parts.append(f"~/(?s:[ \\t\\r\\n]*[{starts}].*)/")
+            rules.append(f"~/(?s:[ \\t\\r\\n]*[{starts}].*)/")
         if self._ruled & {"integer", "number"}:
-            parts.append(f"~/[ \\t\\r\\n]*{_NUMBER}[ \\t\\r\\n]*/")
-        return f"({' & '.join(parts)})" if len(parts) > 1 else parts[0]
+            rules.append(f"~/[ \\t\\r\\n]*{_NUMBER}[ \\t\\r\\n]*/")
+        return rules
 
 
 @functools.lru_cache(maxsize=4096)

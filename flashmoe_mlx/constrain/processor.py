@@ -15,9 +15,10 @@ import mlx.core as mx
 
 from flashmoe_mlx.constrain.cleaning import clean
 from flashmoe_mlx.constrain.constraint import Constraint, Markers
-from flashmoe_mlx.constrain.function import functions_of, lengths_of
+from flashmoe_mlx.constrain.function import functions_of
 from flashmoe_mlx.constrain.json_calls import json_calls
 from flashmoe_mlx.constrain.lark import quote
+from flashmoe_mlx.constrain.lengths import LENGTHS_APART, only_length
 from flashmoe_mlx.constrain.reading import format_of
 from flashmoe_mlx.constrain.schema import Schema, json_value
 from flashmoe_mlx.constrain.weakening import weaken
@@ -118,7 +119,8 @@ def json(
     weaken(cleaned, "response_format")
     _report(cleaned.warnings, strict)
     parts = [(cleaned.schema, cleaned.definitions)]
-    parts += [lengths] if (lengths := lengths_of(*parts[0])) != parts[0] else []
+    lengths = [only_length(key, *parts[0]) for key in LENGTHS_APART]
+    parts += [part for part in lengths if part is not None]
     space = "SPACE? " if thinking else ""
     grammars = [
         f"start: {space}json\njson: {json_value(*part, any_escape=False)}\nSPACE: /[\\n ]{{1,4}}/\n" for part in parts

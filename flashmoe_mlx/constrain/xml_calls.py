@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from flashmoe_mlx.constrain.call import Call
-from flashmoe_mlx.constrain.function import Function
+from flashmoe_mlx.constrain.function import Function, variants_of
 from flashmoe_mlx.constrain.lark import one_of_calls, quote, without
 from flashmoe_mlx.constrain.parameter import END, Parameter
 
@@ -28,10 +28,7 @@ def xml_calls(functions: Sequence[Function], end: str, closing: str) -> list[str
     """
     # A closing tag inside a value would end the call there. The model can write it with an escape.
     envelope = f"start: CALL {closing}\nCALL: /(?s:.*)/ & {without(end)}\n"
-    grammars = [_grammar(functions, closing), envelope]
-    if any(function.has_lengths for function in functions):
-        grammars.append(_grammar([function.lengths() for function in functions], closing))
-    return grammars
+    return [*(_grammar(variant, closing) for variant in variants_of(functions)), envelope]
 
 
 def xml_warnings(function: Function) -> list[str]:
