@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from flashmoe_mlx.serving.errors import ApiError
+from flashmoe_mlx.serving.openai.messages import AssistantMessage, Message, Strict, conversation_of
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
@@ -19,75 +20,7 @@ _Word = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class _Strict(Struct, forbid_unknown_fields=True):
-    """Refuses unknown fields."""
-
-
-class TextPart(_Strict):
-    """A text part of a message. Images, audio and files are not supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-Content = str | list[TextPart]
-
-
-class CalledFunction(_Strict):
-    """A function that the model called, with its arguments as JSON text or as an object."""
-
-    name: str
-    arguments: str | dict[str, Any]
-
-
-class ToolCall(_Strict):
-    """A tool call of an earlier answer."""
-
-    id: str
-    function: CalledFunction
-    type: Literal["function"] = "function"
-    index: int = 0
-
-
-class _Message(_Strict, tag_field="role", kw_only=True):
-    content: Content
-    name: str | None = None
-
-
-class SystemMessage(_Message, tag="system"):
-    """Instructions to the model."""
-
-
-class DeveloperMessage(_Message, tag="developer"):
-    """Instructions to the model, under OpenAI's newer name of the role."""
-
-
-class UserMessage(_Message, tag="user"):
-    """A message of the user."""
-
-
-class AssistantMessage(_Message, tag="assistant", kw_only=True):
-    """An earlier answer of the model."""
-
-    content: Content = ""
-    tool_calls: list[ToolCall] = []
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    # Of a last message: the answer continues it. Mistral's and DeepSeek's name, and another one.
-    prefix: bool = False
-    prefill: bool = False
-
-
-class ToolMessage(_Message, tag="tool", kw_only=True):
-    """The result of a tool call."""
-
-    tool_call_id: str
-
-
-Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
-
-
-class Function(_Strict):
+class Function(Strict):
     """A function that the model may call, with the JSON schema of its parameters."""
 
     name: _Name
@@ -96,35 +29,35 @@ class Function(_Strict):
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool that the model may use."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """The name of a function."""
 
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """A tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(_Strict, tag_field="type", tag="text"):
+class TextFormat(Strict, tag_field="type", tag="text"):
     """Free text."""
 
 
-class JsonFormat(_Strict, tag_field="type", tag="json_object"):
+class JsonFormat(Strict, tag_field="type", tag="json_object"):
     """Any JSON object."""
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """A JSON schema, enforced as far as a grammar can; with ``strict``, one that cannot be enforced is refused."""
 
     name: str
@@ -133,26 +66,26 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class SchemaFormat(_Strict, tag_field="type", tag="json_schema"):
+class SchemaFormat(Strict, tag_field="type", tag="json_schema"):
     """JSON that matches a schema."""
 
     json_schema: NamedSchema
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class TemplateOptions(_Strict):
+class TemplateOptions(Strict):
     """Variables of the chat template."""
 
     enable_thinking: bool | None = None
 
 
-class Sampling(_Strict, kw_only=True):
+class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both kinds of request. Those that only concern OpenAI's service, such as ``user``, have no effect."""
 
     model: str = ""
@@ -226,24 +159,7 @@ class ChatRequest(Sampling, kw_only=True):
         Raises:
             ApiError: The arguments of a call are not a JSON object, or a result belongs to no call.
         """
-        conversation: list[dict[str, Any]] = []
-        # Positions of the calls of the last answer, by their ids: only these may have results now.
-        order: dict[str, int] = {}
-        results: list[tuple[int, dict[str, Any]]] = []
-        for index, message in enumerate(self.messages):
-            where = f"messages[{index}]"
-            if isinstance(message, ToolMessage):
-                if message.tool_call_id not in order:
-                    reason = f"The last answer has no call with the id {message.tool_call_id!r}."
-                    raise ApiError(400, reason, f"{where}.tool_call_id")
-                results.append((order[message.tool_call_id], _plain(message, where)))
-                continue
-            conversation += [result for _, result in sorted(results, key=lambda pair: pair[0])]
-            results = []
-            calls = message.tool_calls if isinstance(message, AssistantMessage) else []
-            order = {call.id: number for number, call in enumerate(calls)}
-            conversation.append(_plain(message, where))
-        return conversation + [result for _, result in sorted(results, key=lambda pair: pair[0])]
+        return conversation_of(self.messages)
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -276,37 +192,3 @@ class CompletionRequest(Sampling, kw_only=True):
 
 
 Request = ChatRequest | CompletionRequest
-
-
-def _plain(message: Message, where: str) -> dict[str, Any]:
-    """Return a message as chat templates take it."""
-    role = "system" if isinstance(message, DeveloperMessage) else str(message.__struct_config__.tag)
-    content = message.content
-    plain: dict[str, Any] = {
-        "role": role,
-        "content": content if isinstance(content, str) else "".join(part.text for part in content),
-    }
-    if message.name is not None:
-        plain["name"] = message.name
-    if isinstance(message, ToolMessage):
-        plain["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AssistantMessage):
-        if reasoning := message.reasoning or message.reasoning_content:
-            plain["reasoning_content"] = reasoning
-        if message.tool_calls:
-            plain["tool_calls"] = [
-                _plain_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(message.tool_calls)
-            ]
-    return plain
-
-
-def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
-    arguments: Any = call.function.arguments
-    try:
-        if isinstance(arguments, str):
-            arguments = msgspec.json.decode(arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The call's arguments are not JSON: {error}.", f"{where}.function.arguments") from error
-    if not isinstance(arguments, dict):
-        raise ApiError(400, "The call's arguments are not a JSON object.", f"{where}.function.arguments")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
