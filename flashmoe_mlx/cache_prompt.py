@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +21,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.generation.prompt_cache import cache_path, cache_settings, save_prompt_cache
+from flashmoe_mlx.system.text import read_stdin
 
 EPILOG = """examples:
   flashmoe cache-prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.eos_token is not None:
         tokenizer_config["eos_token"] = args.eos_token
     model, tokenizer = streamed_load(args, config)(args.model, tokenizer_config=tokenizer_config)
-    tokens = _encode(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer)
+    tokens = _encode(read_stdin() if args.prompt == "-" else args.prompt, tokenizer)
     model.streaming.refuse_context(min(len(tokens), args.max_kv_size or len(tokens)), args.kv_bits, args.kv_group_size)
     cache = make_prompt_cache(model, args.max_kv_size)
     for _ in generate_step(
@@ -79,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _encode(prompt: str, tokenizer: TokenizerWrapper) -> list[int]:
     """Return the tokens of a prompt, as a user's message that may be continued if there is a chat template."""
+    if not prompt:
+        raise ValueError("the prompt is empty: --prompt takes a text, or - for stdin")
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True))
+    return list(render(tokenizer, messages, add_generation_prompt=False, continue_final_message=True))
 
 
 def _absolute(model: str) -> str:

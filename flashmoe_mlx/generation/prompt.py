@@ -68,6 +68,8 @@ class Prompt:
             tokens = render(messages, True)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
+        if not tokens:
+            raise ValueError("the chat template makes an empty prompt of these messages")
         system = list(takewhile(lambda message: message["role"] == "system", messages))
         preamble = 0
         if tools or system:
