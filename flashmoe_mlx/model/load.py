@@ -115,12 +115,15 @@ def load_lazily(
 
     Raises:
         ValueError: mlx-lm cannot build it.
+        OSError: A file cannot be read.
     """
     try:
         model, config = load_model(
             checkpoint.folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
         )
-    # mlx-lm's families refuse a setting with errors of any type.
+    except (OSError, MemoryError):
+        raise
+    # mlx-lm's families refuse a setting with errors of any other type.
     except Exception as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else brief(error)
         if checkpoint.foreign_index:
