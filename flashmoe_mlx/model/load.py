@@ -129,8 +129,8 @@ def load_lazily(
         if checkpoint.foreign_index:
             reason += f". {INDEX} belongs to another checkpoint, so nothing else tells if a file is missing"
         raise ValueError(
-            f"mlx-lm {version('mlx-lm')} cannot build {checkpoint.folder} from its config.json{asked}: {reason}. Update "
-            "mlx-lm, or download the folder again"
+            f"mlx-lm {version('mlx-lm')} cannot build {checkpoint.folder} from its config.json{asked}: {reason}. "
+            "Update mlx-lm, or download the folder again"
         ) from error
     if checkpoint.foreign_index:
         _note_foreign_index(checkpoint.folder)

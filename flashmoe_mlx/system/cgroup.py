@@ -97,5 +97,5 @@ def _read(file: Path) -> str:
 
 
 def _unescape(path: str) -> str:
-    """Return a path of mountinfo, where a space is ``\\040``."""
+    r"""Return a path of mountinfo, where a space is ``\040``."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

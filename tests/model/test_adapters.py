@@ -19,8 +19,8 @@ from tests.support.oracle import resident
 PARAMETERS = {"rank": 2, "scale": 4.0, "dropout": 0.0}
 WAY_OUT = (
     "experts cannot have adapters here, because they stay on disk as they are, and {folder} has some: leave {keys} out "
-    "of the keys of its lora_parameters and train again, or make one checkpoint of both with mlx_lm.fuse --adapter-path "
-    "{folder}"
+    "of the keys of its lora_parameters and train again, or make one checkpoint of both with mlx_lm.fuse "
+    "--adapter-path {folder}"
 )
 
 
