@@ -12,6 +12,7 @@ from pathlib import Path
 from flashmoe_mlx.cli.commands import COMMANDS
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.interrupts import exit_on_interrupt
+from flashmoe_mlx.cli.terminal import open_standard_streams
 
 EPILOG = """examples:
   flashmoe generate --prompt "What is a heron?"
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv (Sequence[str], optional): Command line without the program's name. Default: ``sys.argv[1:]``.
     """
+    open_standard_streams()
     exit_on_interrupt()
     argv = sys.argv[1:] if argv is None else argv
     command = next((command for command in COMMANDS if argv and command.name == argv[0]), None)

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
@@ -31,6 +31,7 @@ from flashmoe_mlx.generation.prompt_cache import (
     checkpoint_identity,
     save_prompt_cache,
 )
+from flashmoe_mlx.system.text import read_stdin
 
 EPILOG = """examples:
   flashmoe cache-prompt --model ./model --prompt - --prompt-cache-file manual.safetensors < manual.txt
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = streamed_load(args, config)(args.model, tokenizer_config=tokenizer_config)
     cache = make_kv_cache(model, args.max_kv_size)
     check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
-    tokens = _encode(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer)
+    tokens = _encode(read_stdin() if args.prompt == "-" else args.prompt, tokenizer)
     step_size = args.prefill_step_size or model.streaming.prefill_step_size
     kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
     refuse_context(model, len(tokens), step_size, max_kv_size=args.max_kv_size, **kv_cache)
@@ -91,10 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _encode(prompt: str, tokenizer: TokenizerWrapper) -> list[int]:
     """Return the tokens of a prompt, as a user's message that may be continued if there is a chat template."""
+    if not prompt:
+        raise ValueError("the prompt is empty: --prompt takes a text, or - for stdin")
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True))
+    return list(render(tokenizer, messages, add_generation_prompt=False, continue_final_message=True))
 
 
 def _absolute(model: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from flashmoe_mlx.system.package_data import data_dir
+from flashmoe_mlx.system.text import read_text
 
 SAMPLING = ("temp", "top_p", "top_k", "min_p")
 """Keys of ``Config.sampling``, named as mlx-lm's flags."""
@@ -199,10 +200,10 @@ def _is_number(value: object) -> bool:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no such config file: {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
 
 

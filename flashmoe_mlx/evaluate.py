@@ -10,16 +10,14 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from mlx_lm.utils import load_tokenizer
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.cli.arguments import command_parser
+from flashmoe_mlx.cli.arguments import check_texts, command_parser
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.config import Config, check_integer
 from flashmoe_mlx.evaluation.measure import Row
@@ -28,6 +26,8 @@ from flashmoe_mlx.evaluation.sweep import combine, sweep
 from flashmoe_mlx.evaluation.tasks import check_answerable, read_tasks
 from flashmoe_mlx.evaluation.text import Text
 from flashmoe_mlx.model.load import load
+from flashmoe_mlx.model.tokenizer import load_tokenizer
+from flashmoe_mlx.system.text import read_stdin, read_text
 
 EPILOG = """Every combination of --bits, --experts-per-token and --ram-budget is a row of the table. Each is compared
 with the reference: the model with its own number of experts. Intervals are of 95%, as if the text had been drawn at
@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line without the program's name. Default: ``sys.argv[1:]``.
     """
     args = setup_arg_parser().parse_args(argv)
+    check_texts(args)
     rows = evaluate(args)
     print_table(rows)
     if args.plot is not None:
@@ -141,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             raise ValueError(f"experts_per_token is {top_k}: {folder} was trained with {native}")
     text = None
     if args.text is not None:
-        text = Text.encode(_read(args.text), tokenizer, load_tokenizer(reference), args.context, args.max_positions)
+        text = Text.encode(_text(args.text), tokenizer, load_tokenizer(reference), args.context, args.max_positions)
     # The folder of a repository is named after a commit.
     name = Path(args.model).name or folder.resolve().name
     copies = Path(args.cache_dir).expanduser()
@@ -174,8 +175,5 @@ def _check(args: argparse.Namespace) -> None:
             raise OSError(f"cannot write {path}: its folder is missing, or it is a folder itself")
 
 
-def _read(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+def _text(file: str) -> str:
+    return read_stdin() if file == "-" else read_text(Path(file).expanduser())

@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,9 @@ from mlx_lm.processors import load_processor
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
 from flashmoe_mlx.cli.arguments import complete, extend_parser, parse
+from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
@@ -38,6 +39,10 @@ from flashmoe_mlx.generation.kv_cache import (
     refuse_context,
 )
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
+from flashmoe_mlx.model.budget import refuse_excess
+from flashmoe_mlx.model.load import load_lazily
+from flashmoe_mlx.model.tokenizer import load_tokenizer
+from flashmoe_mlx.system.text import read_stdin
 
 EPILOG = """examples:
   flashmoe generate --model mlx-community/Qwen3.5-397B-A17B-4bit --prompt "What is a heron?"
@@ -47,6 +52,11 @@ EPILOG = """examples:
 
 _QUERY = "<query>"
 """Text in place of the prompt when its position in the chat template is looked up."""
+
+_OWN_OPTIONS = frozenset(
+    ("add_generation_prompt", "continue_final_message", "conversation", "messages", "return_dict", "tokenize")
+)
+"""Options of chat templates that are not the user's."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -68,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if restored is not None:
         _apply_restored(args, restored)
     config = complete(args, parser)
+    if args.max_tokens < 1 and args.max_tokens != -1:
+        raise ValueError(f"--max-tokens is {args.max_tokens}: it must be a positive integer, or -1 for no limit")
     if args.seed is not None:
         mx.random.seed(args.seed)
     model, tokenizer, model_config = streamed_load(args, config)(
@@ -85,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draft_model = _draft_model(args, tokenizer)
         cache += _draft_cache(args, cache, draft_model)
     for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        _add_eos_token(tokenizer, token)
     text, is_chat = _render_prompt(args, tokenizer, restored is not None)
     tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
     step_size = args.prefill_step_size or model.streaming.prefill_step_size
@@ -145,18 +157,21 @@ def _render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, is_suf
     """
     prompt: str = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
+    if not prompt and not args.image:
+        raise ValueError("the prompt is empty: --prompt takes a text, or - for stdin")
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return prompt, False
     options = {} if args.chat_template_config is None else _template_options(args.chat_template_config)
 
-    def render(query: str) -> str:
+    def chat(query: str) -> str:
         messages = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
         messages.append({"role": "user", "content": query})
         has_prefill = args.prefill_response is not None
         if has_prefill:
             messages.append({"role": "assistant", "content": args.prefill_response})
-        text: str = tokenizer.apply_chat_template(
+        text: str = render(
+            tokenizer,
             messages,
             tokenize=False,
             continue_final_message=has_prefill,
@@ -165,7 +180,10 @@ def _render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, is_suf
         )
         return text
 
-    return render(prompt)[render(_QUERY).index(_QUERY) if is_suffix else 0 :], True
+    beginning, marked, _ = chat(_QUERY).partition(_QUERY) if is_suffix else ("", True, "")
+    if not marked:
+        raise ValueError("this chat template changes or drops the prompt: it cannot continue a prompt cache")
+    return chat(prompt)[len(beginning) :], True
 
 
 def _template_options(text: str) -> dict[str, Any]:
@@ -175,6 +193,9 @@ def _template_options(text: str) -> dict[str, Any]:
         raise ValueError(f"--chat-template-config is not JSON: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--chat-template-config is {text}: it must be a JSON object")
+    if set(options) & _OWN_OPTIONS:
+        name = min(set(options) & _OWN_OPTIONS)
+        raise ValueError(f"--chat-template-config has {name}, which this command sets itself: leave it out")
     return options
 
 
@@ -194,6 +215,8 @@ def _encode(
             raise ValueError(f"{args.model} takes no images: leave out --image")
         text, pixels = processor(text, images=_read_images(args.image))
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=not is_chat)
+    if not tokens:
+        raise ValueError(f"the chat template or the tokenizer of {args.model} makes nothing of this prompt")
     if pixels is None:
         return tokens, None
     embeddings = model.embed_inputs(mx.array(tokens), pixel_values=pixels)
@@ -211,13 +234,24 @@ def _read_images(files: Sequence[str]) -> list[np.ndarray]:
 
 def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> nn.Module:
     """Load the draft model in memory, since it is small and rarely a Mixture of Experts."""
-    model, own_tokenizer = mlx_lm.load(args.draft_model)
+    checkpoint = Checkpoint(find_folder(args.draft_model))
+    refuse_excess(sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()), 0)
+    own_tokenizer = load_tokenizer(checkpoint.folder)
     if own_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"{args.draft_model} has {own_tokenizer.vocab_size} tokens, and the model {tokenizer.vocab_size}: a draft "
             "model must have the same tokenizer"
         )
-    return model
+    draft, _ = load_lazily(checkpoint, {}, trust_remote_code=False)
+    mx.eval(draft.parameters())
+    return draft
+
+
+def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
+    known = 0 <= int(token) < len(tokenizer) if token.isdecimal() else token in tokenizer.get_vocab()
+    if not known:
+        raise ValueError(f"--extra-eos-token is {token!r}, which is not a token of this model: give its text or number")
+    tokenizer.add_eos_token(token)
 
 
 def _draft_cache(args: argparse.Namespace, cache: Sequence[Any], draft_model: nn.Module) -> list[Any]:

@@ -25,6 +25,7 @@ import mlx.nn as nn
 from flashmoe_mlx.checkpoint.folder import find_folder
 from flashmoe_mlx.checkpoint.identity import model_identity, numeric_settings
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.chat_template import read_chat_template
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.config import parse_size
@@ -35,6 +36,7 @@ from flashmoe_mlx.serving.http import Server
 from flashmoe_mlx.serving.metrics import Metrics
 from flashmoe_mlx.serving.routes import Handler
 from flashmoe_mlx.serving.service import Limits, Service
+from flashmoe_mlx.system.text import read_text
 
 EPILOG = """examples:
   python -m flashmoe_mlx.server --model mlx-community/Qwen3.5-397B-A17B-4bit --ram-budget 20GB
@@ -53,7 +55,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     stock = argparse.ArgumentParser(add_help=False)
     stock.add_argument("--adapter-path", help="Path to LoRA adapters for the trunk")
     stock.add_argument("--trust-remote-code", action="store_true", help="Run Python code that comes with the model")
-    stock.add_argument("--chat-template", help="Use this chat template instead of the model's own")
+    stock.add_argument(
+        "--chat-template", metavar="FILE", help="Use this chat template, a file or its text, instead of the model's own"
+    )
     stock.add_argument(
         "--chat-template-args",
         type=json.loads,
@@ -211,7 +215,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _read_key(path: Path) -> str:
-    key = path.read_text(encoding="utf-8").strip()
+    key = read_text(path).strip()
     if len(key) < _MIN_KEY_LENGTH or not key.isascii() or len(key.split()) != 1:
         raise ValueError(f"{path} must hold one key of at least {_MIN_KEY_LENGTH} ASCII characters, without spaces")
     return key
@@ -226,7 +230,7 @@ def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer_config = {"trust_remote_code": args.trust_remote_code}
     if args.chat_template is not None:
-        tokenizer_config["chat_template"] = args.chat_template
+        tokenizer_config["chat_template"] = read_chat_template(args.chat_template)
     return {
         "adapter_path": args.adapter_path,
         "tokenizer_config": tokenizer_config,

@@ -30,6 +30,7 @@ from flashmoe_mlx.model.load import load_lazily
 from flashmoe_mlx.ops.dispatch import choose_backend
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
+from flashmoe_mlx.system.text import check_text
 
 EPILOG = """examples:
   flashmoe verify ./model --quick
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line without the program's name. Default: ``sys.argv[1:]``.
     """
     args = setup_arg_parser().parse_args(argv)
+    check_text("the model's path", args.model)
     _check(args)
     folder = find_folder(args.model, args.revision)
     checkpoint = Checkpoint(folder, args.trust_remote_code)

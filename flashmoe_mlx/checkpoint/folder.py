@@ -33,6 +33,8 @@ class Checkpoint:
         folder (Path): The folder.
         config (dict): config.json, updated by generation_config.json.
         tensors (dict[str, Tensor]): Every tensor, by its name on disk.
+        foreign_index (bool): The index belongs to another checkpoint, e.g. the one that this was converted from, and
+            says nothing about these files.
 
     Raises:
         FileNotFoundError: config.json, the safetensors, or a file in the index is missing.
@@ -45,7 +47,8 @@ class Checkpoint:
         self.config = read_config(folder)
         if not trust_remote_code:
             reject_remote_code(folder / "config.json", self.config)
-        shards = sorted(folder.glob("model*.safetensors"))
+        # Unlike glob(), this raises where the folder cannot be read.
+        shards = sorted(file for file in folder.iterdir() if file.match("model*.safetensors"))
         # All links, not only shards, because mlx-lm and transformers read other files too.
         for file in sorted({*shards, *filter(Path.is_symlink, folder.iterdir())}):
             refuse_outside(file)
@@ -59,7 +62,10 @@ class Checkpoint:
                     both = f"{self.tensors[name].file} and {shard.name}"
                     raise ValueError(f"{folder}: {both} both hold {name}: remove the file of another checkpoint")
                 self.tensors[name] = Tensor(dtype, shape, Span(str(shard), first + begin, end - begin))
-        _check_index(folder, self.tensors)
+        shards_of = _read_index(folder)
+        self.foreign_index = _is_foreign(shards_of, self.tensors)
+        if not self.foreign_index:
+            _check_index(folder, shards_of, self.tensors)
         # Without multi-token-prediction layers: mlx-lm drops them, and they repeat the numbers of the model's layers.
         self._by_tail = {tail(name): name for name in self.tensors if "mtp" not in name.split(".")}
 
@@ -103,6 +109,8 @@ def find_folder(path_or_hf_repo: str | Path, revision: str | None = None) -> Pat
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix == ".gguf":
+            raise NotADirectoryError(f"{path} is a GGUF file: get the model in the safetensors format instead")
         raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and the safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"no such folder: {path}")
@@ -124,10 +132,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder") from error
     except (UnicodeDecodeError, JSONDecodeError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+        damaged = damaged_json(folder / "generation_config.json") or f"{file} is damaged ({error}): download it again"
+        raise ValueError(damaged_json(file) or damaged) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{file} has no model_type: it is not the config of a model")
+    if not isinstance(config.get("text_config", {}), dict | None):
+        raise ValueError(f"{file} is damaged (text_config is not an object): download it again")
     return config
+
+
+def damaged_json(file: Path) -> str | None:
+    """Return a line about a file that exists and is not a JSON object, or ``None``.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    try:
+        entries = json.loads(file.read_bytes().decode())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        return f"{file} is damaged ({error}): download it again"
+    return None if isinstance(entries, dict) else f"{file} is damaged (it is not a JSON object): download it again"
 
 
 def refuse_outside(file: Path) -> None:
@@ -155,11 +181,11 @@ def refuse_outside(file: Path) -> None:
         raise ValueError(f"{file} is not a file: download it again")
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an index that disagrees with the files, because a stale or missing shard would load as noise."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor as the index has it; nothing if there is no index."""
     index = folder / INDEX
     if not os.path.lexists(index):
-        return
+        return {}
     refuse_outside(index)
     try:
         shards: dict[str, str] = dict(json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"])
@@ -168,6 +194,22 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{index} is damaged ({error!r}): download it again") from error
     if odd:
         raise ValueError(f"{index} names the file {odd[0]!r}: it may only name files in its own folder")
+    return shards
+
+
+def _is_foreign(shards: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """Tell if an index has most of the tensors on disk in other files, or not at all.
+
+    One that is stale, or whose files are not complete, has most of those that are there where they are.
+    """
+    placed = sum(shards.get(name) == tensor.file for name, tensor in tensors.items())
+    return bool(shards) and 2 * placed < len(tensors)
+
+
+def _check_index(folder: Path, shards: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an index that disagrees with the files, because a stale or missing shard would load as noise."""
+    if not shards:
+        return
     missing = sorted(shard for shard in set(shards.values()) if not (folder / shard).is_file())
     if missing:
         raise FileNotFoundError(f"{folder}: {missing[0]} is in the index but missing: download it again")

@@ -8,6 +8,24 @@ from pathlib import Path
 from flashmoe_mlx.checkpoint.folder import find_folder, read_config
 from flashmoe_mlx.config import SAMPLING, Config, check_integer
 from flashmoe_mlx.system.package_data import data_dir
+from flashmoe_mlx.system.text import check_text
+
+# Lowest and highest value of numbers that mlx-lm takes as they are: some of them would change the output silently.
+_RANGES = {
+    "temp": (0, 1000),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "top_k": (0, 2**31),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
+    "seed": (0, 2**64 - 1),
+    "min_tokens_to_keep": (1, 2**31),
+    "num_draft_tokens": (1, 2**31),
+    "max_kv_size": (1, 2**63 - 1),
+    "quantized_kv_start": (0, 2**63 - 1),
+}
+# What MLX quantizes to.
+_CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}
 
 
 def command_parser(
@@ -90,7 +108,37 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Parse a command line. What a preset may set, and was not given, is ``None``."""
     # argparse fills in defaults only where the namespace has no attribute yet.
     settings = (*SAMPLING, *(setting.name for setting in Config.flags()))
-    return parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
+    check_texts(args)
+    return args
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuse a flag whose value is no Unicode text.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(_flag(name), text)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(args, name, None)
+        # A comparison with NaN is false.
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{_flag(name)} is {value}: it must be from {low} to {high}")
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name, None)
+        if value is not None and value not in choices:
+            raise ValueError(f"{_flag(name)} is {value}: it must be one of {', '.join(map(str, choices))}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Config:
@@ -116,4 +164,5 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Confi
     for name in SAMPLING:
         if getattr(args, name) is None:
             setattr(args, name, config.sampling.get(name, parser.get_default(name)))
+    _check_numbers(args)
     return config.override(**{setting.name: getattr(args, setting.name) for setting in Config.flags()})

@@ -19,6 +19,7 @@ from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
 from flashmoe_mlx.generation.python_tools import PythonTools
+from flashmoe_mlx.system.text import stdin_lines
 
 HELP = "Ctrl-C stops an answer. A line with q alone quits, r begins a new conversation, h shows this."
 
@@ -75,7 +76,7 @@ class ChatLoop:
                 with self._interrupts.handled():
                     self._talk()
             else:
-                for line in sys.stdin:
+                for line in stdin_lines():
                     if line.strip():
                         self._turn(line.rstrip("\n"))
         finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from flashmoe_mlx.cli.interrupts import exit_on_interrupt
+from flashmoe_mlx.cli.terminal import open_standard_streams
 
 
 class Command(NamedTuple):
@@ -29,6 +30,7 @@ class Command(NamedTuple):
             prog (str): Name of the program in its help and usage.
             argv (Sequence[str], optional): Command line without that name. Default: ``sys.argv[1:]``.
         """
+        open_standard_streams()
         # Importing MLX and mlx-lm takes a second.
         exit_on_interrupt()
         sys.argv[0] = prog

@@ -12,6 +12,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.evaluation.metrics import Estimate, share
 from flashmoe_mlx.generation.output_parser import OutputParser
+from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.system.text import check_text, read_text
 
 _KINDS = {"recall": str, "tool": dict}
 _FIELDS = {"kind", "messages", "tools", "expect"}
@@ -49,8 +51,11 @@ class Task:
             raise ValueError("kind must be recall, with a text to expect, or tool, with a call to expect")
         if isinstance(expect, dict) and (set(expect) != {"name", "arguments"} or not task.get("tools")):
             raise ValueError("a tool task must have tools, and expect a call with name and arguments")
-        if not isinstance(task["messages"], list) or not task["messages"]:
-            raise ValueError("messages must be a list of at least one message")
+        messages = task["messages"]
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise ValueError("messages must be a list of at least one message, each with a role")
+        # JSON may write half of a surrogate pair.
+        check_text("it", json.dumps(task, ensure_ascii=False))
         return cls(task["messages"], task.get("tools"), expect)
 
 
@@ -99,7 +104,7 @@ def read_tasks(path: Path) -> list[Task]:
         ValueError: A line is not a task, or there is none.
     """
     tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 tasks.append(Task.from_json(line))
@@ -124,7 +129,7 @@ def check_answerable(tasks: Sequence[Task], tokenizer: TokenizerWrapper, folder:
 
 def answer(model: nn.Module, tokenizer: TokenizerWrapper, task: Task, max_tokens: int) -> str:
     """Return a streamed model's greedy answer of up to ``max_tokens`` tokens."""
-    prompt = tokenizer.apply_chat_template(task.messages, tools=task.tools, add_generation_prompt=True)
+    prompt = Prompt.from_messages(task.messages, tokenizer, task.tools or ()).tokens
     step = model.streaming.prefill_step_size
     text: str = mlx_lm.generate(model, tokenizer, prompt, max_tokens=max_tokens, prefill_step_size=step)
     return text
@@ -157,6 +162,10 @@ def tool_calls(text: str, tools: list[dict[str, Any]] | None, tokenizer: Tokeniz
     if tokenizer.tool_call_start in delta.content or any(function["name"] not in known for function in functions):
         return []
     return [{"name": function["name"], "arguments": json.loads(function["arguments"])} for function in functions]
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 
 def _share(successes: list[bool]) -> Estimate | None:

@@ -86,6 +86,8 @@ class Prompt:
             text, tokens = whole(messages, tokenize=False), whole(messages)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
+        if not tokens:
+            raise ValueError("the chat template makes an empty prompt of these messages")
         if messages[-1]["role"] == "assistant" and not continue_final_message:
             notes.append(NEW_ANSWER)
         for note in notes:

@@ -66,12 +66,18 @@ def top_k_settings(config: Mapping[str, Any], wanted: int | None) -> tuple[int, 
         wanted (int, optional): Experts per token instead of the checkpoint's; ``None`` changes nothing.
 
     Raises:
-        ValueError: config.json does not say how many experts a token uses.
+        ValueError: config.json does not say how many experts a token uses, or has a number below 1.
     """
     text_config = config.get("text_config") or {}
     outer = [key for key in _TOP_K_KEYS if isinstance(config.get(key), int)]
     inner = [key for key in _TOP_K_KEYS if isinstance(text_config.get(key), int)]
     native = text_config[inner[0]] if inner else config[outer[0]] if outer else 0
+    key = (inner or outer or [""])[0]
+    if key and native < 1:
+        raise ValueError(
+            f"config.json of this {config['model_type']} has {key} {native}: it must be a positive integer, else there "
+            "are no experts to stream"
+        )
     if wanted is None:
         return native, {}
     if not native:

@@ -1,5 +1,8 @@
 """Load an mlx-lm model whose experts stay on disk."""
 
+import logging
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
-from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
+from flashmoe_mlx.checkpoint.folder import INDEX, Checkpoint, find_folder
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
-from flashmoe_mlx.model.families import top_k_settings
+from flashmoe_mlx.model.adapters import check_adapters, load_adapters
+from flashmoe_mlx.model.families import switch_layers, top_k_settings
 from flashmoe_mlx.model.swap import stream_experts
+from flashmoe_mlx.model.tokenizer import load_tokenizer
 from flashmoe_mlx.ops.dispatch import Backend, choose_backend
 from flashmoe_mlx.system.huge_pages import use_huge_pages
+from flashmoe_mlx.system.text import brief
+
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -76,6 +84,8 @@ def load(
     native_top_k, change = top_k_settings(checkpoint.config | model_config, config.experts_per_token)
     asked = f" with experts_per_token {config.experts_per_token}" if change else ""
     model, loaded_config = load_lazily(checkpoint, model_config | change, trust_remote_code, asked)
+    if adapter_path is not None:
+        check_adapters(Path(adapter_path), switch_layers(model))
     model.streaming = stream_experts(model, checkpoint, config, native_top_k, backend)
     if not lazy:
         # One at a time, so that converting them needs no room for two trunks.
@@ -83,13 +93,12 @@ def load(
             mx.eval(parameter)
             use_huge_pages(parameter)
     if adapter_path is not None:
-        model = load_adapters(model, adapter_path)
+        model = load_adapters(model, Path(adapter_path))
         model.eval()
     if not lazy and backend is not Backend.REFERENCE:
         fuse_decoder_layers(model, backend)
-    # Always pass trust_remote_code: if unset, transformers prompts on the terminal.
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
-    tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, eos_token_ids=loaded_config.get("eos_token_id"))
+    tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)
 
 
@@ -106,12 +115,31 @@ def load_lazily(
 
     Raises:
         ValueError: mlx-lm cannot build it.
+        OSError: A file cannot be read.
     """
     try:
         model, config = load_model(
             checkpoint.folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
         )
-    # mlx-lm's families refuse a setting in these ways.
-    except (AssertionError, KeyError, TypeError) as error:
-        raise ValueError(f"mlx-lm cannot build {checkpoint.folder} from its config.json{asked}: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    # mlx-lm's families refuse a setting with errors of any other type.
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else brief(error)
+        if checkpoint.foreign_index:
+            reason += f". {INDEX} belongs to another checkpoint, so nothing else tells if a file is missing"
+        raise ValueError(
+            f"mlx-lm {version('mlx-lm')} cannot build {checkpoint.folder} from its config.json{asked}: {reason}. "
+            "Update mlx-lm, or download the folder again"
+        ) from error
+    if checkpoint.foreign_index:
+        _note_foreign_index(checkpoint.folder)
     return model, config
+
+
+# A command may load a model several times.
+@cache
+def _note_foreign_index(folder: Path) -> None:
+    _LOG.warning(
+        "%s belongs to another checkpoint, and is ignored: the model's files have all that it needs", folder / INDEX
+    )

@@ -20,8 +20,10 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
         mode (int): Its permissions, reduced by the umask. Default: ``0o666``.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or is not a file: a device must not be replaced by one.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is a folder or a device, give the path of a file")
     try:
         with _replacing(path, mode) as unfinished:
             yield unfinished

@@ -1,10 +1,12 @@
 """Settings: what a command line, a preset and a TOML file choose, and which of them wins."""
 
 import argparse
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
@@ -157,3 +159,44 @@ def test_integers_are_checked_in_one_way() -> None:
         check_integer("count", 0)
     with pytest.raises(ValueError, match=r"^count is -1: it must be a non-negative integer$"):
         check_integer("count", -1, minimum=0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--temp", "-1"], "--temp is -1.0: it must be from 0 to 1000"),
+        (["--temp", "nan"], "--temp is nan: it must be from 0 to 1000"),
+        (["--top-p", "2"], "--top-p is 2.0: it must be from 0 to 1"),
+        (["--top-k", "-1"], "--top-k is -1: it must be from 0 to 2147483648"),
+        (["--seed", "-1"], "--seed is -1: it must be from 0 to 18446744073709551615"),
+        (["--seed", "18446744073709551616"], "--seed is 18446744073709551616: it must be from 0"),
+        (["--kv-bits", "7"], "--kv-bits is 7: it must be one of 2, 3, 4, 5, 6, 8"),
+        (["--kv-group-size", "3"], "--kv-group-size is 3: it must be one of 32, 64, 128"),
+        (["--max-kv-size", "0"], "--max-kv-size is 0: it must be from 1"),
+    ],
+)
+def test_a_number_that_mlx_cannot_use_is_refused(
+    argv: list[str], words: str, parser: argparse.ArgumentParser, model: str
+) -> None:
+    """Some of them would change the output silently."""
+    for flag in ("--seed", "--kv-bits", "--kv-group-size", "--max-kv-size"):
+        parser.add_argument(flag, type=int)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        parse_arguments(parser, ["--model", model, *argv])
+
+
+def test_the_largest_seed_and_the_smallest_temperature_are_accepted(
+    parser: argparse.ArgumentParser, model: str
+) -> None:
+    parser.add_argument("--seed", type=int)
+    args, _ = parse_arguments(parser, ["--model", model, "--seed", str(2**64 - 1), "--temp", "0", "--top-k", "0"])
+    mx.random.seed(args.seed)
+
+
+@pytest.mark.parametrize(
+    "text", ["read_threads = 3", "# nothing else\nread_threads = 3\n", "read_threads = 3 # \u20ac"]
+)
+def test_a_byte_order_mark_is_not_part_of_a_toml_file(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8-sig")
+    assert Config.load(file, "qwen3_5_moe").read_threads == 3

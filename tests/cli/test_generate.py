@@ -20,7 +20,7 @@ from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.model import context
+from flashmoe_mlx.model import budget, context
 from flashmoe_mlx.ops.dispatch import Backend
 from tests.conftest import WriteFamily
 from tests.support.flags import STREAMING, flags
@@ -257,12 +257,41 @@ def test_images_need_pillow(capsys: pytest.CaptureFixture[str], folder: Path, mo
         (["--model", "MODEL", "--image", "x.png"], "MODEL takes no images"),
         (["--model", "MODEL", "--chat-template-config", "{"], "--chat-template-config is not JSON"),
         (["--model", "MODEL", "--chat-template-config", "[]"], "it must be a JSON object"),
+        (["--model", "MODEL", "--chat-template-config", "[1]"], "it must be a JSON object"),
+        (["--model", "MODEL", "--chat-template-config", '{"tokenize": true}'], "has tokenize, which this command sets"),
+        (["--model", "MODEL", "--chat-template-config", '{"messages": []}'], "has messages, which this command sets"),
+        (["--model", "MODEL", "--chat-template-config", '{"chat_template": 7}'], "MODEL/chat_template.jinja rejects"),
+        (["--model", "MODEL", "--seed", "-1"], "--seed is -1: it must be from 0 to"),
+        (["--model", "MODEL", "--extra-eos-token", "nosuch"], "'nosuch', which is not a token of this model"),
+        (["--model", "MODEL", "--extra-eos-token", "400000"], "'400000', which is not a token of this model"),
+        (["--model", "MODEL", "--draft-model", "MODEL"], "MODEL cannot take back tokens that a draft model got wrong"),
+        (["--model", "MODEL", "--draft-model", "./nowhere"], "no such folder: nowhere"),
+        (["--model", "MODEL", "--adapter-path", "./nowhere"], "no such folder of adapters: nowhere"),
         (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),
     ],
 )
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], folder: Path, argv: list[str], words: str) -> None:
     error = fail(capsys, *(arg.replace("MODEL", str(folder)) for arg in argv))
     assert words.replace("MODEL", str(folder)) in error
+
+
+@pytest.mark.parametrize("count", [0, -2, -100])
+def test_a_number_of_tokens_is_positive_or_has_no_limit(
+    count: int, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.main(["--model", str(folder), "--max-tokens", str(count)])
+    assert capsys.readouterr().err == (
+        f"error: --max-tokens is {count}: it must be a positive integer, or -1 for no limit\n"
+    )
+
+
+def test_a_draft_model_that_does_not_fit_is_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(checkpoint("qwen3_moe"))
+    monkeypatch.setattr(generate, "refuse_excess", lambda nbytes, _: budget.refuse_excess(nbytes + 2**60, 0))
+    assert "does not fit at any budget" in fail(capsys, "--model", model, "--draft-model", model)
 
 
 def test_ctrl_c_ends_a_generation(folder: Path) -> None:

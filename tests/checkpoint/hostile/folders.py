@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,47 @@ def _stray(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model-extra.safetensors"), {"model.extra": mx.zeros(4)})
 
 
+def _text(name: str, text: str | bytes) -> Change:
+    """Write a file."""
+    return lambda folder: (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def _entry(name: str, **entries: Any) -> Change:
+    """Change entries of a JSON file."""
+    return lambda folder: _edit(folder / name, lambda old: old.update(entries))
+
+
+def _template(template: object) -> Change:
+    """Put a chat template in tokenizer_config.json, where older models have it."""
+
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        _edit(folder / "tokenizer_config.json", lambda config: config.update(chat_template=template))
+
+    return change
+
+
 _ASKS = "{folder}/config.json asks for code to be run: %s. If you trust this model's authors, pass "
 _ASKS += "trust_remote_code=True or --trust-remote-code; else use another copy of the model"
 _PLACE = "{folder}/" + INDEX + " names the file %r: it may only name files in its own folder"
 _OUT = "{folder}/%s is a link to {parent}/%s, outside the model folder: replace it by the file"
 _NO_FILE = "{folder}/%s is not a file: download it again"
 _BROKEN = "{folder}/config.json is damaged (%s): download it again"
+_DAMAGED = "{folder}/%s is damaged (%s): download it again"
+_NO_OBJECT = "it is not a JSON object"
+_NOT_UTF8 = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+_CUT_OFF = "Expecting value: line 1 column 6 (char 5)"
+_BUILD = f"mlx-lm {version('mlx-lm')} cannot build {{folder}} from its config.json: %s. Update mlx-lm, or download the "
+_BUILD += "folder again"
+_LATER = (
+    f"{{folder}}/tokenizer.json cannot be read by tokenizers {version('tokenizers')} (%s): update transformers, or "
+)
+_LATER += "download it again"
+_UNKNOWN = (
+    f"{{folder}}/tokenizer_config.json: mlx-lm {version('mlx-lm')} has no %s %r: update mlx-lm or remove the entry"
+)
+_TOKENIZER = "transformers cannot load the tokenizer with {folder}/%s (%s): download it again"
+_SYNTAX = "{folder}/%s: the chat template has a syntax error (%s): download it again"
 
 FOLDERS: dict[str, tuple[Change, str]] = {
     # config.json
@@ -110,8 +146,8 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         _ASKS % "kernel_config is {{'RMSNorm': 'nobody/evil:x'}}",
     ),
     "use_kernels": (_config(use_kernels=True), _ASKS % "use_kernels is True"),
-    "model_type that is a path": (_config(model_type="../evil"), "Model type ../evil not supported."),
-    "model_type that is a module of ours": (_config(model_type="..evil"), "Model type ..evil not supported."),
+    "model_type that is a path": (_config(model_type="../evil"), _BUILD % "Model type ../evil not supported."),
+    "model_type that is a module of ours": (_config(model_type="..evil"), _BUILD % "Model type ..evil not supported."),
     "config.json nested deeply": (
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
         _BROKEN % "maximum recursion depth exceeded while decoding a JSON array from a unicode string",
@@ -126,7 +162,104 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     ),
     "generation_config.json is a list": (
         lambda folder: (folder / "generation_config.json").write_text("[]"),
-        _BROKEN % "'list' object has no attribute 'get'",
+        _DAMAGED % ("generation_config.json", _NO_OBJECT),
+    ),
+    "generation_config.json is a number": (
+        _text("generation_config.json", "7"),
+        _DAMAGED % ("generation_config.json", _NO_OBJECT),
+    ),
+    "generation_config.json is no text": (
+        _text("generation_config.json", b"\xff"),
+        _DAMAGED % ("generation_config.json", _NOT_UTF8),
+    ),
+    "text_config is a list": (_entry("config.json", text_config=[1]), _BROKEN % "text_config is not an object"),
+    "no experts per token": (
+        _entry("config.json", num_experts_per_tok=0),
+        "config.json of this qwen3_moe has num_experts_per_tok 0: it must be a positive integer, else there are no "
+        "experts to stream",
+    ),
+    "fewer than no experts per token": (
+        _entry("config.json", num_experts_per_tok=-1),
+        "config.json of this qwen3_moe has num_experts_per_tok -1: it must be a positive integer, else there are no "
+        "experts to stream",
+    ),
+    "width of zero": (_entry("config.json", hidden_size=0), _BUILD % "division by zero"),
+    "no heads": (_entry("config.json", num_attention_heads=0), _BUILD % "integer division or modulo by zero"),
+    "negative width": (_entry("config.json", hidden_size=-64), _BUILD % "math domain error"),
+    "model_type that is no model": (
+        _entry("config.json", model_type="cache"),
+        _BUILD % "module 'mlx_lm.models.cache' has no attribute 'Model'",
+    ),
+    "quantization without a group size": (_entry("config.json", quantization={}), _BUILD % "'group_size' is missing"),
+    "quantization that is a list": (
+        _entry("config.json", quantization=[1]),
+        _BUILD % "list indices must be integers or slices, not str",
+    ),
+    "max_position_embeddings that is a text": (
+        _entry("config.json", max_position_embeddings="x"),
+        "transformers cannot read {folder}/config.json (Validation error for field 'max_position_embeddings': "
+        "TypeError: Field 'max_position_embeddings' expected int, got str (value: 'x')): download it again",
+    ),
+    # the tokenizer
+    **{
+        f"{name} {fault}": (_text(name, text), _DAMAGED % (name, reason))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+        for fault, text, reason in (
+            ("is a list", "[]", _NO_OBJECT),
+            ("is null", "null", _NO_OBJECT),
+            ("is no text", b"\xff\xfe", _NOT_UTF8),
+            ("cut off", '{"a":', _CUT_OFF),
+        )
+    },
+    "special_tokens_map.json is a list": (
+        _text("special_tokens_map.json", "[]"),
+        _DAMAGED % ("special_tokens_map.json", _NO_OBJECT),
+    ),
+    "added_tokens.json is a list": (_text("added_tokens.json", "[1]"), _DAMAGED % ("added_tokens.json", _NO_OBJECT)),
+    "tokenizer.json of a later version": (
+        _text("tokenizer.json", '{"version": "2.0"}'),
+        _LATER % "Unknown tokenizer version '2.0' at line 1 column 18",
+    ),
+    "tokenizer.json without a model": (_text("tokenizer.json", "{}"), _LATER % "Model missing. at line 1 column 2"),
+    "tool parser that is unknown": (
+        _entry("tokenizer_config.json", tool_parser_type="nosuch"),
+        _UNKNOWN % ("tool_parser_type", "nosuch"),
+    ),
+    "tool parser that is a number": (
+        _entry("tokenizer_config.json", tool_parser_type=7),
+        _UNKNOWN % ("tool_parser_type", "7"),
+    ),
+    "chat template type that is unknown": (
+        _entry("tokenizer_config.json", chat_template_type="nosuch"),
+        _UNKNOWN % ("chat_template_type", "nosuch"),
+    ),
+    "tokenizer class that is a number": (
+        _entry("tokenizer_config.json", tokenizer_class=7),
+        _TOKENIZER % ("tokenizer_config.json", "'int' object has no attribute 'removesuffix'"),
+    ),
+    "longest text that is a text": (
+        _entry("tokenizer_config.json", model_max_length="long"),
+        _TOKENIZER % ("tokenizer_config.json", "'>' not supported between instances of 'int' and 'str'"),
+    ),
+    "chat template with a syntax error": (
+        _text("chat_template.jinja", "{% if %}"),
+        _SYNTAX % ("chat_template.jinja", "line 1: Expected an expression, got 'end of statement block'"),
+    ),
+    "chat template with an unknown filter": (
+        _text("chat_template.jinja", "\n{{ messages | nosuch }}"),
+        _SYNTAX % ("chat_template.jinja", "line 2: No filter named 'nosuch'."),
+    ),
+    "chat template in the config with a syntax error": (
+        _template("{{ 1"),
+        _SYNTAX % ("tokenizer_config.json", "line 1: unexpected end of template, expected 'end of print statement'."),
+    ),
+    "chat template that is a number": (
+        _template(7),
+        _DAMAGED % ("tokenizer_config.json", "the chat template is not a text"),
+    ),
+    "chat template that is no text": (
+        _text("chat_template.jinja", b"\xff{{ 1 }}"),
+        _TOKENIZER % ("chat_template.jinja", _NOT_UTF8),
     ),
     "config.json links out": (
         _link("config.json", "../elsewhere/config.json"),

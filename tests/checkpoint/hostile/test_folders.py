@@ -61,7 +61,7 @@ def test_trusted_code_runs(folder: Path) -> None:
     """So the tests above would notice."""
     edit(folder / "config.json", model_file="evil.py")
     # Its Model is None.
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="from_dict"):
         flashmoe_mlx.load(str(folder), trust_remote_code=True)
     assert (folder.parent / MARKER).exists()
 
