@@ -264,7 +264,7 @@ def test_images_need_pillow(capsys: pytest.CaptureFixture[str], folder: Path, mo
         (["--model", "MODEL", "--seed", "-1"], "--seed is -1: it must be from 0 to"),
         (["--model", "MODEL", "--extra-eos-token", "nosuch"], "'nosuch', which is not a token of this model"),
         (["--model", "MODEL", "--extra-eos-token", "400000"], "'400000', which is not a token of this model"),
-        (["--model", "MODEL", "--draft-model", "MODEL"], "MODEL cannot take back tokens that a draft model got wrong"),
+        (["--model", "MODEL", "--draft-model", "MODEL"], "MODEL has a state that tokens cannot be removed from"),
         (["--model", "MODEL", "--draft-model", "./nowhere"], "no such folder: nowhere"),
         (["--model", "MODEL", "--adapter-path", "./nowhere"], "no such folder of adapters: nowhere"),
         (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),
