@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoints FOLDER --layers 8 --experts 128 --top-k 10 --hidden 256 --intermediate 128
 
-They answer what a real model would answer about speed, memory and exactness, and nothing about quality.
+They show the speed, memory use and exactness of a real model of that size, and nothing about quality.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def qwen3_5_moe(*, layers: int, experts: int, top_k: int, hidden: int, intermediate: int, vocab: int) -> dict[str, Any]:
-    """The config.json of a Qwen3.5-MoE of this size: every fourth layer attends, the others are GatedDeltaNet."""
+    """Return the config.json of a Qwen3.5-MoE: every fourth layer attends, the others are GatedDeltaNet."""
     text_config = {
         "model_type": "qwen3_5_moe_text",
         "num_hidden_layers": layers,
@@ -71,16 +71,18 @@ def write_checkpoint(
     """Write a random checkpoint with tokenizer and chat template, a part at a time.
 
     Args:
-        folder (Path): where to; made if it does not exist.
-        config (dict): its config.json, without quantization.
+        folder (Path): Folder of the checkpoint; made if it does not exist.
+        config (dict): Its config.json, without quantization.
         quantization (dict, optional): ``group_size``, ``bits``, ``mode`` as for mlx-lm's ``quantize_model``.
-        quant_predicate (Callable, optional): what differs for which module. Default: the family's own choice.
-        dtype (mx.Dtype): of scales and of weights that are not quantised.
-        shards (int): how many safetensors files.
-        seed (int): of the weights.
+        quant_predicate (Callable, optional): Modules that are quantized differently, as for ``quantize_model``.
+            Default: the family's own choice.
+        dtype (mx.Dtype): Of scales and of weights that are not quantized.
+        shards (int): Number of safetensors files.
+        seed (int): Of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)  # written last: without it a folder is no model
+    # Written last, because a folder without it is not a model.
+    (folder / "config.json").unlink(missing_ok=True)
     mx.random.seed(seed)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -99,9 +101,9 @@ def write_checkpoint(
 
 
 def _fill_zeros(model: nn.Module) -> None:
-    """Make the parameters random that a family starts at zero: a router of zeros would choose the same for all tokens.
+    """Make parameters random that a family initializes with zeros: such a router would choose the same for all tokens.
 
-    Large ones are left alone. None of them is zero, and to look at one it has to be computed and kept.
+    Large ones are skipped. None of them is zero, and looking at one would compute and keep it.
     """
     for name, parameter in tree_flatten(model.parameters()):
         if parameter.size <= 1 << 22 and not mx.any(parameter).item():
@@ -110,23 +112,23 @@ def _fill_zeros(model: nn.Module) -> None:
 
 
 def _write_shards(folder: Path, weights: list[tuple[str, mx.array]], shards: int) -> None:
-    """Write about equal files and their index; each tensor is computed when its file is written."""
+    """Write files of about equal size and their index; each tensor is computed when its file is written."""
     total = sum(array.nbytes for _, array in weights)
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number in range(1, shards + 1):
         name = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        part = {}
+        part: dict[str, mx.array] = {}
         while weights and (number == shards or sum(a.nbytes for a in part.values()) < ceil(total / shards)):
             key, part[key] = weights.pop(0)
             mx.eval(part[key])
         mx.save_safetensors(str(folder / name), part, metadata={"format": "mlx"})
-        places |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
 def _train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learnt from Python's own manual, so that random text is made of word pieces."""
+    """Train a byte-level BPE on Python's own manual, so that random text is made of word pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,15 +149,20 @@ def _train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=10)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--intermediate", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("folder", type=Path, help="made if it does not exist")
+    parser.add_argument("--layers", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=128, help="routed experts per layer (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=10, help="routed experts per token (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default: %(default)s)")
+    parser.add_argument("--intermediate", type=int, default=128, help="width of an expert (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=2048, help="tokens (default: %(default)s)")
+    parser.add_argument("--bits", type=int, default=4, help="per quantized weight (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="bfloat16",
+        help="of everything else (default: %(default)s)",
+    )
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("layers", "experts", "top_k", "hidden", "intermediate", "vocab")}
     quantization = {"group_size": 64, "bits": args.bits}

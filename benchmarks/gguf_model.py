@@ -1,10 +1,10 @@
-"""A random Qwen3-MoE in llama.cpp's format, and its decoding. For a Python with ``gguf`` and ``llama-cpp-python``.
+"""Writes a random Qwen3-MoE in llama.cpp's format, and decodes with it, in a Python with gguf and llama-cpp-python.
 
     python benchmarks/gguf_model.py write FILE --layers 8 --experts 256 ...
     python benchmarks/gguf_model.py decode FILE --threads 2
 
-``decode`` reads numbers of tokens from its input, decodes so many random ones and writes the seconds that took. By
-itself llama.cpp copies all weights into memory, in an order that is faster to read.
+``decode`` reads numbers of tokens from its input, decodes that many random ones and writes the seconds that this took.
+By default llama.cpp copies all weights into memory, in an order that is faster to read.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-_NBYTES = 18  # of a block of 32 weights in Q4_0: a float16 scale and 4 bits each
+# Bytes of a block of 32 weights in Q4_0: a float16 scale and 4 bits each.
+_BLOCK_NBYTES = 18
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write the file, a tensor at a time."""
+    """Write the file, one tensor after the other."""
     import gguf
 
     rng = np.random.default_rng(0)
@@ -45,15 +46,16 @@ def write(args: argparse.Namespace) -> None:
         writer.add_tensor(name, np.ones(size, np.float32))
 
     def quantized(name: str, *shape: int, size: float | None = None) -> None:
-        """Weights that are 0 on average, of about normal size in a matrix product of ``shape[-1]`` columns."""
-        blocks = rng.integers(1, 16, (*shape[:-1], shape[-1] // 32, _NBYTES), np.uint8)
+        """Add weights with mean 0, and of a usual size in a matrix product of ``shape[-1]`` columns."""
+        blocks = rng.integers(1, 16, (*shape[:-1], shape[-1] // 32, _BLOCK_NBYTES), np.uint8)
         blocks |= rng.integers(1, 16, blocks.shape, np.uint8) << 4
-        scale = np.float16((size or shape[-1] ** -0.5) / 4.3)  # 4.3 is the deviation of 15 equal steps
+        # 4.3 is the standard deviation of 15 equal steps.
+        scale = np.float16((size or shape[-1] ** -0.5) / 4.3)
         blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
         data = blocks.reshape(*shape[:-1], -1)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
-    # Larger than what layers add: otherwise all tokens look the same to routers, and ask for the same experts.
+    # Larger than what layers add. Otherwise all tokens look the same to routers, which choose the same experts.
     quantized("token_embd.weight", args.vocab, args.hidden, size=4)
     for layer in range(args.layers):
         name = f"blk.{layer}."
@@ -85,7 +87,8 @@ def decode(args: argparse.Namespace) -> None:
     if args.mapped:
         defaults = llama_cpp.llama_cpp.llama_model_default_params
 
-        def without_copies() -> Any:  # for which Llama has no argument
+        # Llama has no argument for it.
+        def without_copies() -> Any:
             params = defaults()
             params.use_extra_bufts = False
             return params
@@ -113,18 +116,19 @@ def decode(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["write", "decode"])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("file", type=Path, help="the model")
+    parser.add_argument("--threads", type=int, default=1, help="to decode with (default: %(default)s)")
     parser.add_argument("--mapped", action="store_true", help="decode from the mapped file, without a copy in memory")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=128)
+    sizes = parser.add_argument_group("sizes of the model to write")
+    sizes.add_argument("--layers", type=int, default=8, help="(default: %(default)s)")
+    sizes.add_argument("--experts", type=int, default=256, help="(default: %(default)s)")
+    sizes.add_argument("--top-k", type=int, default=8, help="(default: %(default)s)")
+    sizes.add_argument("--hidden", type=int, default=2048, help="(default: %(default)s)")
+    sizes.add_argument("--intermediate", type=int, default=512, help="(default: %(default)s)")
+    sizes.add_argument("--vocab", type=int, default=2048, help="(default: %(default)s)")
+    sizes.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
+    sizes.add_argument("--kv-heads", type=int, default=4, help="(default: %(default)s)")
+    sizes.add_argument("--head-dim", type=int, default=128, help="(default: %(default)s)")
     args = parser.parse_args()
     {"write": write, "decode": decode}[args.command](args)
 

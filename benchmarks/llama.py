@@ -3,13 +3,14 @@
     python -m benchmarks.llama --model FOLDER --gguf FILE --python PYTHON
     python -m benchmarks.llama --model FOLDER --gguf FILE --python PYTHON --budget auto --leave 3GB
 
-PYTHON is one with ``llama-cpp-python``, built for this machine, and ``gguf``; FILE is written by
+PYTHON has ``llama-cpp-python``, built for this machine, and ``gguf``; FILE is written by
 ``PYTHON benchmarks/gguf_model.py write FILE``. Both decode random tokens, so that routing spreads over all experts.
 
-A run of a side begins with the page cache empty of both models, and has the memory to itself: the process is started,
-decodes until it is in its stride, is measured, and ends before the other begins. With ``--leave``, another process
-takes all memory but so much, and llama.cpp computes with its mapped file, of which the page cache holds what fits,
-instead of a copy. What devices deliver is told for both. The last line is JSON.
+Runs alternate between the two. Each begins with neither model in the page cache, and has the memory to itself: the
+process is started, decodes until its speed is steady, is measured, and ends before the next begins. With ``--leave``,
+another process takes all memory but that much, and llama.cpp computes with its mapped file, of which the page cache
+holds what fits, instead of a copy. The bytes that devices deliver are counted for both. Nothing is predicted: ``ratio``
+compares with llama.cpp. The last line is JSON.
 """
 
 import argparse
@@ -28,42 +29,46 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe_mlx
-from benchmarks.ballast import ballast
-from benchmarks.io import device_bytes, evict
+from benchmarks.memory_hog import memory_hog
+from benchmarks.models import checkpoint_files
+from benchmarks.page_cache import device_bytes, evict
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint.folder import find_folder
 from flashmoe_mlx.config import parse_size
 
 _STREAM = "import sys; from benchmarks.llama import stream; stream(*sys.argv[1:])"
 
 
 class Side:
-    """A process that decodes as many tokens as a line of its input says, and answers with the seconds that took."""
+    """A process that decodes as many tokens as a line of its input says, and writes the seconds that this took.
 
-    def __init__(self, process: "subprocess.Popen[str]"):
+    Args:
+        process (subprocess.Popen): It writes ``ready`` first.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]):
         self._process = process
         assert self._answer() == "ready"
 
     def seconds(self, tokens: int) -> float:
-        """The time to decode so many tokens."""
+        """Return the time to decode that many tokens."""
         assert self._process.stdin is not None
         print(tokens, file=self._process.stdin, flush=True)
         return float(self._answer())
 
     def device_bytes(self) -> int:
-        """What devices have delivered to it so far, by reads or page faults."""
+        """Return the bytes that devices have delivered to it, by reads or page faults."""
         return device_bytes(self._process.pid)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
-            raise SystemExit("a side has ended: its reason is above")
+            raise SystemExit("a process that decodes has ended: its reason is above")
         return line.strip()
 
 
 @contextmanager
 def running(command: list[str]) -> Iterator[Side]:
-    """A side, for as long as it is measured."""
+    """Run a side while it is measured."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Side(process)
@@ -72,9 +77,9 @@ def running(command: list[str]) -> Iterator[Side]:
 
 
 def stream(folder: str, budget: str) -> None:
-    """Be the side of ours."""
+    """Decode on our side, as standard input asks."""
     mx.set_default_device(mx.cpu)
-    model, tokenizer = flashmoe_mlx.load(folder, ram_budget=budget)
+    model, tokenizer = flashmoe_mlx.load(folder, ram_budget=budget)[:2]
     print(model.streaming.memory(), file=sys.stderr)
     cache, vocab, numbers = make_prompt_cache(model), len(tokenizer.vocab), random.Random(0)
     print("ready", flush=True)
@@ -87,16 +92,18 @@ def stream(folder: str, budget: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", required=True, type=Path)
-    parser.add_argument("--python", required=True)
-    parser.add_argument("--budget", default="auto", help="as --ram-budget (default: auto)")
-    parser.add_argument("--leave", type=parse_size, help="leave so much memory to a side")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="llama.cpp's")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
-    parser.add_argument("--warm-up", type=int, default=128, help="tokens of a run that are not measured (default: 128)")
-    parser.add_argument("--turns", type=int, default=10, help="that are measured in a run (default: 10)")
-    parser.add_argument("--turn", type=int, default=16, help="tokens of a turn (default: 16)")
+    parser.add_argument("--model", required=True, help="our model: folder or Hugging Face repo")
+    parser.add_argument("--gguf", required=True, type=Path, help="llama.cpp's model")
+    parser.add_argument("--python", required=True, help="interpreter with llama-cpp-python")
+    parser.add_argument("--budget", default="auto", help="memory for experts, as for --ram-budget (default: auto)")
+    parser.add_argument("--leave", type=parse_size, help="memory left to each, e.g. 3GB")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=128, help="tokens before each run (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=10, help="turns of a run (default: %(default)s)")
+    parser.add_argument("--turn", type=int, default=16, help="tokens per turn (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the figures to results/llama.csv")
     args = parser.parse_args()
     mapped = args.leave is not None
@@ -105,14 +112,13 @@ def main() -> None:
         "ours": [sys.executable, "-c", _STREAM, args.model, args.budget],
         "llama": [*decode, "--threads", str(args.threads), *["--mapped"] * mapped],
     }
-    files = [args.gguf, *find_folder(args.model).glob("*.safetensors")]
+    files = [args.gguf, *checkpoint_files(args.model)]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     delivered = dict.fromkeys(commands, 0)
-    for _ in range(args.rounds):
-        for name, command in commands.items():
-            for file in files:
-                evict(file)
-            with ballast(args.leave) if mapped else nullcontext(), running(command) as side:
+    for number in range(args.rounds):
+        for name in sorted(commands, reverse=bool(number % 2)):
+            evict(files)
+            with memory_hog(args.leave) if mapped else nullcontext(), running(commands[name]) as side:
                 side.seconds(args.warm_up)
                 delivered[name] -= side.device_bytes()
                 turns = [side.seconds(args.turn) / args.turn for _ in range(args.turns)]

@@ -1,16 +1,19 @@
-"""The server under load, and what a preamble costs that it has read before.
+"""Throughput and latency of the server under load, and with a preamble that its prefix cache holds.
 
     python -m benchmarks.server --clients 16 --seconds 300
     python -m benchmarks.server --preamble 4000
 
-Load: clients that ask the demo model for definitions without a pause, twice as many as may wait. Of ten requests seven
-are streams that are read at once, one is read slowly, one is left in the middle, and one is malformed. Every answer is
-compared with what the model says when nobody else asks; every refusal must come with its reason. Times to the first
-token include the wait in the queue. Memory is the server's, sampled every second: its median in the first and in the
-last fifth of the run; ``more_kept_mb`` of it are prompts that it remembers.
+Load: clients that ask the demo model for definitions without a pause, twice as many as the queue holds. Of ten requests
+seven are streams that are read at once, one is read slowly, one is abandoned in the middle, and one is malformed. Every
+answer is compared with that to a single client; every refusal must give its reason. Times to the first token include
+the wait in the queue. Memory is the server's, sampled every second: its median in the first and in the last fifth of
+the run; ``more_kept_mb`` of it are in the prefix cache. Requests run one at a time, so what is predicted is the
+throughput of a single client.
 
-Preamble: questions after the same system message, with the server's memory for prompts and without, in turns.
-The last line is JSON.
+Preamble: questions after the same system message, with the server's prefix cache and without, in turns. What is
+predicted with it is the time to the first token of the question alone.
+
+``measured_over_predicted`` is a ratio of speeds. The last line is JSON.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -35,24 +38,43 @@ from benchmarks.record import record
 WORDS = ("heron", "sofa", "marimba", "ferry", "walnut", "hammer", "lantern", "otter", "violin", "carrot")
 MALFORMED = (b"", b"{", b"[1]", b'{"messages": []}', b'{"messages": 3}', b"\xff\xfe", b'{"messages": [{"role": "x"}]}')
 PATH = "/v1/chat/completions"
+# The server's default.
+MODEL = "demo/model"
+
+
+class Answer(NamedTuple):
+    """An answer that a client waited for.
+
+    Args:
+        text (str): What the model wrote.
+        tokens (int): Of the text.
+        first (float): Seconds to the first token.
+        seconds (float): To the last token.
+        cached (int): Tokens of the prompt that the prefix cache held.
+    """
+
+    text: str
+    tokens: int
+    first: float
+    seconds: float
+    cached: int
 
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Results of all clients."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     first_tokens: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
 class Client:
-    """Asks one server.
+    """Sends requests to one server.
 
     Args:
-        port (int): of the server.
+        port (int): Of the server.
     """
 
     def __init__(self, port: int):
@@ -60,7 +82,7 @@ class Client:
 
     @contextmanager
     def post(self, body: bytes) -> Iterator[http.client.HTTPResponse]:
-        """The answer to a request, whose connection ends with it."""
+        """Yield the response to a request, and close its connection afterwards."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
         try:
             connection.request("POST", PATH, body, {"Content-Type": "application/json"})
@@ -69,32 +91,36 @@ class Client:
             connection.close()
 
     def kept_bytes(self) -> float:
-        """What the server keeps of prompts that may come again."""
+        """Return the bytes of the server's prefix cache."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
         return float(next(line.split()[1] for line in lines if line.startswith("flashmoe_prefix_bytes ")))
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, float, int]:
-        """The text, the seconds to its first token, and the tokens of the prompt that needed no reading."""
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
+        """Return the answer to a conversation."""
         request = {"messages": messages, "stream": True, "max_tokens": max_tokens}
         body = json.dumps({**request, "stream_options": {"include_usage": True}}).encode()
         begin = time.perf_counter()
-        text, first, cached = "", 0.0, 0
+        text, tokens, first, cached = "", 0, 0.0, 0
         with self.post(body) as response:
             assert response.status == 200, response.read()
             for event in events(response):
                 if usage := event.get("usage"):
-                    cached = usage["prompt_tokens_details"]["cached_tokens"]
+                    tokens, cached = usage["completion_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
                 elif content := event["choices"][0]["delta"].get("content"):
                     first = first or time.perf_counter() - begin
                     text += content
-        return text, first, cached
+        return Answer(text, tokens, first, time.perf_counter() - begin, cached)
 
 
 def events(response: http.client.HTTPResponse, pause: float = 0) -> Iterator[dict[str, Any]]:
-    """The JSON of a stream's events, up to its end."""
+    """Yield the JSON of a stream's events.
+
+    Raises:
+        ConnectionError: The stream ended before it was complete.
+    """
     for line in response:
         time.sleep(pause)
         if line.startswith(b"data: ") and line != b"data: [DONE]\n":
@@ -102,12 +128,16 @@ def events(response: http.client.HTTPResponse, pause: float = 0) -> Iterator[dic
             yield event
         elif line.startswith(b"data: "):
             return
-    raise ConnectionError("a stream ended without its mark")
+    raise ConnectionError("a stream ended without [DONE]")
 
 
 @contextmanager
 def serve(*options: str) -> Iterator[tuple[Client, psutil.Process]]:
-    """A server in a process of its own."""
+    """Run a server in a process of its own, and yield a client and the process.
+
+    Raises:
+        RuntimeError: It did not start.
+    """
     command = [sys.executable, "-m", "flashmoe_mlx.server", "--port", "0", "--log-level", "ERROR", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -117,7 +147,7 @@ def serve(*options: str) -> Iterator[tuple[Client, psutil.Process]]:
                 yield Client(int(line.rpartition(":")[2].partition("/")[0])), psutil.Process(process.pid)
                 break
         else:
-            raise RuntimeError("the server did not start")
+            raise RuntimeError("the server did not start: run python -m flashmoe_mlx.server to see why")
     finally:
         process.terminate()
         process.wait(60)
@@ -128,8 +158,8 @@ def question(word: str) -> list[dict[str, str]]:
 
 
 def ask(client: Client, chance: random.Random, expected: dict[str, str], tally: Tally) -> None:
-    """One request, of a kind that chance chooses."""
-    kind = chance.choices(("read", "read slowly", "left", "malformed"), (7, 1, 1, 1))[0]
+    """Send one request, of a random kind."""
+    kind = chance.choices(("read", "read slowly", "abandoned", "malformed"), (7, 1, 1, 1))[0]
     word = chance.choice(WORDS)
     body = json.dumps({"messages": question(word), "stream": True}).encode()
     if kind == "malformed":
@@ -150,20 +180,24 @@ def ask(client: Client, chance: random.Random, expected: dict[str, str], tally: 
                     tally.first_tokens.append(time.perf_counter() - begin)
                 text += content
                 tokens += 1
-                if kind == "left" and tokens == 5:
+                if kind == "abandoned" and tokens == 5:
                     break
-        if not (expected[word].startswith(text) if kind == "left" else text == expected[word]):
+        if not (expected[word].startswith(text) if kind == "abandoned" else text == expected[word]):
             tally.wrong.append(f"{word}: {text}")
         tally.tokens += tokens
         tally.outcomes[kind] += 1
 
 
 def load(clients: int, seconds: float) -> dict[str, Any]:
-    """The figures of a run with many clients."""
+    """Return the figures of a run with many clients."""
     tally = Tally()
     resident: list[int] = []
     with serve("--max-queue", str(clients // 2)) as (client, process):
-        expected = {word: client.answer(question(word), 60)[0] for word in WORDS}
+        answers = {word: client.answer(question(word), 60) for word in WORDS}
+        expected = {word: answer.text for word, answer in answers.items()}
+        # The first one warms up.
+        single = list(answers.values())[1:]
+        predicted = sum(answer.tokens for answer in single) / sum(answer.seconds for answer in single)
         kept_before = client.kept_bytes()
         deadline = time.perf_counter() + seconds
 
@@ -183,7 +217,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
             resident.append(process.memory_info().rss)
             time.sleep(1)
         elapsed = time.perf_counter() - begin
-        assert client.answer(question("heron"), 60)[0] == expected["heron"]
+        assert client.answer(question("heron"), 60).text == expected["heron"]
         kept = client.kept_bytes() - kept_before
     for wrong in tally.wrong[:10]:
         print(f"wrong: {wrong}")
@@ -196,11 +230,13 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
         "wrong": len(tally.wrong),
         "refused_full": sum(count for outcome, count in tally.outcomes.items() if outcome.endswith("429")),
         "refused_malformed": tally.outcomes["malformed: 400"],
-        "left": tally.outcomes["left"],
+        "left": tally.outcomes["abandoned"],
         "read_slowly": tally.outcomes["read slowly"],
         "ttft_p50": round(percentiles[9], 2),
         "ttft_p95": round(percentiles[18], 2),
         "tps": round(tally.tokens / elapsed, 1),
+        "predicted_tps": round(predicted, 1),
+        "measured_over_predicted": round(tally.tokens / elapsed / predicted, 3),
         "first_mb": round(median(resident[:part]) / 1e6, 1),
         "last_mb": round(median(resident[-part:]) / 1e6, 1),
         "more_kept_mb": round(kept / 1e6, 1),
@@ -208,44 +244,58 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
 
 
 def preamble(tokens: int, rounds: int) -> dict[str, Any]:
-    """The figures of questions after a long system message."""
+    """Return the figures of questions after a long system message."""
     system = {"role": "system", "content": "You are a pocket dictionary. " * (tokens // 7)}
-    remembered, forgotten = [], []
-    with serve() as (ours, _), serve("--prompt-cache-bytes", "0") as (other, _):
-        cold = ours.answer([system, *question("otter")], 2)[1]
+    hits, misses, alone = [], [], []
+    with serve() as (cached, _), serve("--prompt-cache-bytes", "0") as (uncached, _):
+        cold = cached.answer([system, *question("otter")], 2).first
         for word in WORDS[:rounds]:
-            text, first, cached = ours.answer([system, *question(word)], 12)
-            assert cached, "nothing was kept"
-            remembered.append(first)
-            again, first, cached = other.answer([system, *question(word)], 12)
-            assert again == text and not cached
-            forgotten.append(first)
+            hit, miss = (client.answer([system, *question(word)], 12) for client in (cached, uncached))
+            if not hit.cached:
+                raise SystemExit(f"a preamble of {tokens} tokens was not cached: ask for a longer one")
+            assert not miss.cached and hit.text == miss.text
+            hits.append(hit.first)
+            misses.append(miss.first)
+            alone.append(uncached.answer(question(word), 2).first)
     return {
         "first_ttft": round(cold, 2),
-        "ttft_with": round(median(remembered), 3),
-        "ttft_without": round(median(forgotten), 2),
-        "ratio": round(median(without / with_ for with_, without in zip(remembered, forgotten, strict=True)), 1),
+        "ttft_with": round(median(hits), 3),
+        "ttft_without": round(median(misses), 2),
+        "ratio": round(median(miss / hit for hit, miss in zip(hits, misses, strict=True)), 1),
+        "predicted_ttft_with": round(median(alone), 3),
+        "measured_over_predicted": round(median(short / hit for hit, short in zip(hits, alone, strict=True)), 3),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, help="how many ask at once")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--preamble", type=int, metavar="TOKENS", help="of the system message, about")
-    parser.add_argument("--rounds", type=int, default=3, help="questions after it")
-    parser.add_argument("--record", action="store_true", help="append the figures to results/server_*.csv")
+    parser.add_argument("--clients", type=int, help="measure load, with that many clients")
+    parser.add_argument("--seconds", type=float, default=60, help="of load (default: %(default)s)")
+    parser.add_argument("--preamble", type=int, metavar="TOKENS", help="measure a system message of about that length")
+    parser.add_argument("--rounds", type=int, default=3, help="questions after it (default: %(default)s)")
+    parser.add_argument(
+        "--record", action="store_true", help="append the figures to results/server_load.csv and server_preamble.csv"
+    )
     args = parser.parse_args()
+    if not args.clients and not args.preamble:
+        parser.error("nothing to measure: give --clients, --preamble or both")
     figures: dict[str, Any] = {}
     if args.clients:
-        figures["load"] = load(args.clients, args.seconds)
-        print(figures["load"])
+        run = figures["load"] = load(args.clients, args.seconds)
+        print(
+            f"load: {run['tps']} tok/s, predicted {run['predicted_tps']}, measured / predicted "
+            f"{run['measured_over_predicted']:.2f}; {run['requests']} requests, {run['wrong']} wrong, "
+            f"{run['ttft_p50']} s to the first token (median)"
+        )
     if args.preamble:
-        figures["preamble"] = {"tokens": args.preamble, **preamble(args.preamble, args.rounds)}
-        print(figures["preamble"])
+        run = figures["preamble"] = {"tokens": args.preamble, **preamble(args.preamble, args.rounds)}
+        print(
+            f"preamble: {run['ttft_with']} s to the first token, predicted {run['predicted_ttft_with']}, measured / "
+            f"predicted {run['measured_over_predicted']:.2f}; {run['ttft_without']} s without the prefix cache"
+        )
     if args.record:
         for name, line in figures.items():
-            record(f"server_{name}", line)
+            record(f"server_{name}", {"model": MODEL, **line})
     print(json.dumps(figures))
 
 

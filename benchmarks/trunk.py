@@ -1,15 +1,18 @@
-"""Where a decoded token's time goes in the layers of Qwen3.5, with mlx-lm's code and in few launches.
+"""Time per layer of a decoded token in the trunk of Qwen3.5, with mlx-lm's code and with fused decoder layers.
 
     python -m benchmarks.trunk
-    python -m benchmarks.trunk --dims small          # on a CPU, where it only shows that it runs
-    python -m benchmarks.trunk --twins route combine # without these kernels: what each of them brings
-    python -m benchmarks.trunk --streamed            # a whole model, its experts streamed and all of them hits
+    python -m benchmarks.trunk --dims small                 # on a CPU
+    python -m benchmarks.trunk --references route combine   # without these kernels: the gain of each
+    python -m benchmarks.trunk --streamed                   # a whole model that streams, every expert a hit
 
 Random layers of the 397B model's size with 64 experts each decode token after token, as generation does: the host is
 one token ahead. The ways take turns, and figures are medians. Each is timed without and with a read-back of the
 router's choice in every layer, which streaming needs: mlx-lm's layers read it before they call their experts, ours
-are those that stream, with every expert in a slot. What counts as a launch is an operation of the graph that is no
-view; experts are not counted. With more than 1,024 positions MLX's attention launches twice. The last line is JSON.
+are those that stream, with every expert in a slot. A launch is an operation of the graph that is not a view; experts
+are not counted. With more than 1,024 positions MLX's attention launches twice.
+
+What is predicted is the time of a layer's bytes at the rate of a copy, and ``measured_over_predicted`` is the ratio of
+speeds. The last line is JSON.
 """
 
 import argparse
@@ -19,7 +22,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,21 +35,25 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-import flashmoe_mlx
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.decode import seconds_per_token
 from benchmarks.exact import load_resident
 from benchmarks.kernels import copy_bandwidth
+from benchmarks.models import load_all_hits
 from benchmarks.record import record
-from flashmoe_mlx.checkpoint.expert_table import ExpertPart, ExpertTable
-from flashmoe_mlx.checkpoint.span import Span
-from flashmoe_mlx.layers.fence import Fence
-from flashmoe_mlx.layers.qwen3_next import swap_trunk
-from flashmoe_mlx.layers.readback import Mailbox
+from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.checkpoint.folder import Checkpoint
+from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
+from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.router_sync import RouterSync
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU
-from flashmoe_mlx.model import budget
-from flashmoe_mlx.ops import gated_delta as trunk_ops
-from flashmoe_mlx.ops import products as ops
+from flashmoe_mlx.model.families import find_experts
+from flashmoe_mlx.ops.attention import decode_attention, norm_rope
+from flashmoe_mlx.ops.dispatch import Backend, Operation, choose_backend
+from flashmoe_mlx.ops.gated_delta import gated_delta
+from flashmoe_mlx.ops.norm import add_norm, combine
+from flashmoe_mlx.ops.products import linear
+from flashmoe_mlx.ops.routing import route, router_and_shared
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
 from flashmoe_mlx.streaming.pool import Pool
@@ -82,11 +90,22 @@ DIMS = {
     },
 }
 ROPE = {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "rope_type": "default"}
-KINDS = {"GatedDeltaNet": 0, "attention": 3}  # the first layer of each
-UNTIMED = 8  # tokens before each turn's
+# The first layer of each kind.
+KINDS = {"GatedDeltaNet": 0, "attention": 3}
+# Tokens before those of a turn.
+UNTIMED = 8
 
 VIEWS = {"Slice", "Reshape", "Transpose", "ExpandDims", "Squeeze", "Broadcast", "Split", "Flatten", "Unflatten"}
-VIEWS |= {"View", "StopGradient", "Contiguous"}  # the last copies nothing here
+# The last copies nothing here.
+VIEWS |= {"View", "StopGradient", "Contiguous"}
+
+OPERATIONS: dict[str, Operation[..., Any]] = {
+    operation.__name__: operation
+    for operation in (
+        *(linear, router_and_shared, route, add_norm, combine),
+        *(gated_delta, norm_rope, decode_attention),
+    )
+}
 
 
 class ReadBack(nn.Module):
@@ -98,8 +117,8 @@ class ReadBack(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         indices.tolist()
-        y = self.switch(x, indices)
-        mx.async_eval(y)
+        y: mx.array = self.switch(x, indices)
+        mx.async_eval(y)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -111,13 +130,14 @@ class NoExperts(nn.Module):
 
 
 def random_layer(args: qwen3_5.TextModelArgs, index: int, dtype: mx.Dtype) -> nn.Module:
-    """A decoder layer in 4 bits, its router in 8."""
+    """Return a decoder layer in 4 bits, its router in 8."""
     layer = qwen3_5.DecoderLayer(args, index)
     if layer.is_linear:
         a_log = layer.linear_attn.A_log
     layer.set_dtype(dtype)
     if layer.is_linear:
-        layer.linear_attn.A_log = a_log  # stays in float32
+        # It stays in float32.
+        layer.linear_attn.A_log = a_log
 
     def bits(path: str, module: nn.Module) -> bool | dict[str, int]:
         router = path in ("mlp.gate", "mlp.shared_expert_gate")
@@ -137,51 +157,51 @@ class Stack(nn.Module):
         self.layers = layers
 
 
-def ways(theirs: list[nn.Module]) -> dict[str, list[nn.Module]]:
-    """The same layers as mlx-lm computes them, and in few launches; they share their arrays."""
+def ways(theirs: list[nn.Module], backend: Backend) -> dict[str, list[nn.Module]]:
+    """Return the layers as mlx-lm computes them, and fused. They share their arrays."""
     ours = [copy.deepcopy(layer) for layer in theirs]
     for layer in ours:
-        layer.mlp.switch_mlp = ResidentSwitchGLU(layer.mlp.switch_mlp)
-    if swap_trunk(Stack(ours)) != len(ours):
-        raise SystemExit("a layer was not swapped: there is nothing to compare")
+        layer.mlp.switch_mlp = ResidentSwitchGLU(layer.mlp.switch_mlp, backend)
+    if fuse_decoder_layers(Stack(ours), backend) != len(ours):
+        raise SystemExit("a layer was not fused, so there is nothing to compare: choose a backend with kernels")
     for their, our in zip(theirs, ours, strict=True):
         for name in ("linear_attn", "self_attn"):
             if name in their:
                 their[name].update(our[name].parameters())
-    return {"mlx-lm": theirs, "few launches": ours}
+    return {"mlx-lm": theirs, "fused": ours}
 
 
-def read_back(both: dict[str, list[nn.Module]], folder: Path) -> dict[str, list[nn.Module]]:
-    """Switch layers for both ways whose experts the host has to know."""
-    counters = Counters()
-    fence = Fence(counters, Mailbox() if needs_pinned_memory() else None)
+def read_back(both: dict[str, list[nn.Module]], folder: Path, backend: Backend) -> dict[str, list[nn.Module]]:
+    """Return switch layers for both ways that read the router's choice back to the host."""
+    switches = [layer.mlp.switch_mlp for layer in both["mlx-lm"]]
     return {
-        "mlx-lm": [ReadBack(layer.mlp.switch_mlp) for layer in both["mlx-lm"]],
-        "few launches": [
-            streamed_switch(layer.mlp.switch_mlp.switch, folder / str(number), fence, counters)
-            for number, layer in enumerate(both["few launches"])
-        ],
+        "mlx-lm": [ReadBack(switch) for switch in switches],
+        "fused": streamed_switches(both["mlx-lm"], folder, backend),
     }
 
 
-def streamed_switch(switch: nn.Module, file: Path, fence: Fence, counters: Counters) -> StreamedSwitchGLU:
-    """A switch layer that streams the same experts from a file, and has them all in slots."""
-    parts, columns = [], []
-    with file.open("wb") as written:
-        for name, array in tree_flatten(switch.parameters()):
-            begin, size = written.tell(), array.nbytes // len(array)
-            written.write(memoryview(array.view(mx.uint8)))
-            parts.append(ExpertPart(name, array.shape[1:], array.dtype, array.dtype))
-            columns.append([Span(str(file), begin + expert * size, size) for expert in range(len(array))])
-    table = ExpertTable(str(file), tuple(parts), list(zip(*columns, strict=True)))
-    pinned = PinnedBuffers(table.slot_nbytes, 10) if needs_pinned_memory() else None
-    pool = Pool(table.experts, table, Reader([str(file)], 8, counters), counters, pinned)
-    pool.load(table, range(table.experts))
-    return StreamedSwitchGLU(copy.deepcopy(switch), table, pool, fence)
+def streamed_switches(layers: list[nn.Module], folder: Path, backend: Backend) -> list[nn.Module]:
+    """Write the experts of layers to a checkpoint, and return switch layers that stream them, all of them in slots."""
+    stack = Stack(layers)
+    experts = {name: array for name, array in tree_flatten(stack.parameters()) if "switch_mlp" in name}
+    mx.save_safetensors(str(folder / "model.safetensors"), experts)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe"}))
+    checkpoint, counters = Checkpoint(folder), Counters()
+    switches, tables = find_experts(stack, checkpoint, backend)
+    reader = Reader(checkpoint.files, 8, counters)
+    pinned = PinnedBuffers(tables[0].expert_nbytes, 10) if needs_pinned_memory() else None
+    sync = RouterSync(counters, PinnedReadback() if needs_pinned_memory() else None)
+
+    def streamed_switch(table: ExpertTable) -> StreamedSwitchGLU:
+        pool = Pool(table.experts, table, reader, counters, pinned)
+        pool.load(table, range(table.experts))
+        return StreamedSwitchGLU(copy.deepcopy(switches[table.layer]), table, pool, sync, backend)
+
+    return [streamed_switch(table) for table in tables]
 
 
 def cache_of(layer: nn.Module, context: int, dtype: mx.Dtype) -> ArraysCache | KVCache:
-    """What a layer remembers of a context, at random."""
+    """Return a random state of a layer after a context of that many tokens."""
     if layer.is_linear:
         mixer, cache = layer.linear_attn, ArraysCache(2)
         cache[0] = mx.random.normal((1, mixer.conv_kernel_size - 1, mixer.conv_dim)).astype(dtype)
@@ -201,14 +221,14 @@ def forward(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array) -> 
 
 
 def seconds_per_layer(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array, tokens: int) -> float:
-    """Decode; the first tokens, for which MLX has other memory at hand than it will reuse, are not timed."""
+    """Decode, and return seconds per token and layer; the first tokens, which allocate MLX's buffers, do not count."""
     for _ in range(UNTIMED):
         x = forward(layers, caches, x)
         mx.eval(x)
     begin = time.perf_counter()
     for _ in range(tokens):
         following = forward(layers, caches, x)
-        mx.async_eval(following)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
         mx.eval(x)
         x = following
     mx.eval(x)
@@ -216,7 +236,7 @@ def seconds_per_layer(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.
 
 
 def host_seconds(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array) -> float:
-    """What Python needs for a layer until its graph is built."""
+    """Return the seconds in which Python builds the graph of a layer."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -227,9 +247,10 @@ def host_seconds(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array
 
 
 def launches(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array) -> int:
-    """Operations of a layer's graph that are no views, without its experts."""
+    """Return the number of operations in a layer's graph that are not views, without its experts."""
+    # A layer's input comes from another layer.
     x = layers[0](x, None, caches[0])
-    mx.eval(x)  # a layer's input comes from another layer
+    mx.eval(x)
     layer, cache = layers[1], caches[1]
     switch, layer.mlp.switch_mlp = layer.mlp.switch_mlp, NoExperts()
     y = layer(x, None, cache)
@@ -241,12 +262,14 @@ def launches(layers: Sequence[nn.Module], caches: Sequence[Any], x: mx.array) ->
 
 
 def layer_nbytes(layer: nn.Module, cache: Any) -> int:
-    """Bytes that a token moves: the trunk, its experts, and what the layer remembers."""
+    """Return the bytes that a token moves: the trunk, its experts, and the layer's state."""
     switch = sum(array.nbytes for _, array in tree_flatten(layer.mlp.switch_mlp.parameters()))
     trunk = sum(array.nbytes for _, array in tree_flatten(layer.parameters())) - switch
     read = cache.cache if isinstance(cache, ArraysCache) else cache.keys_and_values()
-    state = sum(part.nbytes for part in read) * (2 if layer.is_linear else 1)  # a GatedDeltaNet's is written, too
-    return trunk + switch * layer.mlp.top_k // layer.mlp.num_experts + state
+    # That of a GatedDeltaNet is written, too.
+    state = sum(part.nbytes for part in read) * (2 if layer.is_linear else 1)
+    nbytes: int = trunk + switch * layer.mlp.top_k // layer.mlp.num_experts + state
+    return nbytes
 
 
 def measure(
@@ -256,10 +279,14 @@ def measure(
     context: int,
     args: argparse.Namespace,
     dtype: mx.Dtype,
+    bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """The figures of each way for one kind of layer at one context."""
+    """Return the figures of each way for one kind of layer at one context."""
     x = mx.random.normal((1, 1, both["mlx-lm"][0].input_layernorm.weight.size)).astype(dtype)
-    fresh = lambda layers: [cache_of(layer, max(1, context - args.tokens - UNTIMED), dtype) for layer in layers]  # noqa: E731
+
+    def fresh(layers: Sequence[nn.Module]) -> list[Any]:
+        return [cache_of(layer, max(1, context - args.tokens - UNTIMED), dtype) for layer in layers]
+
     times: dict[str, list[list[float]]] = {way: [] for way in both}
     for turn in range(args.turns + 1):
         for way, layers in both.items():
@@ -270,18 +297,20 @@ def measure(
             figures.append(seconds_per_layer(layers, fresh(layers), x, args.tokens))
             for layer, switch in zip(layers, switches, strict=True):
                 layer.mlp.switch_mlp = switch
-            if turn:  # the first warms up
+            # The first turn warms up.
+            if turn:
                 times[way].append(figures)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for way, layers in both.items():
+        nbytes = layer_nbytes(layers[0], fresh(layers[:1])[0])
         alone, read_back = (median(each) for each in zip(*times[way], strict=True))
         line = {
             "kind": kind,
             "context": context,
             "way": way,
-            "without": " ".join(args.twins),
+            "without": " ".join(args.references),
             "launches": launches(layers, fresh(layers[:2]), x),
-            "mb": round(layer_nbytes(layers[0], fresh(layers[:1])[0]) / 1e6, 1),
+            "mb": round(nbytes / 1e6, 1),
             "host_us": round(1e6 * host_seconds(layers, fresh(layers), x), 1),
             "us": round(1e6 * alone, 1),
             "read_back_us": round(1e6 * read_back, 1),
@@ -290,11 +319,14 @@ def measure(
         line |= {
             "ratio": round(line["us"] / theirs["us"], 3),
             "read_back_ratio": round(line["read_back_us"] / theirs["read_back_us"], 3),
+            "predicted_us": round(1e6 * nbytes / bandwidth, 1),
+            "measured_over_predicted": round(nbytes / bandwidth / alone, 3),
         }
         lines.append(line)
         print(
             f"{kind}, context {context}, {way}: {line['launches']} launches, {line['host_us']} us to build the graph, "
-            f"{line['us']} us a layer ({line['ratio']} of mlx-lm's), {line['read_back_us']} with read-back "
+            f"{line['us']} us a layer ({line['ratio']} of mlx-lm's), predicted {line['predicted_us']}, measured / "
+            f"predicted speed {line['measured_over_predicted']:.2f}; {line['read_back_us']} us with read-back "
             f"({line['read_back_ratio']})",
             flush=True,
         )
@@ -302,16 +334,16 @@ def measure(
 
 
 def difference(both: dict[str, list[nn.Module]], context: int, dtype: mx.Dtype) -> float:
-    """How far the outputs of the two ways lie apart after one layer, relative to their size."""
+    """Return the distance of the two ways' outputs after one layer, relative to their size."""
     layers = [layers[0] for layers in both.values()]
     cache = cache_of(layers[0], context, dtype)
     x = mx.random.normal((1, 1, layers[0].input_layernorm.weight.size)).astype(dtype)
     theirs, ours = (layer(x, None, copy.deepcopy(cache)).astype(mx.float32) - x for layer in layers)
-    return (mx.linalg.norm(theirs - ours) / mx.linalg.norm(theirs)).item()
+    return float(mx.linalg.norm(theirs - ours) / mx.linalg.norm(theirs))
 
 
 def streamed(dims: dict[str, int], turns: int, layers: int, dtype: mx.Dtype) -> dict[str, Any]:
-    """Tokens a second of a whole model of both kinds of layers: mlx-lm's in memory, ours streamed with hits only."""
+    """Return the figures of a whole model: mlx-lm's in memory, and ours, which streams with every expert a hit."""
     text = dims | {"model_type": "qwen3_5_moe_text", "num_hidden_layers": layers, "vocab_size": 2048}
     text |= {"rope_parameters": ROPE, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
     config = {"model_type": "qwen3_5_moe", "text_config": text, "vocab_size": 2048}
@@ -320,16 +352,16 @@ def streamed(dims: dict[str, int], turns: int, layers: int, dtype: mx.Dtype) -> 
         write_checkpoint(Path(name), config, quantization={"group_size": 64, "bits": 4}, dtype=dtype)
         print("checkpoint written", flush=True)
         resident = load_resident(name)
-        with mock.patch.object(budget.Share, "all_resident", False):  # a slot for every expert, and the router asked
-            ours, _ = flashmoe_mlx.load(name, ram_budget=_all_experts(name))
-        ways = [seconds_per_token(model, prompt, 16, lambda: None) for model in (resident, ours)]
-        for _ in range(4):
-            [next(way) for way in ways]  # warm up, and bring all experts
+        ours = load_all_hits(name)
+        models = [seconds_per_token(model, prompt, 16, lambda: None) for model in (resident, ours)]
+        # Warm up.
+        for model in models * 2:
+            next(model)
         counters = ours.streaming.counters
         misses = counters.misses
         pairs = []
         for turn in range(turns):
-            pairs.append([next(way) for way in ways])
+            pairs.append([next(model) for model in models])
             print(f"turn {turn}: {[round(1e3 * s / layers, 3) for s in pairs[-1]]} ms a layer", flush=True)
         misses = counters.misses - misses
     theirs, our = (median(each) for each in zip(*pairs, strict=True))
@@ -342,56 +374,75 @@ def streamed(dims: dict[str, int], turns: int, layers: int, dtype: mx.Dtype) -> 
     }
 
 
-def _all_experts(folder: str) -> int:
-    return flashmoe_mlx.load(folder, lazy=True)[0].streaming.experts_nbytes
+@contextmanager
+def references(names: Sequence[str]) -> Iterator[None]:
+    """Let operations run as references, without their kernels, in layers that are made meanwhile."""
+    left_out = [OPERATIONS[name] for name in names]
+    on = Operation.on
+
+    def chosen(operation: Operation[..., Any], backend: Backend) -> Callable[..., Any]:
+        return operation.reference if operation in left_out else on(operation, backend)
+
+    with mock.patch.object(Operation, "on", chosen):
+        yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", choices=DIMS, default="397b")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 4096, 32768])
-    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
-    parser.add_argument("--tokens", type=int, default=64, help="a turn's")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--twins", nargs="+", default=[], help="kernels to leave out", metavar="KERNEL")
-    parser.add_argument("--streamed", action="store_true", help="decode a whole model, its experts streamed")
-    parser.add_argument("--record", action="store_true", help="append the figures to results/trunk.csv")
+    parser.add_argument("--dims", choices=DIMS, default="397b", help="sizes of the layers (default: 397b)")
+    parser.add_argument("--layers", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[128, 4096, 32768], help="positions (default: 128 4096 32768)"
+    )
+    parser.add_argument(
+        "--kinds", choices=KINDS, nargs="+", default=list(KINDS), help="kinds of layers (default: both)"
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="turns of each way (default: %(default)s)")
+    parser.add_argument(
+        "--references", nargs="+", default=[], choices=OPERATIONS, metavar="OPERATION", help="run these without kernels"
+    )
+    parser.add_argument("--streamed", action="store_true", help="decode a whole model that streams")
+    parser.add_argument(
+        "--record", action="store_true", help="append the figures to results/trunk.csv or trunk_streamed.csv"
+    )
     args = parser.parse_args()
     mx.random.seed(0)
-    on_gpu = mx.default_device().type == mx.gpu
-    dtype = mx.bfloat16 if on_gpu else mx.float32
-    for name in args.twins:
-        module = trunk_ops if hasattr(trunk_ops, f"{name}_twin") else ops
-        setattr(module, name, getattr(module, f"{name}_twin"))
-    if args.streamed:
-        figures = streamed(DIMS[args.dims], args.turns, args.layers, dtype)
-        if args.record:
-            record("trunk_streamed", {"dims": args.dims} | figures)
-        print(json.dumps(figures))
-        return
+    dtype = mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
+    with references(args.references):
+        if args.streamed:
+            figures = streamed(DIMS[args.dims], args.turns, args.layers, dtype)
+            if args.record:
+                record("trunk_streamed", {"dims": args.dims} | figures)
+            print(json.dumps(figures))
+            return
+        compare(args, dtype)
 
-    rate = copy_bandwidth(2**26)
-    print(f"copy: {rate / 1e12:.2f} TB/s", flush=True)
+
+def compare(args: argparse.Namespace, dtype: mx.Dtype) -> None:
+    """Measure, print and record single layers."""
+    backend, bandwidth = choose_backend(), copy_bandwidth(2**26)
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
     text = DIMS[args.dims] | {"rope_parameters": ROPE, "rms_norm_eps": 1e-6}
     lines: list[dict[str, Any]] = []
     for kind in args.kinds:
         model_args = qwen3_5.TextModelArgs.from_dict(text)
         begin = time.perf_counter()
-        both = ways([random_layer(model_args, KINDS[kind], dtype) for _ in range(args.layers)])
+        both = ways([random_layer(model_args, KINDS[kind], dtype) for _ in range(args.layers)], backend)
         print(f"{kind}: {args.layers} layers in {time.perf_counter() - begin:.1f} s", flush=True)
         print(f"{kind}: outputs differ by {difference(both, 128, dtype):.1e}", flush=True)
         with tempfile.TemporaryDirectory() as name:
-            asking = read_back(both, Path(name))
+            asking = read_back(both, Path(name), backend)
         print(f"{kind}: experts in slots after {time.perf_counter() - begin:.1f} s", flush=True)
-        for context in args.contexts if kind == "attention" else args.contexts[:1]:  # a state is as large as ever
-            lines += measure(kind, both, asking, context, args, dtype)
+        # The state of a GatedDeltaNet has one size.
+        for context in args.contexts if kind == "attention" else args.contexts[:1]:
+            lines += measure(kind, both, asking, context, args, dtype, bandwidth)
         del both, asking
         mx.clear_cache()
     if args.record:
         for line in lines:
-            record("trunk", {"dims": args.dims} | line | {"copy_tb_per_s": round(rate / 1e12, 3)})
-    print(json.dumps({"copy_tb_per_s": round(rate / 1e12, 3), "lines": lines}))
+            record("trunk", {"dims": args.dims} | line | {"copy_tb_per_s": round(bandwidth / 1e12, 3)})
+    print(json.dumps({"copy_tb_per_s": round(bandwidth / 1e12, 3), "lines": lines}))
 
 
 if __name__ == "__main__":

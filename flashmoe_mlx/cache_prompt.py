@@ -17,7 +17,6 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_parser
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
@@ -25,7 +24,13 @@ from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
-from flashmoe_mlx.generation.prompt_cache import cache_path, cache_settings, save_prompt_cache
+from flashmoe_mlx.generation.kv_cache import check_quantization, make_kv_cache, refuse_context
+from flashmoe_mlx.generation.prompt_cache import (
+    cache_path,
+    cache_settings,
+    checkpoint_identity,
+    save_prompt_cache,
+)
 from flashmoe_mlx.system.text import read_stdin
 
 EPILOG = """examples:
@@ -55,25 +60,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer_config = {"trust_remote_code": args.trust_remote_code}
     if args.eos_token is not None:
         tokenizer_config["eos_token"] = args.eos_token
+    # Taken before the weights are read, so that a later change is noticed.
+    identity = checkpoint_identity(args.model, args.trust_remote_code)
     model, tokenizer = streamed_load(args, config)(args.model, tokenizer_config=tokenizer_config)
+    cache = make_kv_cache(model, args.max_kv_size)
+    check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
     tokens = _encode(read_stdin() if args.prompt == "-" else args.prompt, tokenizer)
-    model.streaming.refuse_context(min(len(tokens), args.max_kv_size or len(tokens)), args.kv_bits, args.kv_group_size)
-    cache = make_prompt_cache(model, args.max_kv_size)
+    step_size = args.prefill_step_size or model.streaming.prefill_step_size
+    kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    refuse_context(model, len(tokens), step_size, max_kv_size=args.max_kv_size, **kv_cache)
     for _ in generate_step(
         mx.array(tokens),
         model,
         max_tokens=0,
         prompt_cache=cache,
-        prefill_step_size=args.prefill_step_size or model.streaming.prefill_step_size,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
+        prefill_step_size=step_size,
+        **kv_cache,
         prompt_progress_callback=PromptProgress(),
     ):
         pass
     print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
     print("Saving...")
-    metadata = {"model": _absolute(args.model), "tokenizer_config": json.dumps(tokenizer_config)}
+    metadata = {
+        "model": _absolute(args.model),
+        "tokenizer_config": json.dumps(tokenizer_config),
+        "checkpoint": identity,
+    }
     save_prompt_cache(path, cache, metadata | cache_settings(model, args.adapter_path))
     finish(model.streaming, config)
 

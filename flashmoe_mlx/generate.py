@@ -20,7 +20,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from mlx_lm.generate import setup_arg_parser as mlx_lm_parser
-from mlx_lm.models.cache import QuantizedKVCache, can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.processors import load_processor
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -31,6 +31,13 @@ from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
+from flashmoe_mlx.generation.kv_cache import (
+    RotatingKVCache,
+    can_roll_back,
+    check_quantization,
+    make_kv_cache,
+    refuse_context,
+)
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
 from flashmoe_mlx.model.budget import refuse_excess
 from flashmoe_mlx.model.load import load_lazily
@@ -83,12 +90,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if restored is not None:
         restored.refuse_other_model(model, args.adapter_path)
+    check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
+    cache = make_kv_cache(model, args.max_kv_size) if restored is None else restored.cache
+    draft_model = None
+    if args.draft_model is not None:
+        draft_model = _draft_model(args, tokenizer)
+        cache += _draft_cache(args, cache, draft_model)
     for token in args.extra_eos_token:
         _add_eos_token(tokenizer, token)
     text, is_chat = _render_prompt(args, tokenizer, restored is not None)
     tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
-    total = len(tokens) + max(0, args.max_tokens)
-    model.streaming.refuse_context(min(total, args.max_kv_size or total), args.kv_bits, args.kv_group_size)
+    step_size = args.prefill_step_size or model.streaming.prefill_step_size
+    kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    total = len(tokens) + max(0, args.max_tokens) + (0 if restored is None else restored.tokens)
+    refuse_context(model, total, step_size, max_kv_size=args.max_kv_size, **kv_cache)
     say = mlx_lm.generate if args.verbose else _generate_silently
     say(
         model,
@@ -97,13 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         verbose=args.verbose,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size or model.streaming.prefill_step_size,
-        prompt_cache=None if restored is None else restored.cache,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
-        draft_model=None if args.draft_model is None else _draft_model(args, model, tokenizer),
+        prefill_step_size=step_size,
+        prompt_cache=cache,
+        **kv_cache,
+        draft_model=draft_model,
         num_draft_tokens=args.num_draft_tokens,
         input_embeddings=embeddings,
         prompt_progress_callback=PromptProgress(),
@@ -115,8 +127,14 @@ def _apply_restored(args: argparse.Namespace, restored: RestoredPrompt) -> None:
     """Take the model from a prompt cache, and refuse flags that do not go with it."""
     own = restored.metadata["model"]
     args.model = own if args.model is None else restored.same_model(args.model)
+    restored.refuse_changed_checkpoint(args.model, args.trust_remote_code)
     if args.draft_model is not None:
         raise ValueError(f"{restored.path} holds no state of a draft model: leave out --draft-model")
+    sizes = {cache.max_size for cache in restored.cache if isinstance(cache, RotatingKVCache) and cache.keep}
+    if args.max_kv_size is not None and args.max_kv_size not in sizes:
+        made = f"--max-kv-size {sizes.pop()}" if sizes else "no --max-kv-size"
+        raise ValueError(f"{restored.path} was made with {made}, and now it is {args.max_kv_size}: leave it out")
+    args.max_kv_size = next(iter(sizes), None)
     for cache in restored.cache:
         if isinstance(cache, QuantizedKVCache):
             for flag, given, stored in (
@@ -214,7 +232,7 @@ def _read_images(files: Sequence[str]) -> list[np.ndarray]:
     return [np.asarray(image.open(file).convert("RGB")) for file in files]
 
 
-def _draft_model(args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper) -> nn.Module:
+def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> nn.Module:
     """Load the draft model in memory, since it is small and rarely a Mixture of Experts."""
     checkpoint = Checkpoint(find_folder(args.draft_model))
     refuse_excess(sum(tensor.span.nbytes for tensor in checkpoint.tensors.values()), 0)
@@ -225,9 +243,6 @@ def _draft_model(args: argparse.Namespace, model: nn.Module, tokenizer: Tokenize
             "model must have the same tokenizer"
         )
     draft, _ = load_lazily(checkpoint, {}, trust_remote_code=False)
-    for name, each in ((args.model, model), (args.draft_model, draft)):
-        if not can_trim_prompt_cache(make_prompt_cache(each)):
-            raise ValueError(f"{name} cannot take back tokens that a draft model got wrong: leave out --draft-model")
     mx.eval(draft.parameters())
     return draft
 
@@ -237,6 +252,20 @@ def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
     if not known:
         raise ValueError(f"--extra-eos-token is {token!r}, which is not a token of this model: give its text or number")
     tokenizer.add_eos_token(token)
+
+
+def _draft_cache(args: argparse.Namespace, cache: Sequence[Any], draft_model: nn.Module) -> list[Any]:
+    """Return the cache of a draft model, if rejected tokens can be removed from both caches."""
+    if args.max_kv_size is not None:
+        raise ValueError("a draft model needs a KV cache without a limit: leave out --max-kv-size or --draft-model")
+    draft_cache = make_kv_cache(draft_model)
+    for name, each in ((args.model, cache), (args.draft_model, draft_cache)):
+        if not can_roll_back(each):
+            raise ValueError(
+                f"{name} has a state that tokens cannot be removed from, such as a sliding window: leave out "
+                "--draft-model"
+            )
+    return draft_cache
 
 
 def _sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:

@@ -15,9 +15,9 @@ from flashmoe_mlx.cli.run import finish, streamed_load
 from flashmoe_mlx.cli.terminal import end_line, note, write
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.generation.conversation import Conversation
+from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
-from flashmoe_mlx.generation.prompt import Message
 from flashmoe_mlx.generation.python_tools import PythonTools
 from flashmoe_mlx.system.text import stdin_lines
 

@@ -9,9 +9,10 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 
 from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
+from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator, Sampler
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
-from flashmoe_mlx.generation.prompt import Message, Prompt, check_chat
+from flashmoe_mlx.generation.prompt import Prompt, check_chat
 
 
 class Conversation:
@@ -83,9 +84,7 @@ class Conversation:
         prompt = Prompt.from_messages(self.messages, self._tokenizer, self._tools, self._template_options)
         self._generator.refuse_context(len(prompt.tokens) + max_tokens)
         began = time.perf_counter()
-        context = self._generator.prefill(
-            prompt.tokens, {prompt.thought_start or len(prompt.tokens) - 1: "user"}, progress=progress
-        )
+        context = self._generator.prefill(prompt.tokens, {prompt.answer_start: "user"}, progress=progress)
         computed, seconds = len(prompt.tokens) - context.cached_tokens, 0.0
         parser = OutputParser(self._tokenizer, in_thought=prompt.in_thought, tools=readable(self._tools))
         whole = Delta()

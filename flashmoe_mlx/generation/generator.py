@@ -13,10 +13,10 @@ from mlx_lm.generate import (
     stream_generate,
     wired_limit,
 )
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor
+from flashmoe_mlx.generation.kv_cache import make_kv_cache, refuse_context
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
 
 Sampler = Callable[[mx.array], mx.array]
@@ -48,12 +48,15 @@ class Generator:
         prefill_step_size (int, optional): Tokens in a prefill chunk. Default: as the model suggests.
         kv_cache (dict, optional): mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``. Default: the KV
             cache is not quantized.
-        max_kv_size (int, optional): Size of a rotating KV cache, in tokens. Default: the KV cache keeps all tokens.
+        max_kv_size (int, optional): Tokens that layers of full attention keep, see :func:`make_kv_cache`. Default: all.
 
     Attributes:
         model (nn.Module): The model.
         tokenizer (TokenizerWrapper): The tokenizer.
         prefixes (PrefixCache): States to continue from.
+
+    Raises:
+        ValueError: The model's KV cache cannot be limited to ``max_kv_size``.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Generator:
         self._step_size: int = prefill_step_size or model.streaming.prefill_step_size
         self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
         self._max_kv_size = max_kv_size
+        # Refused now rather than in the first answer.
+        make_kv_cache(model, max_kv_size)
 
     def refuse_context(self, tokens: int) -> None:
         """Refuse a context whose KV cache would not fit in memory.
@@ -79,8 +84,7 @@ class Generator:
         Raises:
             MemoryError: It does not fit.
         """
-        kept = min(tokens, self._max_kv_size or tokens)
-        self.model.streaming.refuse_context(kept, self._kv_cache["kv_bits"], self._kv_cache["kv_group_size"])
+        refuse_context(self.model, tokens, self._step_size, max_kv_size=self._max_kv_size, **self._kv_cache)
 
     def prefill(
         self,
@@ -104,7 +108,7 @@ class Generator:
         """
         end = len(tokens) - 1
         cache, cached = self.prefixes.nearest(tokens[:end])
-        cache = cache or make_prompt_cache(self.model, self._max_kv_size)
+        cache = cache or make_kv_cache(self.model, self._max_kv_size)
         keep = {length: kind for length, kind in keep.items() if self.prefixes.needs_prefix(cache, kind)}
         position = cached
         # As mlx-lm does it, on the stream that it decodes on.

@@ -5,8 +5,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mlx_lm.models.cache import ChunkedKVCache, LRUPromptCache, RotatingKVCache
+from mlx_lm.models.cache import LRUPromptCache
 
+from flashmoe_mlx.generation.kv_cache import can_roll_back
 from flashmoe_mlx.generation.prefix_store import PrefixStore
 
 Kind = Literal["system", "user", "assistant"]
@@ -60,7 +61,7 @@ class PrefixCache:
 
         A state that can be trimmed also serves every prefix of its tokens, but only in memory.
         """
-        return not _is_trimmable(cache) or (kind == "system" and self._store is not None)
+        return not can_roll_back(cache) or (kind == "system" and self._store is not None)
 
     def keep_prefix(self, tokens: Sequence[int], cache: list[Any], kind: Kind) -> None:
         """Keep a copy of the state after a prefix of a prompt; that of a preamble on disk, too.
@@ -86,11 +87,3 @@ class PrefixCache:
             cache (list): The state.
         """
         self._memory.insert_cache(None, list(tokens), cache)
-
-
-def _is_trimmable(cache: list[Any]) -> bool:
-    """Say whether a state can be trimmed to any prefix, now and when it has seen more tokens."""
-    layers = [each for layer in cache for each in getattr(layer, "caches", (layer,))]
-    # A sliding window forgets its first tokens once it is full.
-    windows = (RotatingKVCache, ChunkedKVCache)
-    return all(layer.is_trimmable() and not isinstance(layer, windows) for layer in layers)

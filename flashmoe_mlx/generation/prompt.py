@@ -1,18 +1,18 @@
 """Prompts: messages or text, as tokens."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, Self
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Message = dict[str, Any]
-"""A message as chat templates take it: ``role``, ``content``, and e.g. ``tool_calls``."""
+from flashmoe_mlx.generation.fitted_messages import Message, fit_messages
 
-# Tokens: the longest start of an answer that a template may write.
-_MAX_ANSWER_START = 16
+NEW_ANSWER = "the last message is the assistant's, and a new answer begins: set continue_final_message to continue it"
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,20 @@ class Prompt:
 
     Args:
         tokens (list[int]): All of it.
-        in_thought (bool): The answer begins inside a thought, which the template has opened.
+        in_thought (bool): The answer begins inside a thought, which the template or a continued message has opened.
         preamble (int): Length of the prefix with system message and tools, which other conversations may share; 0 if
             there are none.
-        thought_start (int): Length of the prefix before the marker with which the template starts a thought, open or
-            empty; 0 if there is none. Later prompts share that prefix, but most templates drop the thought from them.
+        answer_start (int): Length of the prefix that the next prompt of the conversation shares: up to the marker with
+            which the template starts a thought, open or empty, because most templates drop it later, or else all but
+            the last token. 0 if there is no conversation.
+        notes (tuple[str, ...]): What was changed in the messages so that the template takes them, for people.
     """
 
     tokens: list[int]
     in_thought: bool = False
     preamble: int = 0
-    thought_start: int = 0
+    answer_start: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_messages(
@@ -40,47 +43,71 @@ class Prompt:
         tokenizer: TokenizerWrapper,
         tools: Sequence[Mapping[str, Any]] = (),
         template_options: Mapping[str, Any] | None = None,
+        *,
+        continue_final_message: bool = False,
     ) -> Self:
-        """Render a conversation with the model's chat template.
+        """Render a conversation with the model's chat template, after :func:`fit_messages`.
+
+        A last message of the assistant is complete unless ``continue_final_message`` is true, as in mlx-lm and
+        transformers: a new answer follows it, and a note says so. Notes are logged, each once.
 
         Args:
             messages (Sequence[dict]): The conversation.
             tokenizer (TokenizerWrapper): mlx-lm's tokenizer of the model.
             tools (Sequence[dict]): Functions that the model may call, in OpenAI's form.
             template_options (dict, optional): Variables of the template, e.g. ``{"enable_thinking": False}``.
+            continue_final_message (bool): The answer continues the text of the last message, which is the assistant's.
+                If that is empty, it is left out. Default: ``False``.
 
         Raises:
-            ValueError: The model has no chat template or no tool calls, or its template rejects the messages.
+            ValueError: The model has no chat template or no tool calls, its template rejects or drops messages, or the
+                last message cannot be continued.
         """
         check_chat(tokenizer, tools)
-
-        def render(messages: Sequence[Message], start_answer: bool) -> list[int]:
-            rendered: list[int] = tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                add_generation_prompt=start_answer,
-                **(template_options or {}),
-            )
-            return rendered
-
+        if not messages:
+            raise ValueError("there are no messages")
+        if continue_final_message:
+            messages, continue_final_message = _continued(messages)
+        render = partial(
+            tokenizer.apply_chat_template,
+            tools=list(tools) or None,
+            add_generation_prompt=False,
+            **(template_options or {}),
+        )
+        whole = partial(
+            render,
+            add_generation_prompt=not continue_final_message,
+            # transformers refuses both at once.
+            **({"continue_final_message": True} if continue_final_message else {}),
+        )
         # Templates raise errors of many types, most of them their own.
         try:
-            tokens = render(messages, True)
+            messages, notes = fit_messages(messages, lambda each: whole(list(each), tokenize=False))
+            text, tokens = whole(messages, tokenize=False), whole(messages)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
         if not tokens:
             raise ValueError("the chat template makes an empty prompt of these messages")
+        if messages[-1]["role"] == "assistant" and not continue_final_message:
+            notes.append(NEW_ANSWER)
+        for note in notes:
+            _log_once(note)
         system = list(takewhile(lambda message: message["role"] == "system", messages))
         preamble = 0
         if tools or system:
             # A template may reject a conversation that has only begun; then nothing is known to be shared.
             with suppress(Exception):
-                preamble = _common_length(tokens, render([*system, {"role": "user", "content": ""}], False))
-        opened, closed = -1, -1
-        if tokenizer.has_thinking:
-            opened, closed = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
-        starts_answer = opened >= max(0, len(tokens) - _MAX_ANSWER_START)
-        return cls(tokens, opened > closed, preamble, opened if starts_answer else 0)
+                preamble = _common_length(tokens, render([*system, {"role": "user", "content": ""}]))
+        question = ""
+        with suppress(Exception):
+            question = render(messages[:-1] if continue_final_message else messages, tokenize=False)
+        # A marker in the text of a question opens no thought.
+        answer = text[_common_length(text, question) :]
+        in_thought, answer_start = False, len(tokens) - 1
+        if tokenizer.has_thinking and tokenizer.think_start in answer:
+            in_thought = answer.rfind(tokenizer.think_start) > answer.rfind(tokenizer.think_end)
+            answer_start = max(0, tokenizer.rfind_think_start(tokens)) or answer_start
+        return cls(tokens, in_thought, preamble, answer_start, tuple(notes))
 
     @classmethod
     def from_text(cls, text: str | Sequence[int], tokenizer: TokenizerWrapper) -> Self:
@@ -113,6 +140,24 @@ def check_chat(tokenizer: TokenizerWrapper, tools: Sequence[Mapping[str, Any]]) 
         raise ValueError("mlx-lm has no parser for this model's tool calls: leave out the tools")
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def _continued(messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+    """Return the messages to render, and whether the last one has a text to continue.
+
+    Raises:
+        ValueError: It is not a text of the assistant's.
+    """
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        raise ValueError("only a text of the assistant can be continued, and the last message is not one")
+    return (messages, True) if last["content"] else (messages[:-1], False)
+
+
+@cache
+def _log_once(note: str) -> None:
+    """Log a note, unless it was logged before in this process."""
+    logging.warning(note)
+
+
+def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return the length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

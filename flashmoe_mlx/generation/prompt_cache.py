@@ -1,5 +1,7 @@
 """Prompt caches in files: the state of the model after a prompt."""
 
+import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -7,6 +9,9 @@ from typing import Any, Self
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_cache
 
+from flashmoe_mlx.checkpoint.folder import find_folder
+from flashmoe_mlx.checkpoint.identity import model_identity
+from flashmoe_mlx.generation.kv_cache import fit_rotating
 from flashmoe_mlx.system.atomic_write import replacing
 
 
@@ -47,7 +52,7 @@ def load_prompt_cache(path: Path) -> tuple[list[Any], dict[str, str]]:
     """
     try:
         cache, metadata = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
-        return list(cache), dict(metadata)
+        return fit_rotating(cache), dict(metadata)
     # mlx-lm raises arbitrary exceptions on files that are not prompt caches.
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a prompt cache: {error}. Create it again") from error
@@ -60,8 +65,8 @@ class RestoredPrompt:
     Args:
         path (Path): The file.
         cache (list): The model's cache, one item per layer.
-        metadata (dict[str, str]): mlx-lm's ``model`` and ``tokenizer_config``. Our command adds the settings that the
-            state depends on.
+        metadata (dict[str, str]): mlx-lm's ``model`` and ``tokenizer_config``. Our command adds the ``checkpoint``'s
+            identity and the settings that the state depends on.
     """
 
     path: Path
@@ -84,6 +89,11 @@ class RestoredPrompt:
             raise ValueError(f"{path} does not name its model: only files of a cache_prompt command can be continued")
         return cls(path, cache, metadata)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the state has seen; 0 if no layer counts them."""
+        return max((getattr(layer, "offset", 0) for layer in self.cache), default=0)
+
     def same_model(self, model: str) -> str:
         """Return ``model`` if it names the model of this file, which may have been named in another way.
 
@@ -95,6 +105,25 @@ class RestoredPrompt:
         if model == own or (all(f.is_dir() for f in folders) and folders[0].samefile(folders[1])):
             return model
         raise ValueError(f"{self.path} was made with model {own}, not {model}: leave out --model or create it again")
+
+    def refuse_changed_checkpoint(self, model: str, trust_remote_code: bool) -> None:
+        """Refuse a model whose files have changed since this file was made.
+
+        mlx-lm's own files do not say which weights they were made with, which is logged as a warning.
+
+        Args:
+            model (str): A folder or a repository, from :meth:`same_model`.
+            trust_remote_code (bool): See :class:`flashmoe_mlx.checkpoint.folder.Checkpoint`.
+
+        Raises:
+            ValueError: A file of the model has changed.
+            OSError: A file cannot be read.
+        """
+        then = self.metadata.get("checkpoint")
+        if then is None:
+            logging.warning("%s does not say which weights it was made with: they are not checked", self.path)
+        elif then != checkpoint_identity(model, trust_remote_code):
+            raise ValueError(f"the files of {model} have changed since {self.path} was made: create it again")
 
     def refuse_other_model(self, model: nn.Module, adapter_path: str | None) -> None:
         """Refuse a model that would not have computed this state.
@@ -119,17 +148,34 @@ class RestoredPrompt:
                 )
 
 
-def cache_settings(model: nn.Module, adapter_path: str | None) -> dict[str, str]:
-    """Return the settings that a state depends on, besides the name of the model.
+def checkpoint_identity(model: str, trust_remote_code: bool) -> str:
+    """Return what the metadata of a file calls ``checkpoint``, see :func:`model_identity`.
 
-    The size of the experts is one of them: it tells checkpoints apart that replaced one another in the same folder.
+    Args:
+        model (str): A folder or a repository.
+        trust_remote_code (bool): See :class:`flashmoe_mlx.checkpoint.folder.Checkpoint`.
+    """
+    return model_identity(find_folder(model), trust_remote_code=trust_remote_code)
+
+
+def cache_settings(model: nn.Module, adapter_path: str | None) -> dict[str, str]:
+    """Return the settings that a state depends on, besides the checkpoint.
 
     Args:
         model (nn.Module): From :func:`flashmoe_mlx.load`.
         adapter_path (str, optional): Its LoRA adapters.
     """
+    adapter = None if adapter_path is None else Path(adapter_path).resolve()
     return {
         "experts_per_token": str(model.streaming.experts_per_token),
-        "experts_nbytes": str(model.streaming.experts_nbytes),
-        "adapter_path": "" if adapter_path is None else str(Path(adapter_path).resolve()),
+        "adapter_path": "" if adapter is None else str(adapter),
+        "adapter_digest": "" if adapter is None else _digest(adapter),
     }
+
+
+def _digest(adapter: Path) -> str:
+    """Return a digest of the files of LoRA adapters, which are small."""
+    total = hashlib.sha256()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        total.update((adapter / name).read_bytes())
+    return total.hexdigest()[:32]

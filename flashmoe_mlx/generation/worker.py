@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from flashmoe_mlx.constrain import Processor
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.job import Answer, Job, Token
+from flashmoe_mlx.generation.kv_cache import check_quantization
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
 from flashmoe_mlx.generation.prefix_store import PrefixStore
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
@@ -67,6 +68,7 @@ class Worker:
         closed (bool): No more jobs are accepted.
 
     Raises:
+        ValueError: The model's KV cache cannot be quantized.
         Exception: Any error of ``load`` or ``open_prefix_store``.
     """
 
@@ -88,7 +90,7 @@ class Worker:
         self.closed = False
         self._thread = DaemonThreads(1, "generation")
         loaded: Future[Sequence[Any]] = Future()
-        self._thread.submit(lambda: _fulfill(loaded, load))
+        self._thread.submit(lambda: _fulfill(loaded, lambda: _load(load, kv_cache or {})))
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
         self.model, self.tokenizer = loaded.result()[:2]
@@ -182,7 +184,7 @@ class Worker:
     def _generate(self, answer: Answer) -> Iterator[Token]:
         job, prompt = answer.job, answer.job.prompt
         mx.random.seed(secrets.randbits(63) if job.seed is None else job.seed % 2**64)
-        kinds: dict[int, Kind] = {prompt.thought_start: "user", prompt.preamble: "system"}
+        kinds: dict[int, Kind] = {prompt.answer_start: "user", prompt.preamble: "system"}
         keep = {length: kind for length, kind in kinds.items() if length >= self._min_prefix}
         context = self._generator.prefill(prompt.tokens, keep, cancelled=lambda: answer.cancelled)
         answer.cached_tokens = context.cached_tokens
@@ -205,6 +207,13 @@ class Worker:
             logprob = _finite(response.logprobs[response.token].item())
             top = _top_logprobs(response.logprobs, job.top_logprobs)
             yield Token(response.text, response.token, logprob, top, response.finish_reason)
+
+
+def _load(load: Callable[[], Sequence[Any]], kv_cache: Mapping[str, Any]) -> Sequence[Any]:
+    """Load a model, and refuse settings of the KV cache that would fail in every answer."""
+    loaded = load()
+    check_quantization(loaded[0], kv_cache.get("kv_bits"), kv_cache.get("kv_group_size", 64))
+    return loaded
 
 
 def _fulfill(future: Future[Any], work: Callable[[], Any]) -> None:

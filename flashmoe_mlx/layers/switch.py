@@ -80,6 +80,10 @@ class StreamedSwitchGLU(nn.Module):
         self._start_shared = start_shared
         self._lookahead = lookahead
         self._target_slots = target_slots
+        # On a CPU, reads and products share the cores: computing resident experts while others are read gains nothing
+        # and costs a second launch. Resident experts are launched early only if the call before had no misses.
+        self._shares_cores = mx.default_device().type == mx.cpu
+        self._missed = False
         self._bind()
 
     def __call__(self, x: mx.array, indices: mx.array, overlap: mx.array | None = None) -> mx.array:
@@ -123,7 +127,8 @@ class StreamedSwitchGLU(nn.Module):
         """Launch what needs no read: the shared expert, and the experts in slots. Return the latter's output."""
         if overlap is None and self._start_shared is not None:
             overlap = self._start_shared(x)
-        slots = None if guess is not None else self._pool.slot_indices(self._table)
+        launches = guess is None and not (self._shares_cores and self._missed)
+        slots = self._pool.slot_indices(self._table) if launches else None
         resident = None if slots is None else self._experts.resident(x, indices, slots)
         mx.async_eval([y for y in (overlap, resident) if y is not None])  # type: ignore[no-untyped-call]
         return resident
@@ -148,7 +153,9 @@ class StreamedSwitchGLU(nn.Module):
     ) -> mx.array:
         """Read missing experts wave after wave, and launch each wave's share of the call."""
         compute = self._experts.implementation(x, indices)
-        hits, waves = self._pool.waves(self._table, needed, together=not self._experts.splits(compute))
+        whole = self._shares_cores and is_decode_step(x)
+        hits, waves = self._pool.waves(self._table, needed, together=whole or not self._experts.splits(compute))
+        self._missed = bool(waves)
         if not hits:
             resident = None
         elif resident is None:

@@ -1,4 +1,4 @@
-"""How many experts fit in memory, and which layers share their slots."""
+"""Division of the memory budget among layers: slots per pool, and pools that layers share."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class PoolPlan:
 
     @property
     def all_resident(self) -> bool:
-        """Whether one layer has a slot for each of its experts, so that none is ever evicted."""
+        """Return whether one layer has a slot for each of its experts, so that none is ever evicted."""
         return len(self.tables) == 1 and self.slots == self.tables[0].experts
 
 

@@ -29,7 +29,7 @@ def refuse_context(tokens: int, token_nbytes: float) -> None:
     if tokens * token_nbytes > free:
         raise MemoryError(
             f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)}, and {gigabytes(free)} are "
-            "free: shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size), or quantize them (--kv-bits 8)"
+            "free: shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size) or quantize them (--kv-bits 8)"
         )
 
 
@@ -88,7 +88,9 @@ def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
 def prefill_token_nbytes(
     config: Mapping[str, Any], *, top_k: int, hidden: int, intermediate: int, itemsize: int
 ) -> int:
-    """Return an upper bound of the activation bytes per token of a chunk, in the layer that needs most: the sum of
+    """Return an upper bound of the activation bytes per token of a chunk, in the layer that needs most.
+
+    It is the sum of
 
     - ``top_k * (4 * hidden + 3 * intermediate)`` values for the routed experts, sorted by expert: inputs, gate, up,
       activation and outputs, and the outputs again in the order of waves, of tokens, and weighted;

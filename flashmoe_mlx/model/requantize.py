@@ -15,7 +15,7 @@ from flashmoe_mlx.checkpoint.identity import model_identity
 from flashmoe_mlx.model.families import switch_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
-"""What MLX's affine quantization offers."""
+"""Bits per weight that MLX's affine quantization offers."""
 
 
 def expert_bits(folder: Path) -> int | None:

@@ -24,7 +24,7 @@ _MERGE_GROUPS = 8
 
 
 class Heads(NamedTuple):
-    """How gated attention divides, normalizes and rotates its projections.
+    """Heads of gated attention: their number, norms and rotation.
 
     Args:
         query (int): Number of query heads.

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Backend(Enum):
-    """Which kernels a model runs on. ``load`` chooses one for each model; layers bind their operations to it."""
+    """A set of kernels. ``load`` chooses one for each model, and layers bind their operations to it."""
 
     REFERENCE = "MLX operations"
     NATIVE = "native CPU kernels"

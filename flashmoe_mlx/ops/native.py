@@ -14,7 +14,8 @@ import mlx.core as mx
 class Chain(Protocol):
     """Several native operations as one. Returns ``None`` for inputs of other shapes than it was traced with."""
 
-    def __call__(self, inputs: Sequence[mx.array], /) -> list[mx.array] | None: ...
+    def __call__(self, inputs: Sequence[mx.array], /) -> list[mx.array] | None:
+        """Return the outputs for these inputs, lazily."""
 
 
 class Kernels(Protocol):
@@ -26,15 +27,18 @@ class Kernels(Protocol):
 
     mlx_version: str
 
-    def Chain(self, inputs: Sequence[mx.array], outputs: Sequence[mx.array], /) -> Chain: ...
+    def Chain(self, inputs: Sequence[mx.array], outputs: Sequence[mx.array], /) -> Chain:
+        """Return a chain that computes ``outputs`` from ``inputs``. ValueError if another operation lies between."""
 
     def linear(
         self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
-    ) -> mx.array: ...
+    ) -> mx.array:
+        """Multiply vectors with one matrix; see :func:`flashmoe_mlx.ops.products.linear`."""
 
     def embed(
         self, numbers: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, /
-    ) -> mx.array: ...
+    ) -> mx.array:
+        """Return dequantized rows of a matrix, ``[..., columns]``, for row numbers ``[...]``, uint32."""
 
     def matvec(
         self,
@@ -46,7 +50,8 @@ class Kernels(Protocol):
         group_size: int,
         bits: int,
         /,
-    ) -> mx.array: ...
+    ) -> mx.array:
+        """Multiply vectors with routed matrices; see :func:`flashmoe_mlx.ops.products.matvec`."""
 
     def gate_up(
         self,
@@ -61,11 +66,11 @@ class Kernels(Protocol):
         group_size: int,
         bits: int,
         /,
-    ) -> mx.array: ...
+    ) -> mx.array:
+        """Compute SwiGLU activations; see :func:`flashmoe_mlx.ops.products.gate_up`."""
 
-    def attention(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool, /
-    ) -> mx.array: ...
+    def attention(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool, /) -> mx.array:
+        """Attend with softmax: ``[batch, heads, tokens, head_dim]`` to ``[batch, tokens, heads, head_dim]``."""
 
     def norm_rope(
         self,
@@ -78,11 +83,13 @@ class Kernels(Protocol):
         key_heads: int,
         eps: float,
         /,
-    ) -> tuple[mx.array, mx.array, mx.array]: ...
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Normalize and rotate; see :func:`flashmoe_mlx.ops.attention.norm_rope`."""
 
     def decode_attention(
         self, queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float, /
-    ) -> mx.array: ...
+    ) -> mx.array:
+        """Attend from the last tokens; see :func:`flashmoe_mlx.ops.attention.decode_attention`."""
 
     def gated_delta(
         self,
@@ -96,11 +103,14 @@ class Kernels(Protocol):
         layout: Sequence[tuple[int, int]],
         eps: float,
         /,
-    ) -> tuple[mx.array, mx.array, mx.array]: ...
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Run a GatedDeltaNet between its projections; see :func:`flashmoe_mlx.ops.gated_delta.gated_delta`."""
 
-    def rms_norm(self, x: mx.array, weight: mx.array, eps: float, /) -> mx.array: ...
+    def rms_norm(self, x: mx.array, weight: mx.array, eps: float, /) -> mx.array:
+        """Return the RMS norm of ``[..., dims]``."""
 
-    def add_norm(self, x: mx.array, y: mx.array, weight: mx.array, eps: float, /) -> tuple[mx.array, mx.array]: ...
+    def add_norm(self, x: mx.array, y: mx.array, weight: mx.array, eps: float, /) -> tuple[mx.array, mx.array]:
+        """Add and normalize; see :func:`flashmoe_mlx.ops.norm.add_norm`."""
 
     def combine(
         self,
@@ -111,9 +121,11 @@ class Kernels(Protocol):
         weight: mx.array,
         eps: float,
         /,
-    ) -> tuple[mx.array, mx.array]: ...
+    ) -> tuple[mx.array, mx.array]:
+        """End a layer; see :func:`flashmoe_mlx.ops.norm.combine`."""
 
-    def route(self, logits: mx.array, top_k: int, normalize: bool, /) -> tuple[mx.array, mx.array]: ...
+    def route(self, logits: mx.array, top_k: int, normalize: bool, /) -> tuple[mx.array, mx.array]:
+        """Choose experts; see :func:`flashmoe_mlx.ops.routing.route`."""
 
     def router_and_shared(
         self,
@@ -132,15 +144,20 @@ class Kernels(Protocol):
         group_size: int,
         bits: int,
         /,
-    ) -> tuple[mx.array, mx.array]: ...
+    ) -> tuple[mx.array, mx.array]:
+        """Compute router and shared expert; see :func:`flashmoe_mlx.ops.routing.router_and_shared`."""
 
-    def instruction_set(self) -> str: ...
+    def instruction_set(self) -> str:
+        """Return the instruction set in use, such as ``avx512``."""
 
-    def choose_instruction_set(self, name: str, /) -> bool: ...
+    def choose_instruction_set(self, name: str, /) -> bool:
+        """Use another instruction set, and return whether this CPU has it."""
 
-    def threads(self) -> int: ...
+    def threads(self) -> int:
+        """Return the number of threads."""
 
-    def set_threads(self, threads: int, /) -> None: ...
+    def set_threads(self, threads: int, /) -> None:
+        """Set the number of threads; at most one per core is used."""
 
 
 @cache

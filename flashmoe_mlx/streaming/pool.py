@@ -135,13 +135,12 @@ class Pool:
         """
         self._finish_prefetch(table, experts)
         self._recover()
-        hits = [expert for expert in experts if (table.layer, expert) in self._memory.slot_map]
-        if len(hits) == len(experts):
+        hits, misses = self._memory.slot_map.partition(table.layer, experts)
+        if not misses:
             return hits, []
         fit = len(experts) <= self.slots
         if together and fit:
             return [], [list(experts)]
-        misses = [expert for expert in experts if (table.layer, expert) not in self._memory.slot_map]
         size = len(misses) if fit else max(1, self.slots // 2)
         return hits, [misses[first : first + size] for first in range(0, len(misses), size)]
 
@@ -169,7 +168,7 @@ class Pool:
         self._counters.misses += len(missing)
         if missing:
             self._fill(table, missing)
-        return {expert: self._memory.slot_map[table.layer, expert] for expert in experts}
+        return self._memory.slot_map.lookup(table.layer, experts)
 
     def prefetch(self, table: ExpertTable, experts: Sequence[int], busy: int) -> None:
         """Begin to read experts that a layer may need next, in the background, unless a prefetch is in flight.

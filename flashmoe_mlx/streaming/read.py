@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.read_error import ReadError
@@ -16,24 +15,17 @@ OnFilled = Callable[[Sequence[memoryview]], None]
 """Called with buffers as soon as they are filled, by the thread that filled them."""
 
 
-class Read(NamedTuple):
-    """A contiguous range of a file, and the buffers that it fills one after another.
+Read = tuple[str, int, int, list[memoryview]]
+"""A path, an offset, a number of bytes, and the buffers that these fill one after another.
 
-    Args:
-        path (str): The file.
-        offset (int): First byte.
-        nbytes (int): Number of bytes, which is that of all buffers together.
-        buffers (list[memoryview]): Host memory.
-    """
+A plain tuple, because creating a named one takes a sixth of the time of reading 7 KB from the page cache.
+"""
 
-    path: str
-    offset: int
-    nbytes: int
-    buffers: list[memoryview]
 
-    def error(self, got: int, message: str) -> ReadError:
-        """Return the error to raise if only ``got`` bytes of this read can be used."""
-        return ReadError(message, self.path, self.offset, self.nbytes, got)
+def read_failure(read: Read, got: int, message: str) -> ReadError:
+    """Return the error to raise if only ``got`` bytes of a read can be used."""
+    path, offset, nbytes, _ = read
+    return ReadError(message, path, offset, nbytes, got)
 
 
 def merge(spans: Iterable[tuple[Span, memoryview]]) -> list[Read]:
@@ -43,18 +35,17 @@ def merge(spans: Iterable[tuple[Span, memoryview]]) -> list[Read]:
         spans (Iterable[tuple[Span, memoryview]]): Spans, each with the buffer that it fills.
     """
     reads: list[Read] = []
-    path, offset, size = "", 0, 0
+    path, begin, size = "", 0, 0
     buffers: list[memoryview] = []
-    for span, buffer in spans:
-        contiguous = span.path == path and span.offset == offset + size
-        if contiguous and size + span.nbytes <= _MAX_MERGED_NBYTES and len(buffers) < _MAX_BUFFERS:
-            size += span.nbytes
+    for (next_path, offset, nbytes), buffer in spans:
+        contiguous = offset == begin + size and next_path == path
+        if contiguous and size + nbytes <= _MAX_MERGED_NBYTES and len(buffers) < _MAX_BUFFERS:
+            size += nbytes
             buffers.append(buffer)
             continue
         if buffers:
-            reads.append(Read(path, offset, size, buffers))
-        path, offset, size = span
-        buffers = [buffer]
+            reads.append((path, begin, size, buffers))
+        path, begin, size, buffers = next_path, offset, nbytes, [buffer]
     if buffers:
-        reads.append(Read(path, offset, size, buffers))
+        reads.append((path, begin, size, buffers))
     return reads

@@ -8,7 +8,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from flashmoe_mlx.streaming.read import OnFilled, Read
+from flashmoe_mlx.streaming.read import OnFilled, Read, read_failure
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
 T = TypeVar("T")
@@ -146,8 +146,10 @@ class Batch:
         self._threads.allow(sum(job.begun for job in stuck))
         for job in stuck:
             read = job.read or self.reads[0]
-            raise read.error(
+            path, offset, nbytes, _ = read
+            raise read_failure(
+                read,
                 job.done,
-                f"no progress for {self._timeout:g} s while reading {read.nbytes} bytes at offset {read.offset} of "
-                f"{read.path}: check the disk, or allow more time with read_timeout",
+                f"no progress for {self._timeout:g} s while reading {nbytes} bytes at offset {offset} of {path}: "
+                "check the disk, or allow more time with read_timeout",
             )

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.read import OnFilled, Read, merge
+from flashmoe_mlx.streaming.read import OnFilled, Read, merge, read_failure
 from flashmoe_mlx.streaming.read_batch import Batch, Job
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
@@ -89,7 +89,7 @@ class Reader:
         large: deque[Read] = deque()
         batch = self._batch(self._threads, spans, on_filled)
         for read in batch.reads:
-            (small if read.nbytes < _LARGE_NBYTES and self._knows_cached else large).append(read)
+            (small if read[2] < _LARGE_NBYTES and self._knows_cached else large).append(read)
         try:
             if self._knows_cached:
                 batch.submit(min(self._copiers, len(large)), self._copy_all, large)
@@ -125,7 +125,9 @@ class Reader:
     def writes(self, buffers: Iterable[memoryview]) -> bool:
         """Return whether a thread may still write to one of these buffers, because its read is stuck."""
         wanted = set(map(id, buffers))
-        return any(id(buffer) in wanted for batch in self._batches for read in batch.pending for buffer in read.buffers)
+        return any(
+            id(buffer) in wanted for batch in self._batches for _, _, _, filled in batch.pending for buffer in filled
+        )
 
     def _batch(
         self, threads: DaemonThreads, spans: Iterable[tuple[Span, memoryview]], on_filled: OnFilled | None
@@ -141,7 +143,7 @@ class Reader:
         finally:
             self._end(batch)
         self._refuse_changed(batch.reads)
-        self._counters.bytes_read += sum(read.nbytes for read in batch.reads)
+        self._counters.bytes_read += sum(nbytes for _, _, nbytes, _ in batch.reads)
         self._counters.read_seconds += time.perf_counter() - begin
 
     def _end(self, batch: Batch) -> None:
@@ -150,15 +152,15 @@ class Reader:
 
     def _refuse_changed(self, reads: Sequence[Read]) -> None:
         """Refuse bytes of files that changed since they were opened; after the reads, so that no change is missed."""
-        for path in {read.path for read in reads}:
+        for path in {path for path, _, _, _ in reads}:
             try:
                 version = _version(os.stat(self._absolute[path]))
             except OSError:
                 version = None
             if version != self._versions[path]:
                 what = "is gone" if version is None else "has changed or was replaced"
-                read = next(read for read in reads if read.path == path)
-                raise read.error(read.nbytes, f"{path} {what} since the model was loaded: load the model again")
+                read = next(read for read in reads if read[0] == path)
+                raise read_failure(read, read[2], f"{path} {what} since the model was loaded: load the model again")
 
     def _copy_all(self, batch: Batch, job: Job, queue: deque[Read]) -> None:
         """Copy what is in the page cache, and leave the rest to threads that wait for the device."""
@@ -172,15 +174,16 @@ class Reader:
         batch.submit(min(self._device_readers, len(batch.cold)), self._finish_all, batch.cold)
 
     def _copy(self, read: Read, batch: Batch) -> None:
+        path, offset, nbytes, buffers = read
         try:
-            done = os.preadv(self._files[read.path], read.buffers, read.offset, _ONLY_CACHED)
+            done = os.preadv(self._files[path], buffers, offset, _ONLY_CACHED)
         except OSError:
             # Nothing is cached; or another error, which the device read meets again if it persists.
             done = 0
-        if done < read.nbytes:
+        if done < nbytes:
             batch.cold.append((read, done))
         else:
-            batch.filled(read.buffers)
+            batch.filled(buffers)
 
     def _finish_all(self, batch: Batch, job: Job, cold: deque[tuple[Read, int]]) -> None:
         for read, done in batch.take(cold, job):
@@ -201,14 +204,14 @@ class Reader:
                 if error.errno == errno.EIO and not retried:
                     retried = True
                     continue
-                failed = read.error(
-                    job.done, f"cannot read {nbytes} bytes at offset {offset} of {path}: {error.strerror}"
+                failed = read_failure(
+                    read, job.done, f"cannot read {nbytes} bytes at offset {offset} of {path}: {error.strerror}"
                 )
                 failed.errno = error.errno
                 raise failed from error
             if not count:
                 short = f"{path} ends {nbytes - job.done} bytes too early, it was truncated: download it again"
-                raise read.error(job.done, short)
+                raise read_failure(read, job.done, short)
             job.done += count
             job.since = time.perf_counter()
         batch.filled(buffers)

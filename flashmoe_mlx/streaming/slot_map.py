@@ -29,12 +29,6 @@ class SlotMap:
         self._slot_of: OrderedDict[Key, int] = OrderedDict()
         self._free = list(range(capacity))
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._slot_of
-
-    def __getitem__(self, key: Key) -> int:
-        return self._slot_of[key]
-
     @property
     def residents(self) -> list[Key]:
         """Return the resident experts, the least recently used first."""
@@ -43,6 +37,20 @@ class SlotMap:
     def slots_of(self, layer: str, experts: int) -> list[int]:
         """Return the slots of experts 0 to ``experts - 1`` of a layer, ``NO_SLOT`` for those that are not resident."""
         return [self._slot_of.get((layer, expert), NO_SLOT) for expert in range(experts)]
+
+    def lookup(self, layer: str, experts: Iterable[int]) -> dict[int, int]:
+        """Return the slot of each of these resident experts."""
+        slot_of = self._slot_of
+        return {expert: slot_of[layer, expert] for expert in experts}
+
+    def partition(self, layer: str, experts: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Return the experts that are resident, and the others."""
+        slot_of = self._slot_of
+        resident: list[int] = []
+        missing: list[int] = []
+        for expert in experts:
+            (resident if (layer, expert) in slot_of else missing).append(expert)
+        return resident, missing
 
     def touch(self, layer: str, experts: Iterable[int]) -> bool:
         """Mark experts as the most recently used, in order, if all of them are resident; else change nothing.
@@ -60,10 +68,11 @@ class SlotMap:
 
     def missing(self, layer: str, experts: Iterable[int]) -> list[int]:
         """Return the experts that are not resident, and mark the others as the most recently used."""
+        slot_of = self._slot_of
         missing = []
         for expert in experts:
-            if (layer, expert) in self._slot_of:
-                self._slot_of.move_to_end((layer, expert))
+            if (layer, expert) in slot_of:
+                slot_of.move_to_end((layer, expert))
             else:
                 missing.append(expert)
         return missing

@@ -21,6 +21,7 @@ from mlx_lm.utils import load_tokenizer
 from demo import MODEL
 from flashmoe_mlx import chat
 from flashmoe_mlx.cli.terminal import write
+from flashmoe_mlx.generation import generator, kv_cache
 from flashmoe_mlx.generation.conversation import Conversation
 from flashmoe_mlx.generation.output_parser import Delta
 from tests.conftest import WriteFamily
@@ -126,6 +127,20 @@ def test_thoughts_are_shown_or_hidden_and_never_on_stdout(
 def test_a_long_answer_is_cut_off(pipe: Any, endless: Path) -> None:
     _, err = pipe("What is a heron?", "--model", str(endless), "--max-tokens", "3")
     assert "cut off after 3 tokens" in err
+
+
+def test_a_limited_kv_cache_is_one_also_in_a_hybrid_model(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[Any]] = []
+    monkeypatch.setattr(
+        generator, "make_kv_cache", lambda *args: made.append(kv_cache.make_kv_cache(*args)) or made[-1]
+    )
+    question = "What is a heron?"
+    whole, _ = pipe(question, "--ram-budget", "1GB")
+    assert pipe(question, "--ram-budget", "1GB", "--max-kv-size", "256")[0] == whole
+    assert pipe(question, "--ram-budget", "1GB", "--max-kv-size", "8", "--max-tokens", "12")[0]
+    limited = [layer for layer in made[-1] if isinstance(layer, kv_cache.RotatingKVCache)]
+    assert limited and len(limited) < len(made[-1])
+    assert [layer.keys.shape[2] for layer in limited] == [8] * len(limited)
 
 
 class Terminal:
@@ -250,6 +265,7 @@ def test_impossible_flags_are_refused(
     assert "pass --yes" in fail(capsys, "--tools", str(tools))
     assert "max_tokens is 0" in fail(capsys, "--max-tokens", "0")
     assert "leave it out" in fail(capsys, "--pipeline")
+    assert "max_kv_size is 4: it must be at least 5" in fail(capsys, "--max-kv-size", "4")
 
 
 def test_every_flag_of_mlx_lm_is_accepted() -> None:

@@ -200,6 +200,24 @@ def test_a_draft_model_does_not_change_the_text(
     assert "a draft model must have the same tokenizer" in fail(capsys, "--model", model, "--draft-model", str(folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "argv", "words"),
+    [
+        ("qwen3_moe", ("--max-kv-size", "64"), "leave out --max-kv-size or --draft-model"),
+        ("gpt_oss", (), "has a state that tokens cannot be removed from"),
+        ("qwen3_5_moe", (), "has a state that tokens cannot be removed from"),
+    ],
+)
+def test_a_draft_model_is_refused_where_its_tokens_could_not_be_removed(
+    capsys: pytest.CaptureFixture[str], checkpoint: WriteFamily, family: str, argv: tuple[str, ...], words: str
+) -> None:
+    """A full sliding window would stay as it is, without an error of mlx-lm's."""
+    draft = str(checkpoint("qwen3_moe"))
+    model = str(checkpoint(family))
+    capsys.readouterr()
+    assert words in fail(capsys, "--model", model, "--draft-model", draft, *argv)
+
+
 def test_an_image_becomes_embeddings(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +264,7 @@ def test_images_need_pillow(capsys: pytest.CaptureFixture[str], folder: Path, mo
         (["--model", "MODEL", "--seed", "-1"], "--seed is -1: it must be from 0 to"),
         (["--model", "MODEL", "--extra-eos-token", "nosuch"], "'nosuch', which is not a token of this model"),
         (["--model", "MODEL", "--extra-eos-token", "400000"], "'400000', which is not a token of this model"),
-        (["--model", "MODEL", "--draft-model", "MODEL"], "MODEL cannot take back tokens that a draft model got wrong"),
+        (["--model", "MODEL", "--draft-model", "MODEL"], "MODEL has a state that tokens cannot be removed from"),
         (["--model", "MODEL", "--draft-model", "./nowhere"], "no such folder: nowhere"),
         (["--model", "MODEL", "--adapter-path", "./nowhere"], "no such folder of adapters: nowhere"),
         (["--model", "MODEL", "--prompt-cache-file", "nowhere"], "no such prompt cache: nowhere.safetensors"),

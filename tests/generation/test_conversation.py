@@ -11,9 +11,11 @@ from mlx_lm.utils import load_tokenizer
 
 from demo import MODEL
 from flashmoe_mlx.generation.conversation import Conversation
+from flashmoe_mlx.generation.fitted_messages import Message
 from flashmoe_mlx.generation.generator import Generator
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
-from flashmoe_mlx.generation.prompt import Message, Prompt
+from flashmoe_mlx.generation.prompt import Prompt
+from tests.conftest import WriteFamily
 from tests.support.oracle import resident, streamed
 
 HERON: Message = {"role": "user", "content": "What is a heron?"}
@@ -80,7 +82,7 @@ def test_thoughts_that_the_template_drops_cost_only_the_answer_again(forgetful: 
     conversation = converse(forgetful)
     ask(conversation, HERON)
     text = ask(conversation, CRANE)
-    kept = Prompt.from_messages([HERON], forgetful).thought_start
+    kept = Prompt.from_messages([HERON], forgetful).answer_start
     assert computed(conversation) == len(Prompt.from_messages(conversation.messages[:3], forgetful).tokens) - kept
     assert text == expected(forgetful, conversation.messages[:3])
 
@@ -102,7 +104,7 @@ def test_an_answer_that_is_abandoned_keeps_the_state_of_its_prompt(tokenizer: To
     assert conversation.messages == [HERON]
     text = "".join(delta.content for delta in conversation.answer(8))
     prompt = Prompt.from_messages([HERON], tokenizer)
-    assert computed(conversation) == len(prompt.tokens) - prompt.thought_start
+    assert computed(conversation) == len(prompt.tokens) - prompt.answer_start
     assert text == expected(tokenizer, [HERON])
 
 
@@ -134,3 +136,24 @@ def test_tools_are_refused_where_the_model_cannot_call_them(
     monkeypatch.setattr(tokenizer, "_tool_call_start", None)
     with pytest.raises(ValueError, match="leave out the tools"):
         converse(tokenizer, [HERON], [{"type": "function", "function": {"name": "add"}}])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "qwen3_moe"])
+def test_a_conversation_with_sliding_windows_computes_only_what_is_new(checkpoint: WriteFamily, family: str) -> None:
+    """The template rewrites earlier answers, as gpt-oss' does."""
+    folder = checkpoint(family)
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if m.role == 'user' else 'It said something.' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rewriting = load_tokenizer(folder, {"chat_template": template})
+    conversation = Conversation(Generator(streamed(folder), rewriting, PrefixCache(max_entries=2), 64))
+    before = 0
+    for word in ("heron", "crane", "sofa"):
+        text = ask(conversation, {"role": "user", "content": f"What is a {word}, and why? " * 20})
+        prompt = Prompt.from_messages(conversation.messages[:-1], rewriting).tokens
+        whole = mlx_lm.generate(resident(folder), rewriting, prompt, max_tokens=8, prefill_step_size=64)
+        assert text == whole
+        assert computed(conversation) <= len(prompt) - before
+        before = len(prompt) - 1
+    assert before > 3 * 128

@@ -96,15 +96,3 @@ def test_a_stopped_answer_ends_with_its_token(folder: Path) -> None:
     responses = list(text.decode(context, 8, stopped=lambda: len(context.tokens) == len(PROMPT) + 2))
     assert [response.finish_reason for response in responses] == [None, "stop"]
     assert text.prefixes.nearest(context.tokens)[1] == len(context.tokens)
-
-
-def test_a_context_is_refused_by_the_tokens_that_the_cache_keeps(
-    checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, refused = checkpoint("qwen3_moe"), []
-    model, tokenizer = streamed(folder), load_tokenizer(folder)
-    monkeypatch.setattr(type(model.streaming), "refuse_context", lambda _, *context: refused.append(context))
-    quantized = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
-    for options in ({}, {"max_kv_size": 64}, {"kv_cache": quantized}):
-        Generator(model, tokenizer, PrefixCache(), **options).refuse_context(100)
-    assert refused == [(100, None, 64), (64, None, 64), (100, 8, 32)]

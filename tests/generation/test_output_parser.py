@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -10,6 +11,7 @@ from mlx_lm.tool_parsers import json_tools, mistral
 
 from demo import MODEL
 from demo.talk import TOOL
+from flashmoe_mlx.constrain import constrained
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 
 CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\n{}\n</parameter>\n</function>\n</tool_call>"
@@ -74,8 +76,66 @@ def test_thoughts_are_reasoning(tokenizer: TokenizerWrapper, size: int) -> None:
     assert (delta.reasoning, delta.content) == ("A bird?\n", "\n\nA bird.")
     delta = read(OutputParser(tokenizer), "<think>Hm.</think>A bird.", size)
     assert (delta.reasoning, delta.content) == ("Hm.", "A bird.")
-    delta = read(OutputParser(tokenizer, in_thought=True, tools=[TOOL]), "Hm." + CALL.format("Oslo"), size)
-    assert delta.reasoning == "Hm." and called(delta) == [("get_weather", {"city": "Oslo"})]
+
+
+MENTIONS = {
+    "mentioned": "A <tool_call> would do, with </tool_call> after it.\n",
+    "opened": "I begin with <tool_call>\n",
+    "drafted": f"First {CALL.format('Rome')}? No: Oslo.\n",
+    "drafted at its end": f"So: {CALL.format('Rome')}\n",
+    "drafted twice": f"{CALL.format('Rome')}\n{CALL.format('Paris')}",
+    "torn": "<tool_call>\n<function=get_weather>\n<parameter=city>\nRo",
+    "of nothing": "<tool_call></tool_call>",
+    "a thought in a thought": f"<think>{CALL.format('Rome')}",
+}
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize("thought", MENTIONS.values(), ids=MENTIONS)
+def test_inside_a_thought_nothing_is_a_call(tokenizer: TokenizerWrapper, thought: str, size: int) -> None:
+    after = f"</think>\n\nLet me see.\n{CALL.format('Oslo')}"
+    for text, in_thought in ((thought + after, True), (f"<think>{thought}{after}", False)):
+        delta = read(OutputParser(tokenizer, in_thought=in_thought, tools=[TOOL]), text, size)
+        assert (delta.reasoning, delta.content) == (thought, "\n\nLet me see.\n")
+        assert called(delta) == [("get_weather", {"city": "Oslo"})]
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("style", ["xml", "json"])
+@pytest.mark.parametrize(
+    ("thought", "cities"),
+    [
+        ("Hm.{Oslo}", ["Oslo"]),
+        ("{Oslo}\n{Rome}\n\n", ["Oslo", "Rome"]),
+        ("A <tool_call> will do.\n{Oslo}", ["Oslo"]),
+        ("{Oslo}? No: {Rome}", ["Rome"]),
+        ("<tool_call>\n<function=get_weather>\n</tool_call>? No: {Rome}", ["Rome"]),
+        ("{Oslo}? No.", []),
+        ("{Oslo} <tool_call>", []),
+        ("<tool_call>\n<function=get_weather>\n<parameter=city>\n{Oslo}", []),
+        ("<tool_call>\n<function=fly>\n</function>\n</tool_call>", []),
+    ],
+)
+def test_an_unclosed_thought_may_end_with_calls(
+    tokenizer: TokenizerWrapper,
+    monkeypatch: pytest.MonkeyPatch,
+    thought: str,
+    cities: list[str],
+    style: str,
+    size: int,
+) -> None:
+    """They are reasoning as well, because it is too late to take that back."""
+    call = CALL
+    if style == "json":
+        monkeypatch.setattr(tokenizer, "_tool_parser", json_tools.parse_tool_call)
+        call = '<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
+    text = thought.replace("{Oslo}", call.format("Oslo")).replace("{Rome}", call.format("Rome"))
+    parser = OutputParser(tokenizer, in_thought=True, tools=[TOOL])
+    delta = read(parser, text, size)
+    assert (delta.reasoning, delta.content) == (text, "")
+    assert called(delta) == [("get_weather", {"city": city}) for city in cities]
+    assert parser.called == bool(cities)
+    assert read(OutputParser(tokenizer, in_thought=True), text, size) == Delta(reasoning=text)
 
 
 @pytest.mark.parametrize("size", [1, 2, 1000])
@@ -116,3 +176,19 @@ def test_values_are_those_that_mlx_lm_reads(tokenizer: TokenizerWrapper, kind: A
     tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": kind}}}}
     text = f"<tool_call>\n<function=f>\n<parameter=x>\n{written}\n</parameter>\n</function>\n</tool_call>"
     assert called(read(OutputParser(tokenizer, tools=[tool]), text)) == [("f", {"x": read_as})]
+
+
+@pytest.mark.parametrize("thought", MENTIONS.values(), ids=MENTIONS)
+def test_the_constraint_holds_where_the_parser_sees_a_call(tokenizer: TokenizerWrapper, thought: str) -> None:
+    """It allows any token in a thought, and only those of a call in a call."""
+    processor = constrained(tokenizer, tools=[TOOL], thinking=True)
+    parser = OutputParser(tokenizer, in_thought=True, tools=[TOOL])
+    tokens = tokenizer.encode(f"{thought}</think>\n\nLet me see.\n{CALL.format('Oslo')}", add_special_tokens=False)
+    logits, detokenizer = mx.zeros((1, len(tokenizer))), tokenizer.detokenizer
+    delta = Delta()
+    for position, token in enumerate(tokens):
+        free = mx.isfinite(processor(mx.array([0, *tokens[:position]]), logits)).all().item()
+        assert free == (parser._call is None or delta.tool_calls != [])
+        detokenizer.add_token(token)
+        delta += parser.feed(detokenizer.last_segment, position == len(tokens) - 1)
+    assert called(delta) == [("get_weather", {"city": "Oslo"})]

@@ -136,3 +136,35 @@ def test_an_error_of_loading_is_raised() -> None:
 
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Worker(fail, lambda **_: None, 1, 0)
+
+
+@pytest.mark.parametrize(("family", "group_size"), [("gpt_oss", 32), ("deepseek_v3", 32), ("qwen3_5_moe", 64)])
+def test_a_kv_cache_that_cannot_be_quantized_is_refused_at_the_start(
+    checkpoint: WriteFamily, family: str, group_size: int
+) -> None:
+    kv_cache = {"kv_bits": 8, "kv_group_size": group_size, "quantized_kv_start": 5000}
+    with (
+        pytest.raises(ValueError, match=f"--kv-bits 8 with --kv-group-size {group_size} does not work"),
+        working(checkpoint(family), kv_cache=kv_cache),
+    ):
+        pass
+
+
+def test_only_full_attention_is_quantized_beside_sliding_windows(checkpoint: WriteFamily) -> None:
+    kv_cache = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    with working(checkpoint("gemma4_text"), kv_cache=kv_cache) as worker:
+        assert len(ids(worker.submit(job()))) == 4
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "qwen3_5_moe", "qwen3_moe"])
+def test_a_conversation_longer_than_a_window_continues_from_its_question(checkpoint: WriteFamily, family: str) -> None:
+    """Templates write an answer in another way once there is the next question."""
+    folder = checkpoint(family)
+    question = [(37 * i * i + 11) % 300 for i in range(200)]
+    again = [*question, 5, 6, 7, 8]
+    with working(folder, min_prefix=64) as worker, working(folder, prefix_cache_bytes=0) as forgetful:
+        ids(worker.submit(Job(Prompt(question, answer_start=len(question) - 1), 8)))
+        for _ in range(2):
+            answer, expected = (each.submit(Job(Prompt(again, answer_start=203), 8)) for each in (worker, forgetful))
+            assert ids(answer) == ids(expected)
+            assert answer.cached_tokens >= len(question) - 1 and expected.cached_tokens == 0

@@ -127,19 +127,31 @@ def test_a_pool_may_hold_less_than_a_token_needs(
     assert_same(run(streamed(folder), tokens=8), run(resident(folder), tokens=8))
 
 
+@pytest.mark.parametrize("shares_cores", [False, True])
 @pytest.mark.parametrize("fraction", [0, 0.25, 0.6])
 @pytest.mark.parametrize("slots", [3, 5, 12])
-def test_resident_experts_are_launched_before_the_sync(
-    fraction: float, slots: int, native: Kernels, checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch
+def test_launching_resident_experts_early_changes_no_bit(
+    slots: int,
+    fraction: float,
+    shares_cores: bool,
+    native: Kernels,
+    checkpoint: WriteFamily,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A GPU launches them at every decode step, a CPU only after a step without misses."""
     monkeypatch.setattr(budget, "_SHARED_SLOTS", slots)
     launched: list[mx.array | None] = []
     resident_output = ExpertMLP.resident
     monkeypatch.setattr(ExpertMLP, "resident", lambda *args: launched.append(resident_output(*args)) or launched[-1])
     folder = checkpoint("qwen3_5_moe")
-    assert_same(run(streamed(folder, fraction)), run(streamed(folder, 1)))
-    assert launched
+    wanted = run(streamed(folder, 1))
+    model = streamed(folder, fraction)
+    layers = [layer for layer in model.modules() if isinstance(layer, StreamedSwitchGLU)]
+    for layer in layers:
+        layer._shares_cores = shares_cores
+    assert_same(run(model), wanted)
     assert all(y is not None for y in launched)
+    assert (len(launched) >= 32 * len(layers)) != shares_cores
 
 
 def test_hits_launch_nothing_after_the_sync(

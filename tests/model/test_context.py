@@ -1,4 +1,4 @@
-"""How large the chunks of a prompt are: as the memory allows, and no larger."""
+"""Prefill chunks are as large as memory allows, and no larger."""
 
 from math import log2
 
@@ -44,15 +44,15 @@ def test_large_model_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_moe", "gpt_oss"])
 def test_upper_bound(checkpoint: WriteFamily, family: str) -> None:
-    """What MLX allocates for a chunk is no more than was reckoned, and not out of all proportion."""
+    """MLX allocates no more for a chunk than estimated, and not much less."""
     model, tokens = resident(checkpoint(family)), 512
     cache_and_weights = mx.get_active_memory()
     mx.reset_peak_memory()
     prompt = mx.array([(37 * i * i + 11) % 320 for i in range(tokens + 1)])
     list(generate_step(prompt, model, max_tokens=0, prefill_step_size=tokens))
     used = (mx.get_peak_memory() - cache_and_weights) / tokens
-    reckoned = prefill_token_nbytes(FAMILIES[family], top_k=4, hidden=128, intermediate=256, itemsize=4)
-    assert used < reckoned < 20 * used
+    estimated = prefill_token_nbytes(FAMILIES[family], top_k=4, hidden=128, intermediate=256, itemsize=4)
+    assert used < estimated < 20 * used
 
 
 def test_streaming_tells(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_fewer_experts_per_token(family: str, checkpoint: WriteFamily, monkeypat
 
 
 def with_two_experts(config: dict[str, Any]) -> dict[str, Any]:
-    """What to replace in a config."""
+    """Return the config entries to replace."""
     if "text_config" in config:
         return {"text_config": config["text_config"] | with_two_experts(config["text_config"])}
     return {next(key for key in ("num_experts_per_tok", "top_k_experts") if key in config): 2}

@@ -41,7 +41,7 @@ def test_generate(models: Models) -> None:
 
 @pytest.mark.parametrize("step", [1, 5, None])
 def test_chunks(models: Models, step: int | None) -> None:
-    """However many tokens of a prompt are read at a time, the tokens after it are the same."""
+    """The generated tokens do not depend on the size of prefill chunks."""
     model, oracle, tokenizer = models
     step = step or model.streaming.prefill_step_size
     text = mlx_lm.generate(model, tokenizer, TEXT, max_tokens=32, prefill_step_size=step)

@@ -12,6 +12,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from flashmoe_mlx.config import Config
+from flashmoe_mlx.generation.kv_cache import make_kv_cache
 from flashmoe_mlx.streaming.read_error import ReadError
 from tests.conftest import WriteFamily
 from tests.support.faults import HARMFUL, HARMLESS, faults, hurried
@@ -68,7 +69,7 @@ def test_long_generation(tokens: int, checkpoint: WriteFamily) -> None:
     """With a window as KV cache nothing may grow."""
     model = streamed(checkpoint("qwen3_5_moe"), 0.5)
     held = []
-    steps = generate_step(mx.array([1, 2, 3]), model, max_tokens=tokens, max_kv_size=128)
+    steps = generate_step(mx.array([1, 2, 3]), model, max_tokens=tokens, prompt_cache=make_kv_cache(model, 128))
     for number, _ in enumerate(steps):
         if number % (tokens // 10) == 0:
             held.append(memory())

@@ -112,11 +112,13 @@ class SlotMapModel(RuleBasedStateMachine):
     def agrees(self) -> None:
         assert self.slots.capacity == self.capacity
         assert self.slots.residents == self.residents
-        assert {key: self.slots[key] for key in self.residents} == self.slot_of
         for layer in ("a", "b"):
             wanted = [self.slot_of.get((layer, expert), NO_SLOT) for expert in range(EXPERTS)]
             assert self.slots.slots_of(layer, EXPERTS) == wanted
-            assert [(layer, expert) in self.slots for expert in range(EXPERTS)] == [slot != NO_SLOT for slot in wanted]
+            resident, missing = self.slots.partition(layer, range(EXPERTS))
+            assert resident == [expert for expert in range(EXPERTS) if (layer, expert) in self.slot_of]
+            assert missing == [expert for expert in range(EXPERTS) if (layer, expert) not in self.slot_of]
+            assert self.slots.lookup(layer, resident) == {expert: self.slot_of[layer, expert] for expert in resident}
         used = [*self.slot_of.values(), *self.handed_out]
         assert len(set(used)) == len(used)
         assert set(used) <= set(range(self.capacity))

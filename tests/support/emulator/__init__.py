@@ -84,7 +84,7 @@ class Emulated:
 
 
 def _printed(function: Callable[[], object]) -> str:
-    """What `function` writes to standard output from C++, which does not know Python's ``sys.stdout``."""
+    """Return what `function` writes to standard output from C++, which bypasses Python's ``sys.stdout``."""
     sys.stdout.flush()
     with tempfile.TemporaryFile() as file:
         stdout = os.dup(1)
