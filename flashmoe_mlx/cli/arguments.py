@@ -24,8 +24,6 @@ _RANGES = {
     "max_kv_size": (1, 2**63 - 1),
     "quantized_kv_start": (0, 2**63 - 1),
 }
-# What MLX quantizes to.
-_CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}
 
 
 def command_parser(
@@ -131,10 +129,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         # A comparison with NaN is false.
         if value is not None and not low <= value <= high:
             raise ValueError(f"{_flag(name)} is {value}: it must be from {low} to {high}")
-    for name, choices in _CHOICES.items():
-        value = getattr(args, name, None)
-        if value is not None and value not in choices:
-            raise ValueError(f"{_flag(name)} is {value}: it must be one of {', '.join(map(str, choices))}")
 
 
 def _flag(name: str) -> str:

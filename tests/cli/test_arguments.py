@@ -170,8 +170,6 @@ def test_integers_are_checked_in_one_way() -> None:
         (["--top-k", "-1"], "--top-k is -1: it must be from 0 to 2147483648"),
         (["--seed", "-1"], "--seed is -1: it must be from 0 to 18446744073709551615"),
         (["--seed", "18446744073709551616"], "--seed is 18446744073709551616: it must be from 0"),
-        (["--kv-bits", "7"], "--kv-bits is 7: it must be one of 2, 3, 4, 5, 6, 8"),
-        (["--kv-group-size", "3"], "--kv-group-size is 3: it must be one of 32, 64, 128"),
         (["--max-kv-size", "0"], "--max-kv-size is 0: it must be from 1"),
     ],
 )
@@ -179,7 +177,7 @@ def test_a_number_that_mlx_cannot_use_is_refused(
     argv: list[str], words: str, parser: argparse.ArgumentParser, model: str
 ) -> None:
     """Some of them would change the output silently."""
-    for flag in ("--seed", "--kv-bits", "--kv-group-size", "--max-kv-size"):
+    for flag in ("--seed", "--max-kv-size"):
         parser.add_argument(flag, type=int)
     with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
         parse_arguments(parser, ["--model", model, *argv])
