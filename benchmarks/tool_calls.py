@@ -4,7 +4,7 @@
 
 Each request has 1 to 8 tools with flat and nested schemas, drawn at random from a seed, and asks for one of them at
 temperature 1. The constrained model must call a tool. The unconstrained one is asked the same, and may answer anything:
-``unconstrained_calls`` is the number of answers that begin a call. A call counts if mlx-lm's parser reads it and its
+``unconstrained_calls`` is the number of answers that begin a call. A call counts if it can be read and its
 arguments fit by the jsonschema library. ``_low`` and ``_high`` are the ends of 95% intervals (Wilson).
 
 What is predicted is that all constrained calls fit which end within ``--max-tokens``; ``measured_over_predicted`` is
@@ -29,7 +29,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flashmoe_mlx
 from benchmarks.record import record
-from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
+from flashmoe_mlx.constrain import Processor, constrained, read_calls, vocabulary_of
 from flashmoe_mlx.evaluation.metrics import share
 from flashmoe_mlx.model.requantize import requantize
 
@@ -186,9 +186,9 @@ def fits(text: str, tools: list[Tool], tokenizer: TokenizerWrapper) -> bool:
         return False
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     try:
-        parsed = tokenizer.tool_parser(call.strip(), readable(tools))
-        return bool(Draft202012Validator(schemas[parsed["name"]]).is_valid(parsed["arguments"]))
-    except (ValueError, KeyError, TypeError, OverflowError, SyntaxError):
+        (parsed,) = read_calls(tokenizer, call, tools)
+        return bool(Draft202012Validator(schemas[parsed.name]).is_valid(json.loads(parsed.arguments)))
+    except (ValueError, KeyError):
         return False
 
 

@@ -57,7 +57,7 @@ class ChatChoice:
 
     @property
     def warnings(self) -> list[str]:
-        """What was not held, and faults of the calls: one line each."""
+        """Return one line for each part of a schema that was not enforced, and for each fault of a call."""
         return [*(self._constraint.warnings if self._constraint else []), *self._faults]
 
     def add(self, token: Token) -> None:

@@ -1,4 +1,4 @@
-"""Whatever is in the files of a tokenizer, it loads, or one line names the file."""
+"""A tokenizer loads, or one line names the file, for any content of its files."""
 
 import json
 import random
