@@ -36,12 +36,13 @@ class Reader:
 
     The calling thread copies what is in the page cache; for large reads, as many other threads as there are cores help.
     The rest is left to more threads, so that the device always has many requests queued. Where the OS cannot tell the
-    two apart, other threads make all reads: a device read can block forever, so the calling thread never makes one.
+    two apart, as on a Mac, these make all reads: a device read can block forever, so the calling thread never makes one.
     Threads only move bytes, because MLX arrays belong to the thread that made them.
 
     Args:
         paths (Iterable[str]): Files to read from. They stay open.
-        threads (int): Device reads in flight at once, and as many again for prefetches.
+        threads (int): Device reads in flight at once, and as many again for prefetches. Reads of which the OS cannot tell
+            whether they are cached count as device reads.
         counters (Counters): Adds up bytes and seconds.
         timeout (float): Seconds without progress after which a read has failed. Default: 60.
 
@@ -96,7 +97,7 @@ class Reader:
                 self._copy_all(batch, Job(), small)
                 self._copy_all(batch, Job(), large)
             else:
-                batch.submit(min(self._copiers + 1, len(large)), self._copy_all, large)
+                batch.submit(min(self._device_readers, len(large)), self._copy_all, large)
         except BaseException:
             self._end(batch)
             raise
@@ -115,8 +116,9 @@ class Reader:
         """
         batch = self._batch(self._prefetch_threads, spans, on_filled)
         queue = deque(batch.reads)
+        readers = max(1, self._copiers) if self._knows_cached else self._device_readers
         try:
-            batch.submit(min(max(1, self._copiers), len(queue)), self._copy_all, queue)
+            batch.submit(min(readers, len(queue)), self._copy_all, queue)
         except BaseException:
             self._end(batch)
             raise
@@ -228,10 +230,12 @@ def _skip(nbytes: int, buffers: list[memoryview]) -> list[memoryview]:
 
 def _disable_readahead(file: int) -> None:
     """Keep the OS from reading past a span, which costs page cache and bandwidth for experts nobody asked for."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(file, _F_RDAHEAD, 0)
-    elif hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    # Advice that a network file system refuses must not end a run.
+    with suppress(OSError):
+        if sys.platform == "darwin":
+            fcntl.fcntl(file, _F_RDAHEAD, 0)
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def _knows_cached(file: int) -> bool:
