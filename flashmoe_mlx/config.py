@@ -1,7 +1,7 @@
 """Settings of a streamed model: one frozen dataclass, filled from TOML files, presets and flags."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -11,6 +11,9 @@ from flashmoe_mlx.system.package_data import data_dir
 
 SAMPLING = ("temp", "top_p", "top_k", "min_p")
 """Keys of ``Config.sampling``, named as mlx-lm's flags."""
+
+SLOTS = ("live", "copied")
+"""Values of ``Config.slots``."""
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 _UNITS |= {"TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -35,6 +38,9 @@ class Config:
             Default: ``16``.
         read_timeout (float): Seconds without progress after which a read fails. Default: ``60``.
         lookahead (bool): Prefetch the experts that the next layer's router would choose now. Default: ``False``.
+        slots (str): ``"live"`` reads experts straight into the memory that kernels compute with. ``"copied"`` reads
+            them into buffers and copies them from there, as an NVIDIA GPU always needs it. Does not change the output.
+            Default: ``"live"``.
         warm_start (str, optional): File with the experts to start with; see ``Streaming.save_residents``.
             Default: ``None``.
         manifest (str, optional): File that ``flashmoe verify --write-manifest`` wrote. Each streamed expert is
@@ -83,6 +89,14 @@ class Config:
             "Does not change the output",
         },
     )
+    slots: Literal["live", "copied"] = field(
+        default="live",
+        metadata={
+            "choices": SLOTS,
+            "help": "Read experts straight into the memory that kernels compute with, or into buffers from which they "
+            "are copied, as on an NVIDIA GPU in any case. Does not change the output (default: %(default)s)",
+        },
+    )
     warm_start: str | None = field(
         default=None,
         metadata={
@@ -113,6 +127,7 @@ class Config:
             )
         if not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
+        _check_choice("slots", self.slots, SLOTS)
         for name in ("warm_start", "manifest"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be the path of a file")
@@ -191,6 +206,11 @@ def parse_size(size: int | str) -> int:
     if nbytes < 0:
         raise ValueError(f"a size cannot be negative: {size!r}")
     return nbytes
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be {' or '.join(choices)}")
 
 
 def _is_number(value: object) -> bool:

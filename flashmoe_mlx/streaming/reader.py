@@ -36,13 +36,13 @@ class Reader:
 
     The calling thread copies what is in the page cache; for large reads, as many other threads as there are cores help.
     The rest is left to more threads, so that the device always has many requests queued. Where the OS cannot tell the
-    two apart, as on a Mac, these make all reads: a device read can block forever, so the calling thread never makes one.
+    two apart, as on a Mac, they make all reads. A device read can block forever, so the calling thread never makes one.
     Threads only move bytes, because MLX arrays belong to the thread that made them.
 
     Args:
         paths (Iterable[str]): Files to read from. They stay open.
-        threads (int): Device reads in flight at once, and as many again for prefetches. Reads of which the OS cannot tell
-            whether they are cached count as device reads.
+        threads (int): Device reads in flight at once, and as many again for prefetches. A read counts as one where the
+            OS cannot tell what is cached.
         counters (Counters): Adds up bytes and seconds.
         timeout (float): Seconds without progress after which a read has failed. Default: 60.
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from flashmoe_mlx.config import SLOTS, Config
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from tests.conftest import WriteFamily
@@ -26,6 +27,17 @@ def test_family(family: str, fraction: float, checkpoint: WriteFamily, expected:
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
     folder = checkpoint(family)
     assert_same(run(streamed(folder, fraction)), expected(folder))
+
+
+@pytest.mark.parametrize("fraction", [0, 0.25])
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss", "nemotron_h", "llama4"])
+def test_copied_slots(
+    family: str, lookahead: bool, fraction: float, checkpoint: WriteFamily, expected: Expected, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
+    folder = checkpoint(family)
+    assert_same(run(streamed(folder, fraction, config=Config(slots="copied", lookahead=lookahead))), expected(folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,6 +73,7 @@ def test_quantization(quantization: str, fraction: float, checkpoint: WriteFamil
     assert_same(run(streamed(folder, fraction), tokens=16), truncate(expected(folder), 16))
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("fraction", [0, 0.25])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize(
@@ -69,10 +82,11 @@ def test_quantization(quantization: str, fraction: float, checkpoint: WriteFamil
     # gpt_oss adds biases, nemotron_h two-part MLPs.
 )
 def test_half_precision_scales(
-    family: str, dtype: mx.Dtype, fraction: float, checkpoint: WriteFamily, expected: Expected
+    family: str, dtype: mx.Dtype, fraction: float, slots: Any, checkpoint: WriteFamily, expected: Expected
 ) -> None:
     folder = checkpoint(family, {"bits": 4, "group_size": 64}, dtype=dtype)
-    assert_same(run(streamed(folder, fraction), tokens=16), truncate(expected(folder), 16))
+    model = streamed(folder, fraction, config=Config(slots=slots))
+    assert_same(run(model, tokens=16), truncate(expected(folder), 16))
 
 
 @pytest.mark.parametrize("fraction", [0, 0.25, 1])

@@ -8,6 +8,7 @@ STREAMING = {
     "--read-threads",
     "--read-timeout",
     "--lookahead",
+    "--slots",
     "--warm-start",
     "--manifest",
     "--config",

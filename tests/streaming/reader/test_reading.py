@@ -277,9 +277,7 @@ def test_all_threads_read_where_the_os_does_not_tell_what_is_cached(
 
 
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_refused_advice_about_readahead_is_no_error(
-    platform: str, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_advice_about_readahead_is_no_error(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
