@@ -26,6 +26,7 @@ from flashmoe_mlx.model.precision import compute_in_float32, itemsize
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.keep_warm import make_keep_warm
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
@@ -124,7 +125,8 @@ def _build_pools(
     plans: Sequence[PoolPlan], checkpoint: Checkpoint, config: Config, counters: Counters, buffer_nbytes: int
 ) -> dict[str, Pool]:
     """Return the pool of each streamed layer, by the layer's path."""
-    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
+    keep_warm = make_keep_warm(config.keep_warm)
+    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout, keep_warm)
     tables = [table for plan in plans for table in plan.tables]
     check = None
     if config.manifest is not None:

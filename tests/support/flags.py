@@ -9,6 +9,7 @@ STREAMING = {
     "--read-timeout",
     "--lookahead",
     "--slots",
+    "--keep-warm",
     "--warm-start",
     "--manifest",
     "--config",
