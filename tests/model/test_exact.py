@@ -10,7 +10,9 @@ import pytest
 
 from flashmoe_mlx.config import SLOTS, Config
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
-from flashmoe_mlx.model import budget
+from flashmoe_mlx.model import budget, swap
+from flashmoe_mlx.ops.dispatch import Backend
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
 from tests.support.oracle import PROMPT, Run, assert_same, distance, resident, run, streamed
@@ -36,8 +38,32 @@ def test_copied_slots(
     family: str, lookahead: bool, fraction: float, checkpoint: WriteFamily, expected: Expected, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
+    copies: list[int] = []
+    planned: list[int] = []
+    copy = BounceBuffers.copy
+    monkeypatch.setattr(BounceBuffers, "copy", lambda self, *call: copies.append(call[0]) or copy(self, *call))
+    monkeypatch.setattr(swap, "refuse_excess", lambda trunk, experts: planned.append(experts))
     folder = checkpoint(family)
-    assert_same(run(streamed(folder, fraction, config=Config(slots="copied", lookahead=lookahead))), expected(folder))
+    live = streamed(folder, fraction, config=Config(lookahead=lookahead))
+    without_buffers = planned[-1]
+    assert_same(run(live), expected(folder))
+    assert not copies
+    copied = streamed(folder, fraction, config=Config(slots="copied", lookahead=lookahead))
+    assert_same(run(copied), expected(folder))
+    assert copies
+    # The buffers are a part of the plan for memory.
+    assert planned[-1] == without_buffers + 32 * copied.streaming.pools[0].expert_nbytes
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize("settings", [{"slots": "copied"}, {"keep_warm": "on"}], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss"])
+def test_settings_that_do_not_change_the_output_of_a_gpu(
+    family: str, settings: dict[str, Any], checkpoint: WriteFamily, on_gpu: Backend
+) -> None:
+    folder = checkpoint(family)
+    wanted = run(streamed(folder, 0.25, config=Config(keep_warm="off")))
+    assert_same(run(streamed(folder, 0.25, config=Config(**{"keep_warm": "off"} | settings))), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

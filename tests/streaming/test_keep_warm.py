@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from flashmoe_mlx.checkpoint.span import Span
+from flashmoe_mlx.config import Config
 from flashmoe_mlx.model import budget, swap
 from flashmoe_mlx.streaming import keep_warm as keep_warm_module
 from flashmoe_mlx.streaming.counters import Counters
@@ -196,10 +197,12 @@ def test_output_is_the_same(
 ) -> None:
     warm = Recorded()
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
-    monkeypatch.setattr(swap, "make_keep_warm", lambda setting: warm)
+    settings: list[str] = []
+    monkeypatch.setattr(swap, "make_keep_warm", lambda setting: settings.append(setting) or warm)
     folder = checkpoint("qwen3_5_moe")
     wanted = expected(folder)
     # As fast as a disk, or the test takes a minute.
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 20))
-    assert_same(run(streamed(folder), PROMPT), wanted)
+    assert_same(run(streamed(folder, config=Config(keep_warm="on")), PROMPT), wanted)
+    assert settings[-1] == "on"
     assert len(warm.times) > 100
