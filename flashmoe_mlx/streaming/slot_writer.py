@@ -133,8 +133,8 @@ class _Transfer(NamedTuple):
 class CopyingSlotWriter(SlotWriter):
     """Reads experts into bounce buffers and copies them to their slots.
 
-    An NVIDIA GPU needs it, because files cannot be read into its own memory. Elsewhere it is a choice: no thread writes
-    to memory that a GPU may be reading, and a stuck read blocks a buffer, but no slot.
+    An NVIDIA GPU needs it, because files cannot be read into its own memory. Elsewhere it is a choice: the OS reads
+    into plain memory instead of a GPU's buffers, and a stuck read blocks no slot.
 
     Args:
         slabs (Mapping[str, Slab]): The memory of the slots, by parameter.
