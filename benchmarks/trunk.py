@@ -44,7 +44,7 @@ from benchmarks.record import record
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.folder import Checkpoint
 from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
-from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.readback import make_readback
 from flashmoe_mlx.layers.router_sync import RouterSync
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU
 from flashmoe_mlx.model.families import find_experts
@@ -190,7 +190,7 @@ def streamed_switches(layers: list[nn.Module], folder: Path, backend: Backend) -
     switches, tables = find_experts(stack, checkpoint, backend)
     reader = Reader(checkpoint.files, 8, counters)
     pinned = PinnedBuffers(tables[0].expert_nbytes, 10) if needs_pinned_memory() else None
-    sync = RouterSync(counters, PinnedReadback() if needs_pinned_memory() else None)
+    sync = RouterSync(counters, make_readback(backend))
 
     def streamed_switch(table: ExpertTable) -> StreamedSwitchGLU:
         pool = Pool(table.experts, table, reader, counters, pinned)

@@ -1,7 +1,7 @@
 """Settings of a streamed model: one frozen dataclass, filled from TOML files, presets and flags."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -12,6 +12,12 @@ from flashmoe_mlx.system.text import read_text
 
 SAMPLING = ("temp", "top_p", "top_k", "min_p")
 """Keys of ``Config.sampling``, named as mlx-lm's flags."""
+
+SLOTS = ("live", "copied")
+"""Values of ``Config.slots``."""
+
+KEEP_WARM = ("auto", "on", "off")
+"""Values of ``Config.keep_warm``."""
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 _UNITS |= {"TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -36,6 +42,11 @@ class Config:
             Default: ``16``.
         read_timeout (float): Seconds without progress after which a read fails. Default: ``60``.
         lookahead (bool): Prefetch the experts that the next layer's router would choose now. Default: ``False``.
+        slots (str): ``"live"`` reads experts straight into the memory that kernels compute with. ``"copied"`` reads
+            them into buffers and copies them from there, as an NVIDIA GPU always needs it. Does not change the output.
+            Default: ``"live"``.
+        keep_warm (str): Keep the clock of a Metal GPU up while it waits for the disk. ``"auto"`` does so unless the
+            machine runs on its battery. Does not change the output. Default: ``"auto"``.
         warm_start (str, optional): File with the experts to start with; see ``Streaming.save_residents``.
             Default: ``None``.
         manifest (str, optional): File that ``flashmoe verify --write-manifest`` wrote. Each streamed expert is
@@ -84,6 +95,22 @@ class Config:
             "Does not change the output",
         },
     )
+    slots: Literal["live", "copied"] = field(
+        default="live",
+        metadata={
+            "choices": SLOTS,
+            "help": "Read experts straight into the memory that kernels compute with, or into buffers from which they "
+            "are copied, as on an NVIDIA GPU in any case. Does not change the output (default: %(default)s)",
+        },
+    )
+    keep_warm: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "choices": KEEP_WARM,
+            "help": "Keep the clock of an Apple GPU up while it waits for the disk. auto does so unless the machine "
+            "runs on its battery. Does not change the output (default: %(default)s)",
+        },
+    )
     warm_start: str | None = field(
         default=None,
         metadata={
@@ -114,6 +141,8 @@ class Config:
             )
         if not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
+        _check_choice("slots", self.slots, SLOTS)
+        _check_choice("keep_warm", self.keep_warm, KEEP_WARM)
         for name in ("warm_start", "manifest"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be the path of a file")
@@ -192,6 +221,11 @@ def parse_size(size: int | str) -> int:
     if nbytes < 0:
         raise ValueError(f"a size cannot be negative: {size!r}")
     return nbytes
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _is_number(value: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.readback import Readback
 from flashmoe_mlx.streaming.counters import Counters
 
 
@@ -19,10 +19,10 @@ class RouterSync:
 
     Args:
         counters (Counters): Adds up the time waited.
-        readback (PinnedReadback, optional): Returns indices with less latency than MLX. Default: ``None``.
+        readback (Readback, optional): Returns indices with less latency than MLX. Default: ``None``.
     """
 
-    def __init__(self, counters: Counters, readback: PinnedReadback | None = None) -> None:
+    def __init__(self, counters: Counters, readback: Readback | None = None) -> None:
         self._counters = counters
         self._readback = readback
         self._written: mx.array | None = None

@@ -14,7 +14,7 @@ from flashmoe_mlx.checkpoint.folder import Checkpoint
 from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers.lookahead import Lookahead
-from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.readback import make_readback
 from flashmoe_mlx.layers.router_sync import RouterSync
 from flashmoe_mlx.layers.shared_expert import overlap
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU, output_width
@@ -24,7 +24,9 @@ from flashmoe_mlx.model.families import find_experts, hidden_size, router, share
 from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.model.precision import compute_in_float32, itemsize
 from flashmoe_mlx.ops.dispatch import Backend
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.keep_warm import make_keep_warm
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers, needs_pinned_memory
@@ -33,8 +35,8 @@ from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.warm_start import load_residents
 from flashmoe_mlx.system.memory import available_memory, limit_cache
 
-# Experts in pinned buffers at once: those a token needs, and those prefetched.
-_PINNED_EXPERTS = 32
+# Experts in bounce buffers at once: those a token needs, and those prefetched.
+_BUFFERED_EXPERTS = 32
 
 
 def stream_experts(
@@ -67,18 +69,18 @@ def stream_experts(
     plans = plan_pools(tables, ram_budget, top_k)
     slots_nbytes = sum(plan.nbytes for plan in plans)
     streamed = [plan for plan in plans if not plan.all_resident]
-    pinned_nbytes = 0
-    if streamed and needs_pinned_memory():
-        pinned_nbytes = max(plan.tables[0].slot_nbytes for plan in streamed)
-    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _PINNED_EXPERTS * pinned_nbytes)
+    buffer_nbytes = 0
+    if streamed and (needs_pinned_memory() or config.slots == "copied"):
+        buffer_nbytes = max(plan.tables[0].expert_nbytes for plan in streamed)
+    refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _BUFFERED_EXPERTS * buffer_nbytes)
     value_nbytes = itemsize(model)
     token_nbytes = _prefill_token_nbytes(checkpoint, switches, top_k, value_nbytes)
     prefill_tokens = prefill_step_size(available_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
 
     limit_cache()
     counters = Counters()
-    pools = _build_pools(streamed, checkpoint, config, counters, pinned_nbytes)
-    sync = RouterSync(counters, PinnedReadback() if pinned_nbytes else None)
+    pools = _build_pools(streamed, checkpoint, config, counters, buffer_nbytes)
+    sync = RouterSync(counters, make_readback(backend) if streamed else None)
     blocks = _blocks(model, switches)
     # Routers and shared experts must read what the experts read; some blocks project the experts' input.
     width = hidden_size(checkpoint.config)
@@ -120,15 +122,18 @@ def stream_experts(
 
 
 def _build_pools(
-    plans: Sequence[PoolPlan], checkpoint: Checkpoint, config: Config, counters: Counters, pinned_nbytes: int
+    plans: Sequence[PoolPlan], checkpoint: Checkpoint, config: Config, counters: Counters, buffer_nbytes: int
 ) -> dict[str, Pool]:
     """Return the pool of each streamed layer, by the layer's path."""
-    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout)
+    keep_warm = make_keep_warm(config.keep_warm)
+    reader = Reader(checkpoint.files, config.read_threads, counters, config.read_timeout, keep_warm)
     tables = [table for plan in plans for table in plan.tables]
     check = None
     if config.manifest is not None:
         check = ManifestCheck(Manifest.load(Path(config.manifest), checkpoint), tables)
-    buffers = PinnedBuffers(pinned_nbytes, _PINNED_EXPERTS) if pinned_nbytes else None
+    buffers = None
+    if buffer_nbytes:
+        buffers = (PinnedBuffers if needs_pinned_memory() else BounceBuffers)(buffer_nbytes, _BUFFERED_EXPERTS)
     pools = {}
     for plan in plans:
         pool = Pool(plan.slots, plan.tables[0], reader, counters, buffers, check)

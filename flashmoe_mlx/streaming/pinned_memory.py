@@ -2,14 +2,16 @@
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 
-class PinnedBuffers:
+
+class PinnedBuffers(BounceBuffers):
     """Pinned host memory in buffers of equal size, and copies from there to the GPU.
 
     The host could write to MLX's arrays, but MLX moves those to managed memory then: pages migrate one by one when a
@@ -17,7 +19,7 @@ class PinnedBuffers:
     calls the driver, because MLX cannot copy into part of an array that exists.
 
     Args:
-        buffer_nbytes (int): Bytes of a buffer.
+        buffer_nbytes (int): Bytes of a buffer. They are rounded up to whole pages.
         count (int): Number of buffers.
 
     Raises:
@@ -36,56 +38,15 @@ class PinnedBuffers:
         self._call("cuCtxSetCurrent", self._context)
         # Non-blocking: it does not wait for MLX's streams.
         self._call("cuStreamCreate", ctypes.byref(self._stream), 1)
-        memory = self._allocate(buffer_nbytes * count)
-        self._address = ctypes.addressof(memory)
-        self._bytes = memoryview(memory).cast("B")
-        self._buffer_nbytes = buffer_nbytes
-        self._free = list(range(count))
-
-    @property
-    def free(self) -> int:
-        """Return the number of buffers that are free."""
-        return len(self._free)
-
-    def take(self, sizes: Sequence[int]) -> tuple[int, list[memoryview]]:
-        """Take a free buffer.
-
-        Args:
-            sizes (Sequence[int]): Bytes of the views to cut it into.
-
-        Returns:
-            tuple: The number of the buffer, and the views.
-
-        Raises:
-            OSError: No buffer is free, because reads into all of them are stuck.
-        """
-        if not self._free:
-            raise OSError("all pinned memory is blocked by stuck reads: check the disk")
-        number = self._free.pop()
-        views, begin = [], number * self._buffer_nbytes
-        for size in sizes:
-            views.append(self._bytes[begin : begin + size])
-            begin += size
-        return number, views
+        super().__init__(buffer_nbytes, count)
+        # Half of what a token of the 397B model needs in a layer: the driver copies while others are read.
+        self.copied_at_once = 5
 
     def copy(self, number: int, sizes: Sequence[int], addresses: Sequence[int]) -> None:
-        """Start to copy the views of a buffer to the GPU. :meth:`synchronize` waits for the copies.
-
-        Args:
-            number (int): The buffer.
-            sizes (Sequence[int]): Bytes of its views.
-            addresses (Sequence[int]): The GPU's address to copy each view to.
-
-        Raises:
-            RuntimeError: A call to the driver failed.
-        """
+        """Start to copy the views of a buffer to the GPU; see :meth:`BounceBuffers.copy`."""
         # The current context is a thread's own.
         self._call("cuCtxSetCurrent", self._context)
-        begin = self._address + number * self._buffer_nbytes
-        for size, address in zip(sizes, addresses, strict=True):
-            to, start = ctypes.c_void_p(address), ctypes.c_void_p(begin)
-            self._call("cuMemcpyHtoDAsync_v2", to, start, ctypes.c_size_t(size), self._stream)
-            begin += size
+        super().copy(number, sizes, addresses)
 
     def synchronize(self) -> None:
         """Wait for all copies.
@@ -95,12 +56,7 @@ class PinnedBuffers:
         """
         self._call("cuStreamSynchronize", self._stream)
 
-    def give_back(self, numbers: Iterable[int]) -> None:
-        """Mark buffers as free."""
-        self._free += numbers
-
-    def _allocate(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """Allocate pinned memory, which is freed with the last view of it."""
+    def _allocate(self, nbytes: int) -> memoryview:
         address = ctypes.c_void_p()
         try:
             self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
@@ -111,7 +67,11 @@ class PinnedBuffers:
         memory = (ctypes.c_char * nbytes).from_address(address.value or 0)
         # Not at exit: the process returns it anyway, and the driver may be gone by then.
         weakref.finalize(memory, _free, self._context, self._stream, address).atexit = False
-        return memory
+        return memoryview(memory).cast("B")
+
+    def _copy_bytes(self, to: int, begin: int, nbytes: int) -> None:
+        address, start = ctypes.c_void_p(to), ctypes.c_void_p(begin)
+        self._call("cuMemcpyHtoDAsync_v2", address, start, ctypes.c_size_t(nbytes), self._stream)
 
     def _call(self, name: str, *arguments: Any) -> None:
         _call(name, *arguments)

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
-from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
 from flashmoe_mlx.streaming.slot_map import Key, SlotMap
-from flashmoe_mlx.streaming.slot_writer import PinnedSlotWriter, SlotWriter
+from flashmoe_mlx.streaming.slot_writer import CopyingSlotWriter, SlotWriter
 
 
 class Prefetch(NamedTuple):
@@ -47,8 +47,8 @@ class Pool:
         table (ExpertTable): Gives the parts of an expert, their shapes and dtypes.
         reader (Reader): Fills buffers from files.
         counters (Counters): Counts hits and misses.
-        pinned (PinnedBuffers, optional): Read into these and copy to the slots, where files cannot be read into the
-            memory that the device computes with. Default: ``None``, read straight into the slots.
+        buffers (BounceBuffers, optional): Read into these and copy to the slots. Default: ``None``, read straight into
+            the slots, which an NVIDIA GPU does not allow.
         check (ManifestCheck, optional): Compares experts with a manifest before they count as resident. Default:
             ``None``.
 
@@ -64,14 +64,16 @@ class Pool:
         table: ExpertTable,
         reader: Reader,
         counters: Counters,
-        pinned: PinnedBuffers | None = None,
+        buffers: BounceBuffers | None = None,
         check: ManifestCheck | None = None,
     ):
         self.planned = slots
         self.slot_nbytes = table.slot_nbytes
         self.expert_nbytes = table.expert_nbytes
         slabs = {part.name: Slab(slots, part.shape, part.stored, part.computed) for part in table.parts}
-        writer = SlotWriter(slabs, reader, check) if pinned is None else PinnedSlotWriter(slabs, reader, pinned, check)
+        writer = SlotWriter(slabs, reader, check)
+        if buffers is not None:
+            writer = CopyingSlotWriter(slabs, reader, buffers, check)
         self._memory = _Memory(SlotMap(slots), writer, {}, 0)
         self._counters = counters
         self._prefetch: Prefetch | None = None

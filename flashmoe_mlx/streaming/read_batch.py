@@ -8,6 +8,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from flashmoe_mlx.streaming.keep_warm import KeepWarm
 from flashmoe_mlx.streaming.read import OnFilled, Read, read_failure
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
 
@@ -52,6 +53,7 @@ class Batch:
         reads (Sequence[Read]): All reads of the request.
         timeout (float): Seconds without progress after which a read has failed.
         on_filled (OnFilled, optional): Called with buffers as soon as they are filled. Default: ``None``.
+        keep_warm (KeepWarm, optional): Launched from time to time by the thread that waits. Default: ``None``.
 
     Attributes:
         reads (Sequence[Read]): All reads of the request.
@@ -59,12 +61,20 @@ class Batch:
             their bytes are there.
     """
 
-    def __init__(self, threads: DaemonThreads, reads: Sequence[Read], timeout: float, on_filled: OnFilled | None):
+    def __init__(
+        self,
+        threads: DaemonThreads,
+        reads: Sequence[Read],
+        timeout: float,
+        on_filled: OnFilled | None = None,
+        keep_warm: KeepWarm | None = None,
+    ):
         self.reads = reads
         self.cold: deque[tuple[Read, int]] = deque()
         self._threads = threads
         self._timeout = timeout
         self._on_filled = on_filled
+        self._keep_warm = keep_warm
         self._stopped = False
         self._jobs: list[Job] = []
         self._ended: SimpleQueue[Job] = SimpleQueue()
@@ -98,6 +108,8 @@ class Batch:
             ReadError: A read failed or made no progress.
             OSError: ``on_filled`` refused what was read.
         """
+        keep_warm = self._keep_warm if self._keep_warm is not None and self._keep_warm.is_on() else None
+        pause = self._timeout / 10 if keep_warm is None else min(self._timeout / 10, keep_warm.interval)
         running = True
         while running:
             # A job may submit others before it ends, so the errors of all are looked at once more.
@@ -107,9 +119,11 @@ class Batch:
                     raise job.error
             if running:
                 try:
-                    self._ended.get(timeout=self._timeout / 10)
+                    self._ended.get(timeout=pause)
                 except Empty:
                     self._refuse_stuck()
+                    if keep_warm is not None:
+                        keep_warm.launch()
 
     def stop(self) -> None:
         """Drop the reads that no thread has begun, and wait for the others, but only for half a second."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.counters import Counters
+from flashmoe_mlx.streaming.keep_warm import KeepWarm
 from flashmoe_mlx.streaming.read import OnFilled, Read, merge, read_failure
 from flashmoe_mlx.streaming.read_batch import Batch, Job
 from flashmoe_mlx.system.daemon_threads import DaemonThreads
@@ -36,20 +37,30 @@ class Reader:
 
     The calling thread copies what is in the page cache; for large reads, as many other threads as there are cores help.
     The rest is left to more threads, so that the device always has many requests queued. Where the OS cannot tell the
-    two apart, other threads make all reads: a device read can block forever, so the calling thread never makes one.
-    Threads only move bytes, because MLX arrays belong to the thread that made them.
+    two apart, as on a Mac, they make all reads. A device read can block forever, so the calling thread never makes one.
+    Threads only move bytes, because MLX arrays belong to the thread that made them; the calling thread alone launches
+    what keeps a GPU warm.
 
     Args:
         paths (Iterable[str]): Files to read from. They stay open.
-        threads (int): Device reads in flight at once, and as many again for prefetches.
+        threads (int): Device reads in flight at once, and as many again for prefetches. A read counts as one where the
+            OS cannot tell what is cached.
         counters (Counters): Adds up bytes and seconds.
         timeout (float): Seconds without progress after which a read has failed. Default: 60.
+        keep_warm (KeepWarm, optional): Keeps the clock of a GPU up while the calling thread waits. Default: ``None``.
 
     Raises:
         OSError: A file cannot be opened.
     """
 
-    def __init__(self, paths: Iterable[str], threads: int, counters: Counters, timeout: float = 60):
+    def __init__(
+        self,
+        paths: Iterable[str],
+        threads: int,
+        counters: Counters,
+        timeout: float = 60,
+        keep_warm: KeepWarm | None = None,
+    ):
         self._files: dict[str, int] = {}
         self._threads = DaemonThreads(threads, "expert-reader")
         # Their own threads, so that a read never queues behind a prefetch.
@@ -67,6 +78,7 @@ class Reader:
         self._knows_cached = all(map(_knows_cached, self._files.values()))
         self._counters = counters
         self._timeout = timeout
+        self._keep_warm = keep_warm
         # Those whose threads may write to buffers.
         self._batches: list[Batch] = []
 
@@ -96,7 +108,7 @@ class Reader:
                 self._copy_all(batch, Job(), small)
                 self._copy_all(batch, Job(), large)
             else:
-                batch.submit(min(self._copiers + 1, len(large)), self._copy_all, large)
+                batch.submit(min(self._device_readers, len(large)), self._copy_all, large)
         except BaseException:
             self._end(batch)
             raise
@@ -115,8 +127,9 @@ class Reader:
         """
         batch = self._batch(self._prefetch_threads, spans, on_filled)
         queue = deque(batch.reads)
+        readers = max(1, self._copiers) if self._knows_cached else self._device_readers
         try:
-            batch.submit(min(max(1, self._copiers), len(queue)), self._copy_all, queue)
+            batch.submit(min(readers, len(queue)), self._copy_all, queue)
         except BaseException:
             self._end(batch)
             raise
@@ -132,7 +145,7 @@ class Reader:
     def _batch(
         self, threads: DaemonThreads, spans: Iterable[tuple[Span, memoryview]], on_filled: OnFilled | None
     ) -> Batch:
-        batch = Batch(threads, merge(spans), self._timeout, on_filled)
+        batch = Batch(threads, merge(spans), self._timeout, on_filled, self._keep_warm)
         self._batches.append(batch)
         return batch
 
@@ -228,10 +241,12 @@ def _skip(nbytes: int, buffers: list[memoryview]) -> list[memoryview]:
 
 def _disable_readahead(file: int) -> None:
     """Keep the OS from reading past a span, which costs page cache and bandwidth for experts nobody asked for."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(file, _F_RDAHEAD, 0)
-    elif hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    # Advice that a network file system refuses must not end a run.
+    with suppress(OSError):
+        if sys.platform == "darwin":
+            fcntl.fcntl(file, _F_RDAHEAD, 0)
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def _knows_cached(file: int) -> bool:

@@ -60,9 +60,14 @@ class Slab:
         end = (slot + 1) * self._row_nbytes
         return self._bytes[end - self.stored_nbytes : end]
 
+    @property
+    def widens(self) -> bool:
+        """Return whether rows take more bytes than in the file, so that :meth:`widen` has something to do."""
+        return self.stored_nbytes < self._row_nbytes
+
     def widen(self, slot: int) -> None:
         """Convert what was read into a row to the array's dtype, in place. Every value is kept exactly."""
-        if self.stored_nbytes == self._row_nbytes:
+        if not self.widens:
             return
         row = self._bytes[slot * self._row_nbytes : (slot + 1) * self._row_nbytes]
         if self._stored == mx.bfloat16:
@@ -74,8 +79,8 @@ class Slab:
             np.frombuffer(row, np.float32)[...] = np.frombuffer(self.buffer(slot), np.float16)
 
     def address(self, slot: int) -> int:
-        """Return the address of a row: the GPU's, if it has memory of its own."""
-        return self._address + slot * self._row_nbytes
+        """Return the address of what :meth:`buffer` returns: the GPU's, if it has memory of its own."""
+        return self._address + (slot + 1) * self._row_nbytes - self.stored_nbytes
 
     def _set_memory(self, memory: mx.array, computed: mx.Dtype) -> None:
         self._memory = memory

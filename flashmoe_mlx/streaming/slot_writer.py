@@ -5,14 +5,11 @@ from functools import cached_property
 from typing import NamedTuple, Self
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
-from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from flashmoe_mlx.streaming.read import OnFilled
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
-
-# Experts that are read before their copy to the GPU begins: half of what a token of the 397B model needs in a layer.
-_COPIED_AT_ONCE = 5
 
 Buffers = Sequence[memoryview]
 """Host memory that an expert is read into: one buffer for each of its parts."""
@@ -37,6 +34,7 @@ class SlotWriter:
         self._reader = reader
         self._check = check
         self._quarantine: dict[int, Buffers] = {}
+        self._widened = [slab for slab in slabs.values() if slab.widens]
 
     @property
     def blocked(self) -> int:
@@ -108,8 +106,8 @@ class SlotWriter:
         return None if self._check is None else self._check.on_filled(table.layer, experts, buffers)
 
     def _widen(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            for slab in self.slabs.values():
+        for slab in self._widened:
+            for slot in slots:
                 slab.widen(slot)
 
     def _pop_idle(self, quarantine: dict[int, Buffers]) -> list[int]:
@@ -125,51 +123,54 @@ class SlotWriter:
 
 
 class _Transfer(NamedTuple):
-    """An expert on its path from pinned buffer number ``pinned``, whose views are ``buffers``, to a slot."""
+    """An expert on its path from buffer ``number``, whose views are ``views``, to a slot."""
 
     slot: int
-    pinned: int
-    buffers: Buffers
+    number: int
+    views: Buffers
 
 
-class PinnedSlotWriter(SlotWriter):
-    """Reads experts into pinned memory and copies them to their slots, for a GPU that has memory of its own.
+class CopyingSlotWriter(SlotWriter):
+    """Reads experts into bounce buffers and copies them to their slots.
+
+    An NVIDIA GPU needs it, because files cannot be read into its own memory. Elsewhere it is a choice: the OS reads
+    into plain memory instead of a GPU's buffers, and a stuck read blocks no slot.
 
     Args:
         slabs (Mapping[str, Slab]): The memory of the slots, by parameter.
         reader (Reader): Fills buffers from files.
-        pinned (PinnedBuffers): What to read into. Pools may share them.
+        buffers (BounceBuffers): Hold experts of any pool on their way to slots.
         check (ManifestCheck, optional): Compares experts with a manifest. Default: ``None``.
     """
 
     def __init__(
-        self, slabs: Mapping[str, Slab], reader: Reader, pinned: PinnedBuffers, check: ManifestCheck | None = None
+        self, slabs: Mapping[str, Slab], reader: Reader, buffers: BounceBuffers, check: ManifestCheck | None = None
     ):
         super().__init__(slabs, reader, check)
-        self._pinned = pinned
+        self._buffers = buffers
         self._sizes = [slab.stored_nbytes for slab in slabs.values()]
         self._in_flight: list[_Transfer] = []
-        self._pinned_quarantine: dict[int, Buffers] = {}
+        self._blocked_buffers: dict[int, Buffers] = {}
 
     def most_prefetched(self, experts: int) -> int:
         """Return how many of ``experts`` may be prefetched: half the buffers are for what turns out to be needed."""
-        return min(experts, self._pinned.free // 2)
+        return min(experts, self._buffers.free // 2)
 
     def read(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> None:
-        """Read experts of a layer into slots, while those before them are copied to the GPU.
+        """Read experts of a layer into slots, in groups: what copies by itself does so while the next group is read.
 
         Raises:
             ReadError: An expert could not be read.
-            OSError: An expert differs from the manifest, or stuck reads block all pinned memory.
+            OSError: An expert differs from the manifest, or stuck reads block all buffers.
             RuntimeError: The CUDA driver refused a copy.
         """
-        step = max(1, min(_COPIED_AT_ONCE, self._pinned.free))
+        step = max(1, min(self._buffers.copied_at_once, self._buffers.free))
         for first in range(0, len(experts), step):
-            if self._pinned.free < step:
+            if self._buffers.free < step:
                 self._finish_copies()
             group = experts[first : first + step]
             transfers = self._begin(slots[first : first + step])
-            buffers = [each.buffers for each in transfers]
+            buffers = [each.views for each in transfers]
             self._reader.read(table.reads(group, buffers), self._on_filled(table, group, buffers))
             self._copy(transfers)
         self._finish_copies()
@@ -181,7 +182,7 @@ class PinnedSlotWriter(SlotWriter):
             Callable: Copies them to their slots. Call it once; it raises what :meth:`read` does.
         """
         transfers = self._begin(slots)
-        buffers = [each.buffers for each in transfers]
+        buffers = [each.views for each in transfers]
         wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
 
         def finish() -> None:
@@ -192,7 +193,7 @@ class PinnedSlotWriter(SlotWriter):
         return finish
 
     def abort(self, slots: Sequence[int]) -> list[int]:
-        """Quarantine the pinned buffers of a failed read; threads write to nothing else.
+        """Quarantine the buffers of a failed read; threads write to nothing else.
 
         Args:
             slots (Sequence[int]): All that it was to fill.
@@ -200,15 +201,15 @@ class PinnedSlotWriter(SlotWriter):
         Returns:
             list[int]: These slots.
         """
-        self._pinned.synchronize()
-        self._pinned_quarantine |= {each.pinned: each.buffers for each in self._in_flight}
+        self._buffers.synchronize()
+        self._blocked_buffers |= {each.number: each.views for each in self._in_flight}
         self._in_flight.clear()
         self.recover()
         return list(slots)
 
     def recover(self) -> list[int]:
-        """End the quarantine of pinned buffers that no thread can write to any more. No slot is ever in quarantine."""
-        self._pinned.give_back(self._pop_idle(self._pinned_quarantine))
+        """End the quarantine of buffers that no thread can write to any more. No slot is ever in quarantine."""
+        self._buffers.give_back(self._pop_idle(self._blocked_buffers))
         return []
 
     def resized(self, kept: Sequence[int], slots: int) -> Self:
@@ -218,22 +219,23 @@ class PinnedSlotWriter(SlotWriter):
             kept (Sequence[int]): Old slots, whose bytes the new slots 0, 1, and so on begin with.
             slots (int): Number of new slots.
         """
-        resized = type(self)(self._resized_slabs(kept, slots), self._reader, self._pinned, self._check)
-        resized._pinned_quarantine = self._pinned_quarantine
+        resized = type(self)(self._resized_slabs(kept, slots), self._reader, self._buffers, self._check)
+        resized._blocked_buffers = self._blocked_buffers
         return resized
 
     def _begin(self, slots: Sequence[int]) -> list[_Transfer]:
         begun = len(self._in_flight)
         for slot in slots:
-            self._in_flight.append(_Transfer(slot, *self._pinned.take(self._sizes)))
+            self._in_flight.append(_Transfer(slot, *self._buffers.take(self._sizes)))
         return self._in_flight[begun:]
 
     def _copy(self, transfers: Sequence[_Transfer]) -> None:
         """Start to copy what has been read to its slots."""
-        for slot, pinned, _ in transfers:
-            self._pinned.copy(pinned, self._sizes, [slab.address(slot) for slab in self.slabs.values()])
+        for slot, number, _ in transfers:
+            self._buffers.copy(number, self._sizes, [slab.address(slot) for slab in self.slabs.values()])
 
     def _finish_copies(self) -> None:
-        self._pinned.synchronize()
-        self._pinned.give_back(each.pinned for each in self._in_flight)
+        self._buffers.synchronize()
+        self._widen([each.slot for each in self._in_flight])
+        self._buffers.give_back(each.number for each in self._in_flight)
         self._in_flight.clear()

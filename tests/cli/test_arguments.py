@@ -19,6 +19,8 @@ EVERYTHING = {
     "experts_per_token": ("3", 3),
     "read_threads": ("4", 4),
     "read_timeout": ("1.5", 1.5),
+    "slots": ("copied", "copied"),
+    "keep_warm": ("off", "off"),
     "warm_start": ("warm.json", "warm.json"),
     "manifest": ("manifest.json", "manifest.json"),
 }
@@ -117,6 +119,8 @@ def test_help_names_the_defaults(parser: argparse.ArgumentParser) -> None:
         ({"read_timeout": float("inf")}, "at most one day"),
         ({"read_timeout": "1"}, "read_timeout is '1'"),
         ({"lookahead": 1}, "lookahead is 1: it must be true or false"),
+        ({"slots": "dead"}, "slots is 'dead': it must be live or copied"),
+        ({"keep_warm": True}, "keep_warm is True: it must be auto, on or off"),
         ({"warm_start": 3}, "warm_start is 3: it must be the path of a file"),
         ({"ram_budget": "12 parsecs"}, "not a size: '12 parsecs'"),
         ({"ram_budget": "-1GB"}, "a size cannot be negative"),

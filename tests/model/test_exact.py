@@ -8,8 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from flashmoe_mlx.config import SLOTS, Config
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
-from flashmoe_mlx.model import budget
+from flashmoe_mlx.model import budget, swap
+from flashmoe_mlx.ops.dispatch import Backend
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
 from tests.support.oracle import PROMPT, Run, assert_same, distance, resident, run, streamed
@@ -26,6 +29,41 @@ def test_family(family: str, fraction: float, checkpoint: WriteFamily, expected:
     monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
     folder = checkpoint(family)
     assert_same(run(streamed(folder, fraction)), expected(folder))
+
+
+@pytest.mark.parametrize("fraction", [0, 0.25])
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss", "nemotron_h", "llama4"])
+def test_copied_slots(
+    family: str, lookahead: bool, fraction: float, checkpoint: WriteFamily, expected: Expected, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(budget, "_SHARED_SLOTS", 16)
+    copies: list[int] = []
+    planned: list[int] = []
+    copy = BounceBuffers.copy
+    monkeypatch.setattr(BounceBuffers, "copy", lambda self, *call: copies.append(call[0]) or copy(self, *call))
+    monkeypatch.setattr(swap, "refuse_excess", lambda trunk, experts: planned.append(experts))
+    folder = checkpoint(family)
+    live = streamed(folder, fraction, config=Config(lookahead=lookahead))
+    without_buffers = planned[-1]
+    assert_same(run(live), expected(folder))
+    assert not copies
+    copied = streamed(folder, fraction, config=Config(slots="copied", lookahead=lookahead))
+    assert_same(run(copied), expected(folder))
+    assert copies
+    # The buffers are a part of the plan for memory.
+    assert planned[-1] == without_buffers + 32 * copied.streaming.pools[0].expert_nbytes
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize("settings", [{"slots": "copied"}, {"keep_warm": "on"}], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gpt_oss"])
+def test_settings_that_do_not_change_the_output_of_a_gpu(
+    family: str, settings: dict[str, Any], checkpoint: WriteFamily, on_gpu: Backend
+) -> None:
+    folder = checkpoint(family)
+    wanted = run(streamed(folder, 0.25, config=Config(keep_warm="off")))
+    assert_same(run(streamed(folder, 0.25, config=Config(**{"keep_warm": "off"} | settings))), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,6 +99,7 @@ def test_quantization(quantization: str, fraction: float, checkpoint: WriteFamil
     assert_same(run(streamed(folder, fraction), tokens=16), truncate(expected(folder), 16))
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("fraction", [0, 0.25])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize(
@@ -69,10 +108,11 @@ def test_quantization(quantization: str, fraction: float, checkpoint: WriteFamil
     # gpt_oss adds biases, nemotron_h two-part MLPs.
 )
 def test_half_precision_scales(
-    family: str, dtype: mx.Dtype, fraction: float, checkpoint: WriteFamily, expected: Expected
+    family: str, dtype: mx.Dtype, fraction: float, slots: Any, checkpoint: WriteFamily, expected: Expected
 ) -> None:
     folder = checkpoint(family, {"bits": 4, "group_size": 64}, dtype=dtype)
-    assert_same(run(streamed(folder, fraction), tokens=16), truncate(expected(folder), 16))
+    model = streamed(folder, fraction, config=Config(slots=slots))
+    assert_same(run(model, tokens=16), truncate(expected(folder), 16))
 
 
 @pytest.mark.parametrize("fraction", [0, 0.25, 1])

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 
 from flashmoe_mlx import evaluate
-from flashmoe_mlx.config import Config
+from flashmoe_mlx.config import SLOTS, Config
 from flashmoe_mlx.evaluation import measure as evaluation
 from flashmoe_mlx.generation.prompt_cache import save_prompt_cache
 from flashmoe_mlx.streaming.read_error import ReadError
@@ -50,8 +51,8 @@ def impatient() -> Iterator[None]:
 WAYS = [(0, False), (0.5, False), (0, True)]
 
 
-def load(folder: Path, fraction: float, lookahead: bool) -> nn.Module:
-    return streamed(folder, fraction, config=Config(read_timeout=0.3, lookahead=lookahead))
+def load(folder: Path, fraction: float, lookahead: bool, slots: Any = "live") -> nn.Module:
+    return streamed(folder, fraction, config=Config(read_timeout=0.3, lookahead=lookahead, slots=slots))
 
 
 def answer(model: nn.Module, question: list[int], file: Path | None = None) -> list[int]:
@@ -64,11 +65,12 @@ def answer(model: nn.Module, question: list[int], file: Path | None = None) -> l
     return [int(token) for token, _ in generate_step(mx.array(question), model, max_tokens=TOKENS, prompt_cache=cache)]
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("count", [14, pytest.param(600, marks=pytest.mark.soak)])
 def test_faulty_reads_give_the_right_tokens_or_an_error(
-    count: int, folder: Path, answers: list[list[int]], tmp_path: Path
+    count: int, slots: Any, folder: Path, answers: list[list[int]], tmp_path: Path
 ) -> None:
-    models = [load(folder, *way) for way in WAYS]
+    models = [load(folder, *way, slots) for way in WAYS]
     outcomes: Counter[tuple[str, str]] = Counter()
     for seed in range(count):
         chance = random.Random(seed)

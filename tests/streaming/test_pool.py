@@ -1,6 +1,8 @@
 """A pool keeps the most recently used experts, and its slots hold the right bytes."""
 
+import ctypes
 import errno
+import mmap
 import os
 import threading
 import time
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
 from flashmoe_mlx.checkpoint.span import Span
+from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.counters import Counters
-from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.read_error import ReadError
 from flashmoe_mlx.streaming.reader import Reader
@@ -25,6 +27,9 @@ from tests.support.disk import holds, holds_residents, write_experts
 from tests.support.pinned import HostBuffers
 
 LAYERS, EXPERTS = 3, 6
+
+WAYS = ["live", "copied", "pinned"]
+"""Experts are read straight into slots, or into buffers that the host or a driver copies from."""
 
 CALL = st.tuples(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1), min_size=1))
 
@@ -39,9 +44,13 @@ def tables(file: Path) -> list[ExpertTable]:
     return write_experts(file, LAYERS, EXPERTS)
 
 
-def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], pinned: PinnedBuffers | None = None) -> Pool:
+def make_pool(slots: int, file: Path, tables: Sequence[ExpertTable], buffers: BounceBuffers | None = None) -> Pool:
     counters = Counters()
-    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, pinned)
+    return Pool(slots, tables[0], Reader([str(file)], 1, counters), counters, buffers)
+
+
+def make_buffers(way: str, count: int) -> BounceBuffers | None:
+    return None if way == "live" else {"copied": BounceBuffers, "pinned": HostBuffers}[way](44, count)
 
 
 class EagerReader(Reader):
@@ -112,17 +121,17 @@ def test_resident_experts_come_first_unless_all_go_together(file: Path, tables: 
 @given(
     slots=st.integers(1, 8),
     calls=st.lists(st.tuples(CALL, CALL), max_size=20),
-    pinned=st.booleans(),
+    way=st.sampled_from(WAYS),
 )
 def test_prefetch_takes_no_busy_slot(
     slots: int,
     calls: list[tuple[tuple[int, set[int]], tuple[int, set[int]]]],
-    pinned: bool,
+    way: str,
     file: Path,
     tables: list[ExpertTable],
 ) -> None:
     """An expert that a call computes with stays in its slot until the next call, and every slot is right."""
-    buffers = HostBuffers(44, 5) if pinned else None
+    buffers = make_buffers(way, 5)
     counters = Counters()
     pool = Pool(slots, tables[0], EagerReader([str(file)], 1, counters), counters, buffers)
     for (layer, wanted), (next_layer, guess) in calls:
@@ -181,11 +190,11 @@ def test_failed_prefetch_is_read_again(file: Path, tables: list[ExpertTable], mo
     assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [3, 4, 5]).items())
 
 
-@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_interrupted_prefetch_loses_no_slots(
-    pinned: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+    way: str, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    buffers = HostBuffers(44, 4) if pinned else None
+    buffers = make_buffers(way, 4)
     pool = make_pool(4, file, tables, buffers)
 
     def interrupted(*_: Any) -> None:
@@ -200,17 +209,18 @@ def test_interrupted_prefetch_loses_no_slots(
     assert len(set(pool.fetch(tables[0], [1, 2, 3, 4]).values())) == 4
 
 
-def test_more_experts_than_pinned_buffers_are_fetched(file: Path, tables: list[ExpertTable]) -> None:
-    pool = make_pool(6, file, tables, HostBuffers(44, 2))
+@pytest.mark.parametrize("way", ["copied", "pinned"])
+def test_more_experts_than_buffers_are_fetched(way: str, file: Path, tables: list[ExpertTable]) -> None:
+    pool = make_pool(6, file, tables, make_buffers(way, 2))
     fetched = pool.fetch(tables[0], [0, 1, 2, 3, 4])
     assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
 
 
-def test_no_free_pinned_buffer_is_an_error(file: Path, tables: list[ExpertTable]) -> None:
-    buffers = HostBuffers(44, 1)
+def test_no_free_buffer_is_an_error(file: Path, tables: list[ExpertTable]) -> None:
+    buffers = BounceBuffers(44, 1)
     pool = make_pool(6, file, tables, buffers)
     number, _ = buffers.take([44])
-    with pytest.raises(OSError, match="all pinned memory is blocked by stuck reads"):
+    with pytest.raises(OSError, match="all buffers of reads are blocked by stuck reads"):
         pool.fetch(tables[0], [0])
     assert pool.residents == []
     buffers.give_back([number])
@@ -227,11 +237,11 @@ def test_hits_misses_evictions_and_bytes_are_counted(file: Path, tables: list[Ex
     assert (counters.hits, counters.misses, counters.evictions, counters.bytes_read) == (2, 5, 1, 5 * 44)
 
 
-@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_failed_read_loses_no_slots(
-    pinned: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+    way: str, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    buffers = HostBuffers(44, 5) if pinned else None
+    buffers = make_buffers(way, 5)
     pool = make_pool(3, file, tables, buffers)
     pool.fetch(tables[0], [0, 1, 2])
     with monkeypatch.context() as patch:
@@ -248,13 +258,13 @@ def test_failed_read_loses_no_slots(
     assert buffers is None or buffers.free == 5
 
 
-@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_slot_of_a_stuck_read_is_quarantined_until_the_read_returns(
-    pinned: bool, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+    way: str, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counters = Counters()
     reader = Reader([str(file)], 1, counters, timeout=0.1)
-    buffers = HostBuffers(44, 5) if pinned else None
+    buffers = make_buffers(way, 5)
     pool = Pool(3, tables[0], reader, counters, buffers)
     gate = threading.Event()
     preadv = os.preadv
@@ -269,13 +279,13 @@ def test_slot_of_a_stuck_read_is_quarantined_until_the_read_returns(
     monkeypatch.setattr(os, "preadv", read)
     with pytest.raises(ReadError, match=r"no progress for 0.1 s .* of .*experts.bin"):
         pool.fetch(tables[1], [3])
-    assert pool.slots == (3 if pinned else 2)
+    assert pool.slots == (2 if way == "live" else 3)
     assert buffers is None or buffers.free == 4
     for experts in ([0, 1], [2, 3], [4, 5]):
         fetched = pool.fetch(tables[0], experts)
         assert all(holds(pool, slot, 0, expert) for expert, slot in fetched.items())
         assert len(pool.waves(tables[0], range(6), together=True)[0]) == len(pool.residents)
-    if not pinned:
+    if way == "live":
         with pytest.raises(OSError, match="3 experts need slots, but 1 of 3 slots are blocked by stuck reads"):
             pool.fetch(tables[0], [0, 1, 2])
     gate.set()
@@ -286,11 +296,13 @@ def test_slot_of_a_stuck_read_is_quarantined_until_the_read_returns(
     assert all(holds(pool, slot, 1, expert) for expert, slot in pool.fetch(tables[1], [1, 2, 3]).items())
 
 
-def test_pinned_buffer_of_a_stuck_read_returns_after_a_resize(
-    file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["copied", "pinned"])
+def test_buffer_of_a_stuck_read_returns_after_a_resize(
+    way: str, file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counters = Counters()
-    buffers = HostBuffers(44, 2)
+    buffers = make_buffers(way, 2)
+    assert buffers is not None
     pool = Pool(3, tables[0], Reader([str(file)], 1, counters, timeout=0.1), counters, buffers)
     gate = threading.Event()
     preadv = os.preadv
@@ -314,3 +326,28 @@ def test_pinned_buffer_of_a_stuck_read_returns_after_a_resize(
             assert time.monotonic() < deadline
             pool.waves(tables[0], [], together=True)
     assert all(holds(pool, slot, 0, expert) for expert, slot in pool.fetch(tables[0], [1, 2]).items())
+
+
+def test_buffers_begin_with_a_page(file: Path, tables: list[ExpertTable]) -> None:
+    buffers = BounceBuffers(mmap.PAGESIZE + 1, 3)
+    for _ in range(3):
+        _, (view, _) = buffers.take([44, mmap.PAGESIZE - 43])
+        assert ctypes.addressof(ctypes.c_char.from_buffer(view)) % mmap.PAGESIZE == 0
+    assert buffers.free == 0
+
+
+def test_nothing_is_written_to_slots_before_a_read_is_complete(
+    file: Path, tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed read into buffers leaves the bytes of all slots as they were."""
+    pool = make_pool(4, file, tables, BounceBuffers(44, 5))
+    pool.fetch(tables[0], [0, 1])
+
+    def slots() -> list[bytes]:
+        return [bytes(slab.buffer(slot)) for slab in pool.slabs.values() for slot in range(4)]
+
+    before = slots()
+    fail_at(tables[0].spans[5][-1], monkeypatch)
+    with pytest.raises(ReadError, match="Input/output error"):
+        pool.fetch(tables[0], [3, 4, 5])
+    assert slots() == before

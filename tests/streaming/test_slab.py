@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.slab import Slab
 
 BITS = np.arange(1 << 16, dtype=np.uint16)
@@ -54,3 +55,28 @@ def test_graphs_see_rows_written_after_they_were_built() -> None:
     doubled = rows.array * 2
     rows.buffer(0)[:] = np.full(4, 3, np.float32).tobytes()
     assert doubled[0].tolist() == [6, 6, 6, 6]
+
+
+def write_beside_a_running_kernel(steps: int) -> None:
+    """Write rows that share a cache line with one that the device reads meanwhile, and let the device read them."""
+    rows = Slab(64, (2,), mx.float32, mx.float32)
+    for row in range(0, 64, 2):
+        rows.buffer(row)[:] = np.full(2, row, np.float32).tobytes()
+        busy = rows.array[row]
+        for _ in range(steps):
+            busy = busy * 0.5 + rows.array[row]
+        mx.async_eval(busy)
+        rows.buffer(row + 1)[:] = np.full(2, row + 1, np.float32).tobytes()
+        assert (rows.array[row + 1] + 0).tolist() == [row + 1, row + 1]
+        assert np.allclose(np.asarray(busy), 2 * row)
+
+
+def test_a_row_may_be_written_while_its_neighbor_is_read() -> None:
+    write_beside_a_running_kernel(50)
+
+
+@pytest.mark.metal
+def test_a_row_may_be_written_while_a_gpu_reads_its_neighbor(on_gpu: Backend) -> None:
+    if on_gpu is not Backend.METAL:
+        pytest.skip("an NVIDIA GPU gets its rows by copies")
+    write_beside_a_running_kernel(500)

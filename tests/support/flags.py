@@ -8,6 +8,8 @@ STREAMING = {
     "--read-threads",
     "--read-timeout",
     "--lookahead",
+    "--slots",
+    "--keep-warm",
     "--warm-start",
     "--manifest",
     "--config",

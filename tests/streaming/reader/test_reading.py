@@ -245,6 +245,51 @@ def test_device_reads_in_flight_are_as_many_as_threads(
     assert complete(reads)
 
 
+@pytest.mark.parametrize("size", [100, LARGE])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_all_threads_read_where_the_os_does_not_tell_what_is_cached(
+    ahead: bool, size: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are cores, and more than copies from the page cache would use."""
+    preadv = os.preadv
+    barrier = threading.Barrier(16, timeout=5)
+    readers: set[threading.Thread] = set()
+
+    def without_flags(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return preadv(fd, buffers, offset)
+
+    def read(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        readers.add(threading.current_thread())
+        # Until fifteen others are here.
+        barrier.wait()
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", without_flags)
+    reader = Reader([str(file)], 16, Counters())
+    monkeypatch.setattr(os, "preadv", read)
+    reads = plan(file, [size] * 32)
+    reader.start(reads)() if ahead else reader.read(reads)
+    assert complete(reads)
+    assert len(readers) == 16
+    assert threading.current_thread() not in readers
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_refused_advice_about_readahead_is_no_error(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    for module, name in ((fcntl, "fcntl"), (os, "posix_fadvise")):
+        monkeypatch.setattr(module, name, refuse, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_RANDOM", 1, raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    reads = plan(file, SIZES)
+    Reader([str(file)], 2, Counters()).read(reads)
+    assert complete(reads)
+
+
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
 def test_readahead_is_disabled(platform: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
