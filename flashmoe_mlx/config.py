@@ -1,5 +1,6 @@
 """Settings of a streamed model: one frozen dataclass, filled from TOML files, presets and flags."""
 
+import argparse
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -35,6 +36,8 @@ class Config:
             Default: ``16``.
         read_timeout (float): Seconds without progress after which a read fails. Default: ``60``.
         lookahead (bool): Prefetch the experts that the next layer's router would choose now. Default: ``False``.
+        kernels (bool): Use this package's kernels. ``False`` runs MLX operations alone, for comparisons and bug
+            reports. Default: ``True``.
         warm_start (str, optional): File with the experts to start with; see ``Streaming.save_residents``.
             Default: ``None``.
         manifest (str, optional): File that ``flashmoe verify --write-manifest`` wrote. Each streamed expert is
@@ -83,6 +86,14 @@ class Config:
             "Does not change the output",
         },
     )
+    kernels: bool = field(
+        default=True,
+        metadata={
+            "action": argparse.BooleanOptionalAction,
+            "help": "Use this package's kernels, or MLX operations alone, for comparisons and bug reports (default: "
+            "--kernels)",
+        },
+    )
     warm_start: str | None = field(
         default=None,
         metadata={
@@ -111,8 +122,9 @@ class Config:
                 f"read_timeout is {self.read_timeout!r}: it must be a positive number of seconds, at most one day "
                 f"({_LONGEST_TIMEOUT})"
             )
-        if not isinstance(self.lookahead, bool):
-            raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
+        for name in ("lookahead", "kernels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
         for name in ("warm_start", "manifest"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be the path of a file")

@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     chosen: Backend = getattr(request, "param", None) or choose_backend()
     if chosen is Backend.NATIVE and native_module.kernels() is None:
         pytest.skip("no native kernels")
-    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
+    monkeypatch.setattr(load_module, "choose_backend", lambda kernels=True: chosen if kernels else Backend.REFERENCE)
     return chosen
 
 
@@ -129,7 +129,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     compiled = gpu.compiled
     monkeypatch.setattr(gpu, "compiled", lambda kernel: partial(compiled(kernel), init_value=float("nan")))
     mx.set_default_device(mx.gpu)
-    chosen = choose_backend()
-    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
-    yield chosen
+    monkeypatch.setattr(load_module, "choose_backend", choose_backend)
+    yield choose_backend()
     mx.set_default_device(mx.cpu)

@@ -71,7 +71,7 @@ def load(
     if not isinstance(config, Config):
         config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
-    backend = choose_backend()
+    backend = choose_backend(config.kernels)
     model_config = model_config or {}
     native_top_k, change = top_k_settings(checkpoint.config | model_config, config.experts_per_token)
     asked = f" with experts_per_token {config.experts_per_token}" if change else ""

@@ -78,7 +78,7 @@ def stream_experts(
     limit_cache()
     counters = Counters()
     pools = _build_pools(streamed, checkpoint, config, counters, pinned_nbytes)
-    sync = RouterSync(counters, PinnedReadback() if pinned_nbytes else None)
+    sync = RouterSync(counters, PinnedReadback() if pinned_nbytes and config.kernels else None)
     blocks = _blocks(model, switches)
     # Routers and shared experts must read what the experts read; some blocks project the experts' input.
     width = hidden_size(checkpoint.config)
@@ -116,6 +116,7 @@ def stream_experts(
         prefill_step_size=prefill_tokens,
         itemsize=value_nbytes,
         kv_token_nbytes=kv_token_nbytes(checkpoint.config, growing_layers(model), value_nbytes),
+        kernels=config.kernels,
     )
 
 

@@ -8,6 +8,8 @@ STREAMING = {
     "--read-threads",
     "--read-timeout",
     "--lookahead",
+    "--kernels",
+    "--no-kernels",
     "--warm-start",
     "--manifest",
     "--config",
