@@ -2,11 +2,13 @@
 
 import ctypes
 import time
+import warnings
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
+from flashmoe_mlx.ops.self_check import describe_error
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 
 # Largest threadgroup, and with it the most numbers at a time.
@@ -73,6 +75,26 @@ class PinnedReadback:
             threadgroup=(numbers.size, 1, 1),
         )
         return written
+
+
+def checked_readback() -> PinnedReadback | None:
+    """Return a read-back that has returned one array, or ``None``, with a warning, if its kernel fails here.
+
+    Raises:
+        MemoryError: The driver has no pinned memory left.
+        RuntimeError: The driver fails otherwise.
+    """
+    readback = PinnedReadback()
+    numbers = mx.array([3, 1, 2**32 - 1], mx.uint32)
+    try:
+        mx.eval(readback.write(numbers))
+        if (read := readback.poll()) == numbers.tolist():
+            return readback
+        fault = f"returned {read} for {numbers.tolist()}"
+    except (RuntimeError, ValueError) as error:
+        fault = describe_error(error)
+    warnings.warn(f"router indices are read back through MLX, slower: the kernel {fault}", stacklevel=2)
+    return None
 
 
 @cache

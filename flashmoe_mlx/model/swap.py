@@ -14,7 +14,7 @@ from flashmoe_mlx.checkpoint.folder import Checkpoint
 from flashmoe_mlx.checkpoint.manifest import Manifest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers.lookahead import Lookahead
-from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.readback import checked_readback
 from flashmoe_mlx.layers.router_sync import RouterSync
 from flashmoe_mlx.layers.shared_expert import overlap
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU, output_width
@@ -78,7 +78,7 @@ def stream_experts(
     limit_cache()
     counters = Counters()
     pools = _build_pools(streamed, checkpoint, config, counters, pinned_nbytes)
-    sync = RouterSync(counters, PinnedReadback() if pinned_nbytes and config.kernels else None)
+    sync = RouterSync(counters, checked_readback() if pinned_nbytes and config.kernels else None)
     blocks = _blocks(model, switches)
     # Routers and shared experts must read what the experts read; some blocks project the experts' input.
     width = hidden_size(checkpoint.config)

@@ -1,11 +1,13 @@
 """Pinned read-back returns what the router chose, and a write that is lost costs nothing but time."""
 
+import warnings
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from flashmoe_mlx.layers import readback
-from flashmoe_mlx.layers.readback import PinnedReadback
+from flashmoe_mlx.layers.readback import PinnedReadback, checked_readback
 from flashmoe_mlx.model import swap
 from flashmoe_mlx.streaming.pinned_memory import PinnedBuffers
 from tests.conftest import WriteFamily
@@ -55,6 +57,30 @@ def test_a_stale_value_is_never_taken_for_a_new_one() -> None:
     # One of three words has arrived.
     pinned._words[0] = pinned._sequence << 32 | 7
     assert pinned.poll() is None
+
+
+def test_a_read_back_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readback, "PinnedReadback", HostReadback)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(checked_readback(), HostReadback)
+
+
+def test_a_read_back_whose_kernel_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raising(HostReadback):
+        def _write(self, numbers: mx.array, sequence: mx.array) -> mx.array:
+            raise RuntimeError("Failed to compile kernel:\n" + "nvrtc says a lot\n" * 100)
+
+    class Losing(HostReadback):
+        arrives = False
+
+    for kind, words in ((Raising, "raised RuntimeError: Failed to compile kernel: nvrtc"), (Losing, "returned None")):
+        monkeypatch.setattr(readback, "PinnedReadback", kind)
+        with pytest.warns(UserWarning, match="router indices are read back through MLX") as caught:
+            assert checked_readback() is None
+        (warning,) = caught
+        assert words in str(warning.message)
+        assert len(str(warning.message)) < 500
 
 
 @pytest.mark.parametrize("arrives", [True, False])
