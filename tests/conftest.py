@@ -18,6 +18,7 @@ from flashmoe_mlx.ops import native as native_module
 from flashmoe_mlx.ops.dispatch import Backend, choose_backend
 from tests.support.emulator import Emulated
 from tests.support.families import FAMILIES
+from tests.support.kernel_checks import OPERATIONS
 from tests.support.oracle import Run, resident, run
 
 # Needs torch.
@@ -106,6 +107,13 @@ def expected(backend: Backend, session_runs: dict[tuple[Path, Backend], Run]) ->
         return session_runs[folder, backend]
 
     return once
+
+
+@pytest.fixture
+def kernels_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that the test disables are back after it."""
+    for operation in OPERATIONS:
+        monkeypatch.setattr(operation, "_kernels", dict(operation._kernels))
 
 
 @pytest.fixture
