@@ -1,5 +1,6 @@
 """Settings of a streamed model: one frozen dataclass, filled from TOML files, presets and flags."""
 
+import argparse
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -42,6 +43,8 @@ class Config:
             Default: ``16``.
         read_timeout (float): Seconds without progress after which a read fails. Default: ``60``.
         lookahead (bool): Prefetch the experts that the next layer's router would choose now. Default: ``False``.
+        kernels (bool): Use this package's kernels. ``False`` runs MLX operations alone, for comparisons and bug
+            reports. Default: ``True``.
         slots (str): ``"live"`` reads experts straight into the memory that kernels compute with. ``"copied"`` reads
             them into buffers and copies them from there, as an NVIDIA GPU always needs it. Does not change the output.
             Default: ``"live"``.
@@ -111,6 +114,14 @@ class Config:
             "runs on its battery. Does not change the output (default: %(default)s)",
         },
     )
+    kernels: bool = field(
+        default=True,
+        metadata={
+            "action": argparse.BooleanOptionalAction,
+            "help": "Use this package's kernels, or MLX operations alone, for comparisons and bug reports (default: "
+            "--kernels)",
+        },
+    )
     warm_start: str | None = field(
         default=None,
         metadata={
@@ -139,8 +150,9 @@ class Config:
                 f"read_timeout is {self.read_timeout!r}: it must be a positive number of seconds, at most one day "
                 f"({_LONGEST_TIMEOUT})"
             )
-        if not isinstance(self.lookahead, bool):
-            raise ValueError(f"lookahead is {self.lookahead!r}: it must be true or false")
+        for name in ("lookahead", "kernels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
         _check_choice("slots", self.slots, SLOTS)
         _check_choice("keep_warm", self.keep_warm, KEEP_WARM)
         for name in ("warm_start", "manifest"):

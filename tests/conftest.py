@@ -18,6 +18,7 @@ from flashmoe_mlx.ops import native as native_module
 from flashmoe_mlx.ops.dispatch import Backend, choose_backend
 from tests.support.emulator import Emulated
 from tests.support.families import FAMILIES
+from tests.support.kernel_checks import OPERATIONS
 from tests.support.oracle import Run, resident, run
 
 # Needs torch.
@@ -39,7 +40,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     chosen: Backend = getattr(request, "param", None) or choose_backend()
     if chosen is Backend.NATIVE and native_module.kernels() is None:
         pytest.skip("no native kernels")
-    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
+    monkeypatch.setattr(load_module, "choose_backend", lambda kernels=True: chosen if kernels else Backend.REFERENCE)
     return chosen
 
 
@@ -109,6 +110,13 @@ def expected(backend: Backend, session_runs: dict[tuple[Path, Backend], Run]) ->
 
 
 @pytest.fixture
+def kernels_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that the test disables are back after it."""
+    for operation in OPERATIONS:
+        monkeypatch.setattr(operation, "_kernels", dict(operation._kernels))
+
+
+@pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels of the Metal backend run in the emulator."""
     compiled = gpu.compiled.__wrapped__
@@ -129,7 +137,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     compiled = gpu.compiled
     monkeypatch.setattr(gpu, "compiled", lambda kernel: partial(compiled(kernel), init_value=float("nan")))
     mx.set_default_device(mx.gpu)
-    chosen = choose_backend()
-    monkeypatch.setattr(load_module, "choose_backend", lambda: chosen)
-    yield chosen
+    monkeypatch.setattr(load_module, "choose_backend", choose_backend)
+    yield choose_backend()
     mx.set_default_device(mx.cpu)

@@ -21,19 +21,22 @@ class ExpertMLP:
     Args:
         switch (nn.Module): mlx-lm's ``SwitchGLU`` or ``SwitchMLP``, holding the arrays to compute with.
         backend (Backend): The model's.
+
+    Attributes:
+        matrices (tuple, optional): Gate, up and down. ``None`` if no kernels of the backend compute such experts.
     """
 
     def __init__(self, switch: nn.Module, backend: Backend):
         self._backend = backend
         self._reference: ExpertFunction = switch.__call__
-        self._matrices = None if backend is Backend.REFERENCE else _swiglu_matrices(switch)
-        self._kernels = None if self._matrices is None else _fused(self._matrices, backend)
+        self.matrices = None if backend is Backend.REFERENCE else _swiglu_matrices(switch)
+        self._kernels = None if self.matrices is None else _fused(self.matrices, backend)
 
     def implementation(self, x: mx.array, indices: mx.array) -> ExpertFunction:
         """Choose what computes a call, once for all its waves: two choices round differently on a GPU."""
-        if self._matrices is None or self._kernels is None:
+        if self.matrices is None or self._kernels is None:
             return self._reference
-        gate, up, down = self._matrices
+        gate, up, down = self.matrices
         served = gate_up.serves(self._backend, x, indices, gate, up) and matvec.serves(self._backend, x, indices, down)
         return self._kernels if served else self._reference
 

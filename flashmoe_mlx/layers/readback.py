@@ -83,7 +83,7 @@ def make_readback(backend: Backend) -> Readback | None:
         RuntimeError: The CUDA driver fails otherwise.
     """
     if backend is Backend.CUDA:
-        return pinned_readback()
+        return checked(pinned_readback())
     if backend is Backend.METAL:
         return checked(shared_readback())
     return None
@@ -120,7 +120,7 @@ def checked(readback: Readback) -> Readback | None:
             mx.async_eval(written)  # type: ignore[no-untyped-call]
             if (arrived := readback.poll(_FIRST_TIMEOUT)) != numbers:
                 raise RuntimeError("nothing arrives" if arrived is None else f"{numbers} arrive as {arrived}")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the router's choice is read back with MLX's events, which is slower: {reason}", stacklevel=2)
         return None

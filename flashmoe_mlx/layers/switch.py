@@ -26,16 +26,19 @@ class ResidentSwitchGLU(nn.Module):
     Args:
         switch (nn.Module): The layer to replace.
         backend (Backend): The model's.
+
+    Attributes:
+        experts (ExpertMLP): Computes them.
     """
 
     def __init__(self, switch: nn.Module, backend: Backend):
         super().__init__()
         self.switch = switch
-        self._experts = ExpertMLP(switch, backend)
+        self.experts = ExpertMLP(switch, backend)
 
     def __call__(self, x: mx.array, indices: mx.array, overlap: mx.array | None = None) -> mx.array:
         """Apply the routed experts, lazily; see :meth:`StreamedSwitchGLU.__call__`."""
-        return self._experts.implementation(x, indices)(x, indices)
+        return self.experts.implementation(x, indices)(x, indices)
 
 
 class StreamedSwitchGLU(nn.Module):
@@ -55,6 +58,7 @@ class StreamedSwitchGLU(nn.Module):
             other layer uses. Default: ``None``, their number stays.
 
     Attributes:
+        experts (ExpertMLP): Computes experts in slots. Another one after the pool was resized.
         hidden (int): Width of the experts' input and output. A block may project its own to it.
     """
 
@@ -129,7 +133,7 @@ class StreamedSwitchGLU(nn.Module):
             overlap = self._start_shared(x)
         launches = guess is None and not (self._shares_cores and self._missed)
         slots = self._pool.slot_indices(self._table) if launches else None
-        resident = None if slots is None else self._experts.resident(x, indices, slots)
+        resident = None if slots is None else self.experts.resident(x, indices, slots)
         mx.async_eval([y for y in (overlap, resident) if y is not None])  # type: ignore[no-untyped-call]
         return resident
 
@@ -145,16 +149,16 @@ class StreamedSwitchGLU(nn.Module):
 
     def _bind(self) -> None:
         """Compute with the pool's slabs."""
-        self._experts = self._compute_on(self._pool.slabs)
+        self.experts = self._compute_on(self._pool.slabs)
         self._moves = self._pool.moves
 
     def _fetch_and_compute(
         self, x: mx.array, indices: mx.array, expert_ids: list[int], needed: list[int], resident: mx.array | None
     ) -> mx.array:
         """Read missing experts wave after wave, and launch each wave's share of the call."""
-        compute = self._experts.implementation(x, indices)
+        compute = self.experts.implementation(x, indices)
         whole = self._shares_cores and is_decode_step(x)
-        hits, waves = self._pool.waves(self._table, needed, together=whole or not self._experts.splits(compute))
+        hits, waves = self._pool.waves(self._table, needed, together=whole or not self.experts.splits(compute))
         self._missed = bool(waves)
         if not hits:
             resident = None

@@ -26,6 +26,7 @@ class Streaming:
             because mlx-lm's own default is always 2048.
         itemsize (int): Bytes of an activation.
         kv_token_nbytes (int): Bytes per token of the KV cache.
+        kernels (bool): ``False`` if the settings ask for MLX operations alone.
     """
 
     counters: Counters
@@ -38,6 +39,7 @@ class Streaming:
     prefill_step_size: int
     itemsize: int
     kv_token_nbytes: int
+    kernels: bool
 
     def save_residents(self, path: str | Path) -> None:
         """Write which experts are in memory, for a warm start of the next run.
@@ -79,4 +81,6 @@ class Streaming:
             line += f", {given_back / 1e9:.2f} GB given back because memory ran short"
         if self.experts_per_token != self.native_experts_per_token:
             line += f", {self.experts_per_token} experts per token instead of {self.native_experts_per_token}"
+        if not self.kernels:
+            line += ", MLX operations alone"
         return line

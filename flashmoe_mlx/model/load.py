@@ -17,9 +17,10 @@ from flashmoe_mlx.config import Config
 from flashmoe_mlx.layers.qwen3_next import fuse_decoder_layers
 from flashmoe_mlx.model.adapters import check_adapters, load_adapters
 from flashmoe_mlx.model.families import switch_layers, top_k_settings
+from flashmoe_mlx.model.kernel_check import check_kernels
 from flashmoe_mlx.model.swap import stream_experts
 from flashmoe_mlx.model.tokenizer import load_tokenizer
-from flashmoe_mlx.ops.dispatch import Backend, choose_backend
+from flashmoe_mlx.ops.dispatch import GPUS, Backend, choose_backend
 from flashmoe_mlx.system.huge_pages import use_huge_pages
 from flashmoe_mlx.system.text import brief
 
@@ -47,7 +48,8 @@ def load(
 
     An expert that cannot be read raises ReadError in the call that needs it, and the next call works. Layers with some
     of their experts in memory give slots back while the machine runs short of memory. MLX's cache limit is lowered to
-    1/32 of all memory.
+    1/32 of all memory. On a GPU each kernel is compared with MLX's operations first; one that raises or differs is not
+    used again in this process, and a warning says so.
 
     Args:
         path_or_hf_repo (str): A folder, or a repository of the Hugging Face Hub.
@@ -79,7 +81,7 @@ def load(
     if not isinstance(config, Config):
         config = Config() if config is None else Config.load(config, checkpoint.config["model_type"])
     config = config.override(ram_budget=ram_budget, experts_per_token=experts_per_token)
-    backend = choose_backend()
+    backend = choose_backend(config.kernels)
     model_config = model_config or {}
     native_top_k, change = top_k_settings(checkpoint.config | model_config, config.experts_per_token)
     asked = f" with experts_per_token {config.experts_per_token}" if change else ""
@@ -97,6 +99,9 @@ def load(
         model.eval()
     if not lazy and backend is not Backend.REFERENCE:
         fuse_decoder_layers(model, backend)
+    # Native kernels are built and tested with the package, and MLX's products on a CPU take long.
+    if backend in GPUS:
+        check_kernels(model, max(1, model.streaming.experts_per_token), backend)
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)

@@ -118,6 +118,7 @@ def stream_experts(
         prefill_step_size=prefill_tokens,
         itemsize=value_nbytes,
         kv_token_nbytes=kv_token_nbytes(checkpoint.config, growing_layers(model), value_nbytes),
+        kernels=config.kernels,
     )
 
 

@@ -1,8 +1,9 @@
 """Operations and their backends: each operation is a reference function; kernels register where they serve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -86,20 +87,53 @@ class Operation(Generic[P, R]):
 
     def on(self, backend: Backend) -> Callable[P, R]:
         """Return the function that computes this operation on a backend."""
-        kernel = self._kernels.get(backend)
-        if kernel is None:
+        if backend not in self._kernels:
             return self.reference
-        function, serves = kernel
-        if serves is None:
-            return function
 
         def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-            chosen: Callable[P, R] = function if serves(*args, **kwargs) else self.reference
-            return chosen(*args, **kwargs)
+            kernel = self._kernel_for(backend, *args, **kwargs)
+            if kernel is None:
+                return self.reference(*args, **kwargs)
+            if _observer is not None:
+                kernel = partial(_observer, self, kernel)
+            return kernel(*args, **kwargs)
 
         return update_wrapper(dispatch, self.reference)
 
     def serves(self, backend: Backend, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Return whether a kernel of the backend computes these arguments."""
+        return self._kernel_for(backend, *args, **kwargs) is not None
+
+    def disable(self, backend: Backend) -> None:
+        """Let the reference compute everything on a backend from now on, also in layers that are bound already.
+
+        Functions that ``mx.compile`` has traced keep what they called.
+        """
+        self._kernels.pop(backend, None)
+
+    def _kernel_for(self, backend: Backend, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R] | None:
         kernel = self._kernels.get(backend)
-        return kernel is not None and (kernel.serves is None or kernel.serves(*args, **kwargs))
+        if kernel is None or (kernel.serves is not None and not kernel.serves(*args, **kwargs)):
+            return None
+        return kernel.function
+
+
+Observer = Callable[..., Any]
+"""Takes an operation, its kernel and the operands of a call; returns the output."""
+
+_observer: Observer | None = None
+
+
+@contextmanager
+def observe_kernels(observer: Observer) -> Iterator[None]:
+    """Let an observer compute each call that a kernel serves. ``mx.compile`` must be off, so that operands have values.
+
+    Args:
+        observer (Observer): Called in place of each kernel.
+    """
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None

@@ -45,23 +45,23 @@ def model(checkpoint: WriteFamily) -> str:
 
 def test_every_setting_is_a_flag(parser: argparse.ArgumentParser) -> None:
     settings = {f"--{setting.name.replace('_', '-')}" for setting in fields(Config)} - {"--sampling"}
-    assert settings | {"--config"} == STREAMING
+    assert settings | {"--config", "--no-kernels"} == STREAMING
     assert flags(parser) >= STREAMING
 
 
 def test_every_setting_can_be_given_as_a_flag(parser: argparse.ArgumentParser, model: str) -> None:
     argv = [part for name, (text, _) in EVERYTHING.items() for part in (f"--{name.replace('_', '-')}", text)]
-    _, config = parse_arguments(parser, ["--model", model, "--lookahead", *argv])
-    assert config == Config(lookahead=True, **{name: value for name, (_, value) in EVERYTHING.items()})
+    _, config = parse_arguments(parser, ["--model", model, "--lookahead", "--no-kernels", *argv])
+    assert config == Config(lookahead=True, kernels=False, **{name: value for name, (_, value) in EVERYTHING.items()})
 
 
 def test_every_setting_can_be_given_in_a_toml_file(parser: argparse.ArgumentParser, model: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     lines = [f"{name} = {value!r}" for name, (_, value) in EVERYTHING.items()]
-    file.write_text("\n".join([*lines, "lookahead = true", "sampling = { min_p = 0.5 }"]))
+    file.write_text("\n".join([*lines, "lookahead = true", "kernels = false", "sampling = { min_p = 0.5 }"]))
     args, config = parse_arguments(parser, ["--model", model, "--config", str(file)])
     values: dict[str, Any] = {name: value for name, (_, value) in EVERYTHING.items()}
-    assert config == Config(lookahead=True, sampling={"min_p": 0.5}, **values)
+    assert config == Config(lookahead=True, kernels=False, sampling={"min_p": 0.5}, **values)
     assert args.min_p == 0.5
 
 
@@ -75,11 +75,11 @@ def test_flags_win_over_a_file_and_a_file_over_defaults(
     parser: argparse.ArgumentParser, model: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text("read_threads = 4\nread_timeout = 3\nsampling = { temp = 0.6, top_k = 20 }\n")
-    argv = ["--model", model, "--config", str(file), "--read-threads", "16", "--temp", "0.25"]
+    file.write_text("read_threads = 4\nread_timeout = 3\nkernels = false\nsampling = { temp = 0.6, top_k = 20 }\n")
+    argv = ["--model", model, "--config", str(file), "--read-threads", "16", "--temp", "0.25", "--kernels"]
     args, config = parse_arguments(parser, argv)
     # Both are given, although they are the defaults.
-    assert (config.read_threads, args.temp) == (16, 0.25)
+    assert (config.read_threads, args.temp, config.kernels) == (16, 0.25, True)
     assert (config.read_timeout, args.top_k) == (3, 20)
     assert args.top_p == 1.0
 
@@ -102,6 +102,7 @@ def test_the_command_line_is_parsed_once(
 def test_help_names_the_defaults(parser: argparse.ArgumentParser) -> None:
     text = " ".join(parser.format_help().split())
     assert "Reads in flight at once (default: 16)" in text
+    assert "(default: --kernels)" in text
     assert "Default: 0, a small shared pool" in text
     assert "(default: 0)" in text
     assert "None" not in text
@@ -121,6 +122,7 @@ def test_help_names_the_defaults(parser: argparse.ArgumentParser) -> None:
         ({"lookahead": 1}, "lookahead is 1: it must be true or false"),
         ({"slots": "dead"}, "slots is 'dead': it must be live or copied"),
         ({"keep_warm": True}, "keep_warm is True: it must be auto, on or off"),
+        ({"kernels": "no"}, "kernels is 'no': it must be true or false"),
         ({"warm_start": 3}, "warm_start is 3: it must be the path of a file"),
         ({"ram_budget": "12 parsecs"}, "not a size: '12 parsecs'"),
         ({"ram_budget": "-1GB"}, "a size cannot be negative"),

@@ -10,6 +10,8 @@ STREAMING = {
     "--lookahead",
     "--slots",
     "--keep-warm",
+    "--kernels",
+    "--no-kernels",
     "--warm-start",
     "--manifest",
     "--config",

@@ -16,6 +16,12 @@ from flashmoe_mlx.streaming.slot_map import NO_SLOT
 from tests.support.operands import dequantized, error, float64, normal, one, quantized, widened
 
 FUSED_FAMILIES = ("qwen3_5_moe", "qwen3_next")
+OPERATIONS: tuple[Operation[..., Any], ...] = (
+    *(gate_up, matvec, linear, gated_delta, norm_rope, decode_attention),
+    *(add_norm, combine, router_and_shared, route),
+)
+"""All operations."""
+
 PRODUCT_ERROR = {mx.float32: 1e-5, mx.float16: 2**-11 + 1e-5, mx.bfloat16: 2**-8 + 1e-5}
 """Largest error of a product. Half precision allows one rounding."""
 
