@@ -47,7 +47,7 @@ class Writer:
     def call(self, name: str = "f", /, **arguments: str) -> str:
         """Return what stands between the tags of a call. The arguments are JSON."""
         if not self.is_xml:
-            values = ", ".join(f"{json.dumps(key)}: {value}" for key, value in arguments.items())
+            values = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in arguments.items())
             body = f'{{"name": {json.dumps(name)}, "arguments": {{{values}}}}}'
             return "\n" + body.replace("</tool_call>", "\\u003c/tool_call>") + "\n"
         values = ""
