@@ -59,6 +59,7 @@ class Cleaned:
 
     def warn(self, message: str) -> None:
         """Add a warning."""
+        message = " ".join(message.splitlines())
         if message not in self.warnings:
             self.warnings.append(message)
 
@@ -95,7 +96,8 @@ class _Cleaner:
         self.cleaned = Cleaned({})
 
     def clean(self, schema: Any, where: str, depth: int) -> Any:
-        if schema is None or isinstance(schema, bool):
+        # PHP writes an empty object as an empty list.
+        if schema is None or schema == [] or isinstance(schema, bool):
             return schema is not False and {}
         if not isinstance(schema, Mapping):
             raise ValueError(f"{where} is no schema: it must be an object, not {str(schema)[:40]!r}")
@@ -204,7 +206,6 @@ def _mapping(given: Schema, key: str, warn: Callable[[str], None]) -> dict[str, 
     value = given.get(key, {})
     if isinstance(value, Mapping):
         return {str(name): each for name, each in value.items()}
-    # PHP writes an empty object as an empty list.
     if value != []:
         warn(f"{key} is ignored: it must be an object")
     return {}

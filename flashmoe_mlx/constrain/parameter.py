@@ -21,6 +21,8 @@ END = "\n</parameter>\n"
 # Texts without an end of a value, which they could also form together with the one that follows them.
 _WHOLE = r"~/(?s:.*\n<\/parameter>(?:\n.*)?)/"
 _TAG = re.compile(r"<(\\*)/(parameter|tool_call)>")
+# Beyond, a pattern and a counter take seconds.
+_LEAST_WITH_PATTERN = 2000
 _NUMBER = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _ANYTHING = {"null", "boolean", "number", "string", "array", "object"}
 _FIRST = {"[": "array", "{": "object", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
@@ -126,30 +128,26 @@ class Parameter:
     def _text(self, schema: Schema) -> str:
         """Return a term for a text that is not read as something else."""
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        length, rules = f"/(?s:.{{{least},{most}}})/", []
-        # A long one is in a grammar for lengths alone.
-        if max(least, most or 0) <= TOGETHER:
-            rules = self._rules(schema)
-        # The reader takes the first end of a value for the end, even if the text does not fit yet.
-        is_free = not rules and not least
-        return length if is_free else f"({' & '.join([length, *rules, _WHOLE])})"
-
-    def _rules(self, schema: Schema) -> list[str]:
-        """Return terms for the rules of a text, other than its length."""
+        apart = schema.get(APART, {}).get("minLength", 0)
         rules = []
         if "pattern" in schema and (pattern := _usable(schema["pattern"])):
             rules.append(f"/{pattern}/")
         if schema.get("format") in FORMATS:
             rules.append(f"/{FORMATS[schema['format']]}/")
-        # An escape has one character more than its text.
-        if rules or schema.get("minLength") or "minLength" in schema.get(APART, ()):
+        # A pattern may forbid the line break that the end begins with, so it must know when the text may end.
+        if rules and apart <= _LEAST_WITH_PATTERN:
+            least = max(least, apart)
+        # An escape has one character more than its text. A grammar for a length alone is intersected with this one.
+        if rules or apart or 0 < least <= TOGETHER:
             rules.append(r"~/(?s:.*<\\+\/(?:parameter|tool_call)>.*)/")
         starts = ("\\[" if "array" in self._ruled else "") + ("{" if "object" in self._ruled else "")
         if starts:
             rules.append(f"~/(?s:[ \\t\\r\\n]*[{starts}].*)/")
         if self._ruled & {"integer", "number"}:
             rules.append(f"~/[ \\t\\r\\n]*{_NUMBER}[ \\t\\r\\n]*/")
-        return rules
+        # The reader takes the first end of a value for the end, even if the text does not fit yet.
+        rules += [_WHOLE] if rules or least else []
+        return f"({' & '.join([f'/(?s:.{{{least},{most}}})/', *rules])})"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -41,6 +41,6 @@ def types_of(value: Any) -> set[str]:
 def fault_of(grammar: str) -> str:
     """Return what llguidance has against a grammar in one line, or an empty text."""
     lines = llguidance.LLMatcher.validate_grammar(grammar).splitlines() or [""]
-    return lines[0].rpartition("JSON schema: ")[2].rstrip(": ") + (
-        f" ({lines[-1].removeprefix('error: ')})" if "regex parse error" in lines[0] else ""
-    )
+    # A faulty pattern is shown in the lines before the reason.
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (reasons or [lines[0].rpartition("JSON schema: ")[2]])[0]

@@ -38,8 +38,10 @@ def xml_warnings(function: Function) -> list[str]:
     found = []
     required = function.schema.get("required", [])
     for key, parameter in parameters_of(function).items():
+        is_required = key in required
+        key = " ".join(key.splitlines())
         found += [f"{function.name}.{key}: {fault}" for fault in parameter.faults()]
-        if key in required and not parameter.is_writable:
+        if is_required and not parameter.is_writable:
             found.append(f"{function.name}.{key}: it is required, but cannot be written in this model's calls")
     if len(required) > _BITS:
         found.append(f"{function.name}: of {len(required)} required parameters, {_BITS} are enforced")

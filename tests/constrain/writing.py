@@ -1,34 +1,15 @@
-"""Writing of calls under a constraint, token by token."""
+"""Writing of calls under a constraint, token by token, and reading them back."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from flashmoe_mlx.constrain import constrained, read_calls
 from flashmoe_mlx.constrain.parameter import escape
-
-
-def fits(constraint: Any, tokenizer: Any, *texts: str) -> bool:
-    """Say whether every token of the texts, each encoded by itself, is allowed in its place."""
-    width, past = len(tokenizer.get_vocab()) + 8, [0]
-    for token in (token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)):
-        if constraint(mx.array(past[-1:]), mx.zeros((1, width)))[0, token].item() != 0:
-            return False
-        past.append(token)
-    return True
-
-
-def xml_call(arguments: dict[str, str], name: str = "f") -> str:
-    """Return what a model writes for a call whose values are texts as they stand there."""
-    body = "".join(f"<parameter={key}>\n{escape(value)}\n</parameter>\n" for key, value in arguments.items())
-    return f"\n<function={name}>\n{body}</function>\n"
-
-
-def hermes_call(arguments: str, name: str = "f") -> str:
-    """Return what a model writes for a call whose arguments are JSON."""
-    escaped = arguments.replace("</tool_call>", "\\u003c/tool_call>")
-    return f'\n{{"name": {json.dumps(name)}, "arguments": {escaped}}}\n'
+from flashmoe_mlx.constrain.reading import format_of
 
 
 def tool(schema: Any, name: str = "f", **more: Any) -> dict[str, Any]:
@@ -41,6 +22,60 @@ def parameter(schema: Any, **more: Any) -> list[dict[str, Any]]:
     return [tool({"type": "object", "properties": {"x": schema}, "required": ["x"]}, **more)]
 
 
-def written(tokenizer: Any, call: str) -> Sequence[str]:
-    """Return the parts of a call, its tags as tokens of their own."""
-    return [tokenizer.tool_call_start, call, tokenizer.tool_call_end]
+def fits(constraint: Any, tokenizer: Any, *texts: str) -> bool:
+    """Say whether every token of the texts, each encoded by itself, is allowed in its place."""
+    width, past = len(tokenizer.get_vocab()) + 8, 0
+    for token in (token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)):
+        if constraint(mx.array([past]), mx.zeros((1, width)))[0, token].item() != 0:
+            return False
+        past = token
+    return True
+
+
+class Writer:
+    """Writes calls of a function ``f`` as the model of a tokenizer does.
+
+    Args:
+        tokenizer (TokenizerWrapper): A tokenizer; its parser decides the format of calls.
+        vocabulary (LLTokenizer): llguidance's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: Any):
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self.is_xml = format_of(tokenizer) == "qwen3_coder"
+
+    def call(self, name: str = "f", /, **arguments: str) -> str:
+        """Return what stands between the tags of a call. The arguments are JSON."""
+        if not self.is_xml:
+            values = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in arguments.items())
+            body = f'{{"name": {json.dumps(name)}, "arguments": {{{values}}}}}'
+            return "\n" + body.replace("</tool_call>", "\\u003c/tool_call>") + "\n"
+        values = ""
+        for key, value in arguments.items():
+            text = escape(json.loads(value)) if value.startswith('"') else value.replace("</tool", "\\u003c/tool")
+            values += f"<parameter={key}>\n{text}\n</parameter>\n"
+        return f"\n<function={name}>\n{values}</function>\n"
+
+    def fits(self, tools: Sequence[dict[str, Any]], call: str, warnings: Sequence[str] = ()) -> bool:
+        """Say whether a call can be written."""
+        constraint = constrained(self._tokenizer, tools=tools, tool_choice="required", vocabulary=self._vocabulary)
+        # Tags inside a call are spelled in ordinary tokens.
+        texts = [
+            self._tokenizer.tool_call_start,
+            *re.split(r"(<)(?=/?(?:tool_call|think)>)", call),
+            self._tokenizer.tool_call_end,
+        ]
+        found = fits(constraint, self._tokenizer, *texts)
+        assert constraint.warnings == list(warnings)
+        return found
+
+    def takes(self, schema: Any, value: str) -> bool:
+        """Say whether a value, as JSON, fits a schema by the constraint; it must come back as it was written."""
+        tools, call = parameter(schema), self.call(x=value)
+        found = self.fits(tools, call)
+        (read,) = read_calls(self._tokenizer, call, tools)
+        if value.startswith('"'):
+            assert json.loads(read.arguments) == {"x": json.loads(value)}
+        else:
+            assert read.arguments == f'{{"x": {value}}}'
+        return found

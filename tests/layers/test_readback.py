@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flashmoe_mlx.layers import readback as readback_module
-from flashmoe_mlx.layers.readback import Readback, make_readback
+from flashmoe_mlx.layers.readback import Readback, make_readback, pinned_readback
 from flashmoe_mlx.model import swap
 from flashmoe_mlx.ops.dispatch import Backend
 from tests.conftest import WriteFamily
@@ -101,8 +101,7 @@ def test_cuda_writes_to_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readback_module, "PinnedBuffers", HostBuffers)
     monkeypatch.setattr(readback_module, "_write", lambda kernel, n, s, at: addresses.append(at.item()) or s)
     monkeypatch.setattr(readback_module, "_cuda_kernel", lambda: None)
-    readback = make_readback(Backend.CUDA)
-    assert readback is not None
+    readback = pinned_readback()
     readback.write(mx.array([1, 2]))
     assert addresses == [np.asarray(readback._words).ctypes.data]
 
