@@ -23,10 +23,10 @@ TOO_OLD = Python 3.11 or newer is needed; found $(or $(FOUND),no $(PYTHON)); ins
 FORMS = $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz check docs wheel
+.PHONY: help demo test test-mac mac soak fuzz check docs wheel
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## ask the demo model for a definition and the weather, and compare it with mlx-lm
 	$(BIN)/python -m flashmoe_mlx.generate --model $(DEMO) --prompt "What is a heron?"
@@ -35,6 +35,15 @@ demo: .venv/installed ## ask the demo model for a definition and the weather, an
 
 test: .venv/installed ## run the tests
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Where the platform matters. For all of them: make test-mac MAC_TESTS="tests flashmoe_mlx"
+MAC_TESTS ?= tests/benchmarks tests/checkpoint tests/cli tests/streaming tests/system
+
+test-mac: .venv/installed ## run the tests as on a Mac, as far as Python can tell
+	$(BIN)/python -m pytest -q -p tests.support.fake_mac --numprocesses auto --maxprocesses 4 --dist worksteal $(MAC_TESTS)
+
+mac: .venv/installed ## measure this Mac: 15 minutes, 8 GB; writes build/mac/report.md
+	$(BIN)/python -m benchmarks.mac
 
 soak: .venv/installed ## run the long tests: minutes of faulty disks, kills, Ctrl-C and many requests
 	$(BIN)/python -m pytest -q -m soak -s

@@ -185,7 +185,7 @@ def main() -> None:
         "--experts", type=int, default=10, help="experts of a batch; a layer's in a decode step (default: %(default)s)"
     )
     parser.add_argument("--neighbors", action="store_true", help="adjacent experts, as in prefill")
-    parser.add_argument("--cold", action="store_true", help="read from the device (Linux only)")
+    parser.add_argument("--cold", action="store_true", help="read from the device")
     parser.add_argument("--record", action="store_true", help="append the figures to results/io.csv")
     args = parser.parse_args()
     if not 0 < args.experts <= SLOT_BYTES // max(SIZES):

@@ -66,6 +66,12 @@ class Side:
         return line.strip()
 
 
+def usable_cores() -> int:
+    """Return the cores that this process may use; on a Mac, which cannot restrict a process, all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @contextmanager
 def running(command: list[str]) -> Iterator[Side]:
     """Run a side while it is measured."""
@@ -97,9 +103,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="interpreter with llama-cpp-python")
     parser.add_argument("--budget", default="auto", help="memory for experts, as for --ram-budget (default: auto)")
     parser.add_argument("--leave", type=parse_size, help="memory left to each, e.g. 3GB")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp (default: %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of llama.cpp (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=128, help="tokens before each run (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=10, help="turns of a run (default: %(default)s)")

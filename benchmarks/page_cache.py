@@ -1,24 +1,41 @@
-"""The page cache of Linux: take files out of it, and count what devices deliver."""
+"""The page cache of Linux and macOS: take files out of it, and count what devices deliver."""
 
+import ctypes
+import mmap
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-CAN_EVICT = hasattr(os, "posix_fadvise")
+import numpy as np
+
+CAN_EVICT = hasattr(os, "posix_fadvise") or sys.platform == "darwin"
 """The OS lets a program take its files out of the page cache."""
+
+# Of macOS: sys/mman.h.
+_MS_INVALIDATE = 2
+# Share of a file that may stay, because another program has just read it.
+_MAX_CACHED = 0.05
 
 
 def evict(files: Iterable[Path]) -> None:
     """Evict files from the page cache.
 
     Raises:
-        SystemExit: The OS does not let a program do that.
+        SystemExit: The OS does not let a program do that, or has not done it.
     """
     for path in files:
         if not CAN_EVICT:
-            raise SystemExit("--cold needs Linux, where a program can evict a file from the page cache")
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            raise SystemExit("--cold needs Linux or macOS, where a program can evict a file from the page cache")
+        if sys.platform != "darwin":
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            continue
+        with _mapped(path) as (address, nbytes):
+            ctypes.CDLL(None).msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MS_INVALIDATE)
+        if (share := cached_share(path)) > _MAX_CACHED:
+            raise SystemExit(f"macOS keeps {share:.0%} of {path} in the page cache: measure without --cold")
 
 
 def bring(files: Iterable[Path]) -> None:
@@ -29,6 +46,16 @@ def bring(files: Iterable[Path]) -> None:
                 pass
 
 
+def cached_share(path: Path) -> float:
+    """Return the share of a file's pages that the page cache holds."""
+    with _mapped(path) as (address, nbytes):
+        pages = np.zeros(-(-nbytes // mmap.PAGESIZE), np.uint8)
+        vector = pages.ctypes.data_as(ctypes.c_void_p)
+        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), vector):
+            raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
+    return float((pages & 1).mean())
+
+
 def device_bytes(process: int | str = "self") -> int:
     """Return the bytes that devices have delivered to a process, by reads or page faults; 0 where only Linux counts."""
     try:
@@ -36,3 +63,15 @@ def device_bytes(process: int | str = "self") -> int:
     except FileNotFoundError:
         return 0
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[tuple[int, int]]:
+    """Map a file while its pages are asked about; yields its address and its bytes."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+        view = np.frombuffer(mapping, np.uint8)
+        try:
+            yield view.ctypes.data, view.size
+        finally:
+            # A mapping that is looked at cannot be closed.
+            del view

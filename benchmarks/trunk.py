@@ -342,14 +342,19 @@ def difference(both: dict[str, list[nn.Module]], context: int, dtype: mx.Dtype) 
     return float(mx.linalg.norm(theirs - ours) / mx.linalg.norm(theirs))
 
 
-def streamed(dims: dict[str, int], turns: int, layers: int, dtype: mx.Dtype) -> dict[str, Any]:
-    """Return the figures of a whole model: mlx-lm's in memory, and ours, which streams with every expert a hit."""
+def model_config(dims: dict[str, int], layers: int) -> dict[str, Any]:
+    """Return the config.json of a Qwen3.5-MoE of these dimensions, with a small vocabulary."""
     text = dims | {"model_type": "qwen3_5_moe_text", "num_hidden_layers": layers, "vocab_size": 2048}
     text |= {"rope_parameters": ROPE, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    config = {"model_type": "qwen3_5_moe", "text_config": text, "vocab_size": 2048}
+    return {"model_type": "qwen3_5_moe", "text_config": text, "vocab_size": 2048}
+
+
+def streamed(dims: dict[str, int], turns: int, layers: int, dtype: mx.Dtype) -> dict[str, Any]:
+    """Return the figures of a whole model: mlx-lm's in memory, and ours, which streams with every expert a hit."""
     prompt = list(range(2, 66))
     with tempfile.TemporaryDirectory() as name:
-        write_checkpoint(Path(name), config, quantization={"group_size": 64, "bits": 4}, dtype=dtype)
+        quantization = {"group_size": 64, "bits": 4}
+        write_checkpoint(Path(name), model_config(dims, layers), quantization=quantization, dtype=dtype)
         print("checkpoint written", flush=True)
         resident = load_resident(name)
         ours = load_all_hits(name)

@@ -1,7 +1,6 @@
 """Ctrl-C, kills, full disks and parallel processes: files stay whole, and nobody sees a traceback."""
 
 import gc
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +16,7 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx.cli.commands import COMMANDS
 from tests.conftest import WriteFamily
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs children that can be killed")
+from tests.support import children
 
 STARTS = [
     *((f"flashmoe_mlx.{command.module}",) for command in COMMANDS),
@@ -33,18 +30,10 @@ def folder(checkpoint: WriteFamily) -> Path:
     return checkpoint("qwen3_5_moe")
 
 
-def forks(what: str, folder: Path, model: Path, count: int) -> list[dict[str, Any]]:
-    """Run an experiment of tests/support/forks.py."""
-    command = [sys.executable, "-m", "tests.support.forks", what, str(folder), str(model), str(count)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    runs: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
-    return runs
-
-
 @pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.soak)])
 def test_ctrl_c_at_any_moment_ends_a_command_within_a_second(count: int, folder: Path, tmp_path: Path) -> None:
     """The text so far is printed, and a file is the old one or the new one."""
-    (*runs,) = forks("interrupt", tmp_path, folder, count)
+    runs = children.interrupt(tmp_path, str(folder), count)
     complete = {run["case"]: run["out"] for run in runs[:3]}
     seconds = [run["seconds"] for run in runs[3:] if run["err"]] or [0]
     # A machine with twice the load takes twice as long.
@@ -114,7 +103,7 @@ def test_ctrl_c_stays_ignored_where_it_was(start: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.soak)])
 def test_a_killed_writer_leaves_the_old_or_the_new_file(count: int, folder: Path, tmp_path: Path) -> None:
     """The next writer removes what is left over."""
-    runs = forks("kill", tmp_path, folder, count)
+    runs = children.kill(tmp_path, str(folder), count)
     assert len(runs) == count + 1
     assert all(run["code"] == -9 and run["whole"] for run in runs)
     assert runs[-1]["left"] == []
@@ -123,7 +112,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(count: int, folder: Path
 
 def test_a_full_disk_leaves_the_old_file_alone(folder: Path, tmp_path: Path) -> None:
     """Nothing else is left, and the message names the file."""
-    *runs, command = forks("disk_full", tmp_path, folder, 1)
+    *runs, command = children.disk_full(tmp_path, str(folder))
     for run in runs:
         assert (run["code"], run["err"]) == (0, "")
         assert run["error"].startswith(f"cannot write {tmp_path}")
@@ -134,7 +123,7 @@ def test_a_full_disk_leaves_the_old_file_alone(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("count", [2])
 def test_processes_share_one_folder(count: int, folder: Path, tmp_path: Path) -> None:
-    runs = forks("together", tmp_path, folder, count)
+    runs = children.together(tmp_path, str(folder), count)
     assert all((run["code"], run["err"]) == (0, "") for run in runs)
     assert len({run["out"] for run in runs[::2]}) == 1
     assert all(run["manual"] > 0 and run["residents"] == ["experts"] for run in runs)

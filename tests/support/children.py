@@ -1,15 +1,17 @@
-"""Run commands in child processes that are interrupted or killed, and print as JSON how each of them ended.
+"""Run commands in child processes that are interrupted or killed, and tell how each of them ended.
 
-    python -m tests.support.forks interrupt|kill|disk_full|together FOLDER MODEL COUNT
+Children are new processes and not forks, because Metal does not work in a forked one. Each runs this file:
 
-It is a program of its own because a process must not fork after it has computed with MLX.
+    python -m tests.support.children WORK ARGUMENTS PIPE
 """
 
+import importlib
 import json
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 import benchmarks.record
-from flashmoe_mlx import cache_prompt, generate
+from flashmoe_mlx import cache_prompt
 from flashmoe_mlx.cli.interrupts import exit_on_interrupt
 from flashmoe_mlx.generation.prompt_cache import save_prompt_cache
 from flashmoe_mlx.streaming.warm_start import save_residents
@@ -31,57 +33,105 @@ TEXT = ["--prompt", "What is a heron?", "--max-tokens", "150"]
 MANUAL = ["--prompt", "The heron stands in shallow water and waits. " * 12, "--prefill-step-size", "16"]
 
 
-def child(work: Callable[[Callable[[], None]], Any], out: Path) -> tuple[int, int]:
-    """Fork a child that works, with its output in files.
+Report = Callable[[], None]
+"""Tells the parent that a child has made progress."""
+
+
+def child(out: Path, work: str, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a child that works, with its output in files.
+
+    Args:
+        out (Path): The files are ``out.out`` and ``out.err``.
+        work (str): A name in ``WORKS``.
+        arguments (str): Of that function.
 
     Returns:
-        tuple: (its process id, the read end of a pipe to which it writes its progress).
+        tuple: (the process, the read end of a pipe to which it writes its progress).
     """
     read_end, write_end = os.pipe()
-    sys.stdout.flush()
-    if number := os.fork():
-        os.close(write_end)
-        return number, read_end
-    os.close(read_end)
-    for name, descriptor in (("out", 1), ("err", 2)):
-        os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    # As Command.run() does.
-    exit_on_interrupt()
-    work(lambda: os.write(write_end, b".") and None)
-    sys.exit(0)
+    command = [sys.executable, "-m", "tests.support.children", work, json.dumps(arguments), str(write_end)]
+    with open(f"{out}.out", "wb") as stdout, open(f"{out}.err", "wb") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, pass_fds=[write_end])
+    os.close(write_end)
+    return process, read_end
 
 
-def wait_for(number: int) -> int:
+def wait_for(started: tuple[subprocess.Popen[bytes], int]) -> int:
     """Return the exit code of a child, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    process, pipe = started
+    code = process.wait()
+    os.close(pipe)
+    return code
 
 
-def command(module: Any, argv: list[str]) -> Callable[[Callable[[], None]], None]:
-    """Return work that runs a command, and reports when it starts and when it has ended."""
+def run_command(report: Report, module: str, *argv: str) -> None:
+    """Run a command, and report when it starts and when it has ended."""
+    run = importlib.import_module(f"flashmoe_mlx.{module}")
+    parser = run.setup_arg_parser
+    run.setup_arg_parser = lambda: (report(), parser())[1]
+    run.main(list(argv))
+    report()
 
-    def work(report: Callable[[], None]) -> None:
-        parser = module.setup_arg_parser
-        module.setup_arg_parser = lambda: (report(), parser())[1]
-        module.main(argv)
+
+def write_again_and_again(report: Report, folder: str, kind: str) -> None:
+    """Write a file until the process is killed, and report each time."""
+    _, write = writers(Path(folder))[kind]
+    for number in range(10**9):
+        write(number)
         report()
 
-    return work
+
+def write_once(report: Report, folder: str) -> None:
+    """Write a file of each kind."""
+    for _, write in writers(Path(folder)).values():
+        write(0)
+
+
+def write_to_a_full_disk(report: Report, folder: str, kind: str) -> None:
+    """Write a file with space, without, and with space again; print what is there as JSON."""
+    path, write = writers(Path(folder))[kind]
+    write(1)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        write(2)
+        error = ""
+    except OSError as failure:
+        error = str(failure)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    same = path.read_bytes() == before
+    left = unfinished(Path(folder))
+    write(3)
+    print(json.dumps({"error": error, "same": same, "left": left, "changed": path.read_bytes() != before}))
+
+
+def save_to_a_full_disk(report: Report, *argv: str) -> None:
+    """Save a prompt cache without space."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    cache_prompt.main(list(argv))
+
+
+WORKS: dict[str, Callable[..., None]] = {
+    work.__name__: work
+    for work in (run_command, write_again_and_again, write_once, write_to_a_full_disk, save_to_a_full_disk)
+}
 
 
 def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
     """Send Ctrl-C at a random moment of a generation or of saving a prompt cache."""
     cases = {
-        "generate": (generate, ["--model", model, *TEXT]),
-        "silent": (generate, ["--model", model, *TEXT, "--verbose", "False"]),
-        "cache_prompt": (cache_prompt, ["--model", model, *MANUAL, "--prompt-cache-file", str(folder / "manual")]),
+        "generate": ("generate", ["--model", model, *TEXT]),
+        "silent": ("generate", ["--model", model, *TEXT, "--verbose", "False"]),
+        "cache_prompt": ("cache_prompt", ["--model", model, *MANUAL, "--prompt-cache-file", str(folder / "manual")]),
     }
     runs, lasts = [], {}
     for trial in range(-len(cases), count):
         name = list(cases)[trial % len(cases)]
         (folder / "manual.safetensors").write_text("old")
-        begin = time.monotonic()
-        number, pipe = child(command(*cases[name]), folder / "log")
+        module, argv = cases[name]
+        process, pipe = started = child(folder / "log", "run_command", module, *argv)
         os.read(pipe, 1)
+        begin = time.monotonic()
         # The first run of each case is not interrupted. It shows the whole output and how long it takes.
         if trial < 0:
             os.read(pipe, 1)
@@ -89,10 +139,9 @@ def interrupt(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
         else:
             time.sleep(random.uniform(0, 1.05 * lasts[name]))
             begin = time.monotonic()
-            os.kill(number, signal.SIGINT)
-        code = wait_for(number)
+            process.send_signal(signal.SIGINT)
+        code = wait_for(started)
         seconds = time.monotonic() - begin
-        os.close(pipe)
         manual = (folder / "manual.safetensors").read_bytes()
         runs.append(
             {
@@ -174,63 +223,30 @@ def kill(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
     """Send SIGKILL at a random moment of writing a file again and again."""
     runs = []
     for trial in range(count):
-        kind, (path, write) = list(writers(folder).items())[trial % 4]
-
-        def work(report: Callable[[], None], write: Callable[[int], None] = write) -> None:
-            for number in range(10**9):
-                write(number)
-                report()
-
-        number, pipe = child(work, folder / "log")
+        kind, (path, _) = list(writers(folder).items())[trial % 4]
+        process, pipe = started = child(folder / "log", "write_again_and_again", str(folder), kind)
         # It has written once.
         os.read(pipe, 1)
         time.sleep(random.uniform(0, 0.02))
-        os.kill(number, signal.SIGKILL)
-        code = wait_for(number)
-        os.close(pipe)
+        process.kill()
+        code = wait_for(started)
         good = whole(kind, path.read_bytes())
         path.unlink()
         runs.append({"kind": kind, "code": code, "whole": good, "left": unfinished(folder)})
     # Every writer also sweeps unfinished files.
-    for _, write in writers(folder).values():
-        wait_for(child(lambda _, write=write: write(0), folder / "log")[0])
+    wait_for(child(folder / "log", "write_once", str(folder)))
     return [*runs, {"kind": "all", "code": -signal.SIGKILL, "whole": True, "left": unfinished(folder)}]
 
 
-def disk_full(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
+def disk_full(folder: Path, model: str) -> list[dict[str, Any]]:
     """Let each writer run out of disk space, and try again with space."""
     runs = []
-    for kind, (path, write) in writers(folder).items():
-
-        def work(report: Callable[[], None], write: Callable[[int], None] = write, path: Path = path) -> None:
-            write(1)
-            before = path.read_bytes()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-            try:
-                write(2)
-                error = ""
-            except OSError as failure:
-                error = str(failure)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            same = path.read_bytes() == before
-            left = unfinished(folder)
-            write(3)
-            print(json.dumps({"error": error, "same": same, "left": left, "changed": path.read_bytes() != before}))
-
-        number, pipe = child(work, folder / "log")
-        code = wait_for(number)
-        os.close(pipe)
+    for kind in writers(folder):
+        code = wait_for(child(folder / "log", "write_to_a_full_disk", str(folder), kind))
         error = (folder / "log.err").read_text()
         runs.append({"kind": kind, "code": code, "err": error} | json.loads((folder / "log.out").read_text() or "{}"))
     argv = ["--model", model, *MANUAL, "--prompt-cache-file", str(folder / "full")]
-
-    def save(report: Callable[[], None]) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        cache_prompt.main(argv)
-
-    number, pipe = child(save, folder / "log")
-    code = wait_for(number)
-    os.close(pipe)
+    code = wait_for(child(folder / "log", "save_to_a_full_disk", *argv))
     left = [each.name for each in folder.iterdir() if "full" in each.name]
     return [*runs, {"kind": "command", "code": code, "err": (folder / "log.err").read_text(), "left": left}]
 
@@ -239,11 +255,13 @@ def together(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
     """Run several processes on one model, one warm-start file and one prompt cache."""
     shared = ["--model", model, "--warm-start", str(folder / "residents.json"), "--ram-budget", "1MB"]
     cases = [
-        (generate, [*shared, *TEXT, "--verbose", "False"]),
-        (cache_prompt, [*shared, *MANUAL, "--prompt-cache-file", str(folder / "manual")]),
+        ("generate", [*shared, *TEXT, "--verbose", "False"]),
+        ("cache_prompt", [*shared, *MANUAL, "--prompt-cache-file", str(folder / "manual")]),
     ] * count
-    children = [child(command(*case), folder / f"log{number}") for number, case in enumerate(cases)]
-    codes = [wait_for(number) for number, _ in children]
+    children = [
+        child(folder / f"log{number}", "run_command", module, *argv) for number, (module, argv) in enumerate(cases)
+    ]
+    codes = [wait_for(each) for each in children]
     manual = mx_names((folder / "manual.safetensors").read_bytes())
     return [
         {
@@ -258,11 +276,11 @@ def together(folder: Path, model: str, count: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the experiment that the command line names."""
-    what, folder, model, count = sys.argv[1:]
-    random.seed(0)
-    runs = {"interrupt": interrupt, "kill": kill, "disk_full": disk_full, "together": together}
-    print(json.dumps(runs[what](Path(folder), model, int(count))))
+    """Work as the command line says."""
+    work, arguments, pipe = sys.argv[1:]
+    # As Command.run() does.
+    exit_on_interrupt()
+    WORKS[work](lambda: os.write(int(pipe), b"."), *json.loads(arguments))
 
 
 if __name__ == "__main__":
