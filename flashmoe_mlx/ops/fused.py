@@ -32,15 +32,14 @@ class Fused:
 
     def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
         """Return what the function returns, lazily."""
-        kernels = native.kernels()
-        if not self._chainable or kernels is None or inputs[0].dtype != mx.float32:
+        if not self._chainable or inputs[0].dtype != mx.float32:
             return self._compiled(*inputs)
         for chain in self._chains:
             if (outputs := chain(inputs)) is not None:
                 return outputs
         traced = self._function(*inputs)
         try:
-            self._chains = [kernels.Chain(inputs, traced), *self._chains[: _MAX_CHAINS - 1]]
+            self._chains = [native.require().Chain(inputs, traced), *self._chains[: _MAX_CHAINS - 1]]
         except ValueError:
             # An MLX operation lies between the native ones.
             self._chainable = False

@@ -371,3 +371,11 @@ def test_kernels_built_for_another_mlx_are_not_called(native: Kernels, monkeypat
     monkeypatch.setattr(native_module, "version", lambda name: "0.99.0")
     with pytest.warns(UserWarning, match=rf"built for MLX {native.mlx_version}, and this is 0\.99\.0"):
         assert native_module.kernels.__wrapped__() is None
+
+
+def test_other_backends_do_not_ask_for_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking warns where none were built, and a GPU's user needs none."""
+    monkeypatch.setattr(native_module, "kernels", lambda: pytest.fail("asked for native kernels"))
+    for backend in (Backend.REFERENCE, Backend.METAL, Backend.CUDA):
+        fused = Fused(lambda x: (2 * x,), backend)
+        assert mx.array_equal(fused(mx.ones((3,)))[0], 2 * mx.ones((3,)))
