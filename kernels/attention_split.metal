@@ -14,7 +14,7 @@ inline float sum_across(float value) {
   return value;
 }
 
-template <typename T, int DIM, int SHARE, int EACH, typename Position, typename Scale>
+template <typename T, int DIM, int SHARE, int EACH, int LANES, typename Position, typename Scale>
 inline void attention_split(
     const device T* queries,  // [heads, tokens, DIM]
     const device T* keys,     // [key heads, capacity, DIM]
@@ -32,7 +32,6 @@ inline void attention_split(
     int token,
     int simdgroup,
     int lane) {
-  constexpr int LANES = 16;
   constexpr int ACROSS = 32 / LANES;
   constexpr int AT_ONCE = 2;
   constexpr int OWN = DIM / LANES;

@@ -13,8 +13,10 @@ import mlx.core as mx
 from flashmoe_mlx.ops import gpu, native
 from flashmoe_mlx.ops.dispatch import GPUS, Backend, Operation
 
-# Queries that one SIMD group holds.
-_QUERIES = 4
+# Queries that one SIMD group holds, and its lanes that share a key. A lane has 128 registers on Apple's GPUs and 255 on
+# NVIDIA's. Heads of 256 elements need 79 with the first launch and 219 with the second.
+_METAL_LAUNCH = (2, 32)
+_CUDA_LAUNCH = (4, 16)
 # Fewest positions of a split, if the cache has as many.
 _SPLIT = 32
 # The merge reads splits one after another.
@@ -142,12 +144,32 @@ def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x
     return native.require().decode_attention(queries, keys, values, position, x, scale)
 
 
-@decode_attention.kernel(*GPUS, serves=_decode_attention_on_gpu)
+@decode_attention.kernel(Backend.METAL, serves=_decode_attention_on_gpu)
 def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
+    # A lane reads whole words: two elements of half precision.
+    each, lanes = _METAL_LAUNCH if queries.shape[-1] % 64 == 0 else _CUDA_LAUNCH
+    return _flash_decoding(queries, keys, values, position, x, scale, each, lanes)
+
+
+@decode_attention.kernel(Backend.CUDA, serves=_decode_attention_on_gpu)
+def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x: mx.array, scale: float) -> mx.array:
+    return _flash_decoding(queries, keys, values, position, x, scale, *_CUDA_LAUNCH)
+
+
+def _flash_decoding(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    position: mx.array,
+    x: mx.array,
+    scale: float,
+    queries_each: int,
+    lanes: int,
+) -> mx.array:
     _, heads, tokens, head_dim = queries.shape
     _, key_heads, capacity, _ = keys.shape
     share = heads // key_heads
-    queries_each = math.gcd(share, _QUERIES)
+    queries_each = math.gcd(share, queries_each)
     splits = min(_MAX_SPLITS, -(-capacity // _SPLIT))
     sums, weights = gpu.run(
         _ATTENTION_SPLIT,
@@ -156,7 +178,7 @@ def _(queries: mx.array, keys: mx.array, values: mx.array, position: mx.array, x
         dtypes=[mx.float32, mx.float32],
         threadgroups=(key_heads * splits, tokens),
         simdgroups=share // queries_each,
-        template={"DIM": head_dim, "SHARE": share, "EACH": queries_each},
+        template={"DIM": head_dim, "SHARE": share, "EACH": queries_each, "LANES": lanes},
     )
     (out,) = gpu.run(
         _ATTENTION_MERGE,
@@ -185,7 +207,7 @@ _ATTENTION_SPLIT = gpu.Kernel(
     ("queries", "keys", "values", "position", "scale"),
     """
     const int splits = threadgroups_per_grid.x / keys_shape[1];
-    attention_split<T, DIM, SHARE, EACH>(
+    attention_split<T, DIM, SHARE, EACH, LANES>(
         queries, keys, values, position, scale, sums, weights,
         queries_shape[2], queries_shape[1], keys_shape[2], splits, threadgroup_position_in_grid.x / splits,
         threadgroup_position_in_grid.x % splits, threadgroup_position_in_grid.y,

@@ -1,5 +1,6 @@
 """GPU kernels: a source in ``kernels/`` is compiled for Metal or CUDA and launched through MLX."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -66,12 +67,15 @@ def run(
 def compiled(kernel: Kernel) -> Callable[..., list[mx.array]]:
     """Return what launches a kernel. MLX compiles the source at the first launch."""
     folder = data_dir("kernels")
-    text = "".join((folder / f"{file}.metal").read_text() for file in (*kernel.uses, kernel.name))
-    if mx.cuda.is_available():
-        text = (folder / "cuda.h").read_text() + text
-        return mx.fast.cuda_kernel(  # type: ignore[return-value]
-            name=kernel.name, input_names=kernel.inputs, output_names=kernel.outputs, source=kernel.body, header=text
-        )
-    return mx.fast.metal_kernel(  # type: ignore[return-value]
+    files = [f"{file}.metal" for file in (*kernel.uses, kernel.name)]
+    on_cuda = mx.cuda.is_available()
+    text = "".join(_without_comments((folder / file).read_text()) for file in (["cuda.h"] if on_cuda else []) + files)
+    make = mx.fast.cuda_kernel if on_cuda else mx.fast.metal_kernel
+    return make(  # type: ignore[return-value]
         name=kernel.name, input_names=kernel.inputs, output_names=kernel.outputs, source=kernel.body, header=text
     )
+
+
+def _without_comments(text: str) -> str:
+    """Return a source without comments and blank lines: MLX hashes the whole text at every launch."""
+    return re.sub(r"\n\s*\n", "\n", re.sub(r"[ \t]*//.*", "", text)).lstrip()

@@ -7,6 +7,9 @@ import mlx.core as mx
 from flashmoe_mlx.ops import gpu, native
 from flashmoe_mlx.ops.dispatch import GPUS, Backend, Operation
 
+# Experts whose outputs a thread of `combine` loads at once on Metal: 100 registers.
+_METAL_AT_ONCE = 8
+
 
 class Norm(NamedTuple):
     """An RMS norm.
@@ -85,15 +88,28 @@ def _(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) 
     return native.require().combine(x, y, scores, shared, norm.weight, norm.eps)
 
 
-@combine.kernel(*GPUS, serves=_fills_simdgroups)
+@combine.kernel(Backend.METAL, serves=_fills_simdgroups)
 def _(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    # All experts at once need more registers than Apple's GPUs have.
+    at_once = max(count for count in range(1, _METAL_AT_ONCE + 1) if y.shape[2] % count == 0)
+    return _combine(x, y, scores, shared, norm, at_once, simdgroups=8)
+
+
+@combine.kernel(Backend.CUDA, serves=_fills_simdgroups)
+def _(x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    return _combine(x, y, scores, shared, norm, at_once=y.shape[2], simdgroups=16)
+
+
+def _combine(
+    x: mx.array, y: mx.array, scores: mx.array, shared: mx.array, norm: Norm, at_once: int, simdgroups: int
+) -> tuple[mx.array, mx.array]:
     out, normed = gpu.run(
         _COMBINE,
         [x, y, scores, shared, norm.weight, mx.array([norm.eps])],
         [x.shape, x.shape],
         threadgroups=(x.shape[1], 1),
-        simdgroups=16,
-        template={"HIDDEN": x.shape[2], "TOP_K": y.shape[2]},
+        simdgroups=simdgroups,
+        template={"HIDDEN": x.shape[2], "TOP_K": y.shape[2], "AT_ONCE": at_once},
     )
     return out, normed
 
@@ -115,7 +131,7 @@ _COMBINE = gpu.Kernel(
     ("x", "y", "scores", "shared", "weight", "eps"),
     """
     threadgroup float partial[SIMDGROUPS];
-    combine<T, HIDDEN, TOP_K, SIMDGROUPS>(
+    combine<T, HIDDEN, TOP_K, AT_ONCE, SIMDGROUPS>(
         x, y, scores, shared, weight, eps, out, normed, partial,
         threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """,

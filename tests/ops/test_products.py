@@ -1,5 +1,7 @@
 """Products against float64: on any machine through the emulator, and on a GPU (``-m metal``)."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,18 +12,21 @@ from hypothesis import strategies as st
 from flashmoe_mlx.layers.switch import StreamedSwitchGLU
 from flashmoe_mlx.model import budget
 from flashmoe_mlx.ops import gpu
-from flashmoe_mlx.ops.dispatch import Backend
+from flashmoe_mlx.ops.dispatch import GPUS, Backend
 from flashmoe_mlx.ops.products import MAX_PAIRS, gate_up, gpu_serves, matvec, swiglu_experts
 from tests.conftest import WriteFamily
 from tests.support.kernel_checks import PRODUCT_ERROR, check_products
 from tests.support.operands import BITS, error, float64, quantized
 from tests.support.oracle import EACH_BACKEND, PROMPT, mlx_lm_model, streamed
 
+# Tokens, experts of a token, rows and columns.
+SIZES = ((1, 10, 1024, 4096), (3, 10, 37, 128), (8, 16, 50, 1152), (1, 16, 300, 512))
 ON_METAL = pytest.mark.parametrize("backend", [Backend.METAL], ids=["metal"], indirect=True)
 
 
 @settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    backend=st.sampled_from(GPUS),
     dtype=st.sampled_from(list(PRODUCT_ERROR)),
     bits=st.sampled_from(BITS),
     group_size=st.sampled_from([32, 64, 128]),
@@ -31,9 +36,9 @@ ON_METAL = pytest.mark.parametrize("backend", [Backend.METAL], ids=["metal"], in
     groups=st.integers(1, 12),
     seed=st.integers(0, 2**20),
 )
-def test_emulated_kernels_are_near_float64(emulated: None, **operands: int) -> None:
-    # CUDA has one kernel more, and the emulator runs it as well.
-    check_products(Backend.CUDA, **operands)
+def test_emulated_kernels_are_near_float64(emulated: None, **operands: Any) -> None:
+    """With the launches of both, and the kernel that only CUDA has."""
+    check_products(**operands)
 
 
 @pytest.mark.metal
@@ -43,8 +48,10 @@ def test_emulated_kernels_are_near_float64(emulated: None, **operands: int) -> N
     + [(mx.float32, 4, 32), (mx.float16, 4, 128), (mx.float32, 3, 64), (mx.float16, 8, 64)],
 )
 def test_gpu_kernels_are_near_float64(dtype: mx.Dtype, bits: int, group_size: int, on_gpu: Backend) -> None:
-    for tokens, rows, columns in ((1, 1024, 4096), (3, 37, 128), (8, 50, 1152), (1, 300, 512)):
-        check_products(on_gpu, dtype, bits, group_size, tokens, 10, rows, columns // group_size, seed=columns)
+    # An NVIDIA GPU runs Metal's launches as well.
+    for backend in {on_gpu, Backend.METAL}:
+        for tokens, top_k, rows, columns in SIZES:
+            check_products(backend, dtype, bits, group_size, tokens, top_k, rows, columns // group_size, seed=columns)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(bits, 64) for bits in BITS] + [(4, 32), (4, 128)])

@@ -5,7 +5,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops.attention import Heads, decode_attention, norm_rope
 from flashmoe_mlx.ops.dispatch import Backend, Operation
 from flashmoe_mlx.ops.gated_delta import GatedDelta, Layout, gated_delta
@@ -60,7 +59,8 @@ def check_products(
         here = (some != NO_SLOT)[..., None]
         assert mx.array_equal(multiply(hidden, some, up), here * multiply(hidden, slots, up))
         assert mx.array_equal(swiglu(x, some, gate, up), here * swiglu(x, slots, gate, up))
-    if one(up, 1).scales.size >= gpu.DEVICE_MEMORY:
+    # MLX's own product rounds half precision more than once.
+    if dtype == mx.float32 or linear.serves(backend, x[:1], one(up, 1)):
         assert error(dense(x[:1], one(up, 1)), float64(x[:1]) @ dequantized(up)[1].T) < PRODUCT_ERROR[dtype]
 
 

@@ -7,7 +7,6 @@ and says what a kernel does wrong: a barrier that is missing, an access out of b
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from tests.support.metal_text import metal_text
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -55,20 +56,15 @@ class Emulated:
         threadgroup: tuple[int, int, int],
         template: Sequence[tuple[str, Any]] = (),
     ) -> list[mx.array]:
-        def launch(*arrays: mx.array) -> mx.array:
-            return self.kernel(
-                inputs=list(arrays),
-                output_shapes=output_shapes,
-                output_dtypes=output_dtypes,
-                grid=grid,
-                threadgroup=threadgroup,
-                template=list(template),
-                verbose=True,
-            )[0]
-
-        printed = _printed(lambda: mx.export_function(lambda _: None, launch, *inputs))
-        source = printed[printed.index("```\n") + 4 : printed.rindex("\n```")]
-
+        source = metal_text(
+            self.kernel,
+            inputs,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+            grid=grid,
+            threadgroup=threadgroup,
+            template=template,
+        )
         names = [name for _, name, is_buffer in _parameters(source) if is_buffer]
         filled = _filled(names[: -len(output_shapes)], inputs)
         sizes = [int(np.prod(shape)) * dtype.size for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
@@ -81,21 +77,6 @@ class Emulated:
         parts = np.split(result, np.cumsum(sizes[:-1]))
         outputs = zip(parts, output_dtypes, output_shapes, strict=True)
         return [mx.array(part).view(dtype).reshape(shape) for part, dtype, shape in outputs]
-
-
-def _printed(function: Callable[[], object]) -> str:
-    """Return what `function` writes to standard output from C++, which bypasses Python's ``sys.stdout``."""
-    sys.stdout.flush()
-    with tempfile.TemporaryFile() as file:
-        stdout = os.dup(1)
-        os.dup2(file.fileno(), 1)
-        try:
-            function()
-        finally:
-            os.dup2(stdout, 1)
-            os.close(stdout)
-        file.seek(0)
-        return file.read().decode()
 
 
 def _parameters(source: str) -> list[tuple[str, str, bool]]:
