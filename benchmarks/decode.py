@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Self
@@ -49,7 +50,7 @@ from benchmarks.exact import load_resident
 from benchmarks.fetch import Fetcher
 from benchmarks.memory_hog import memory_hog
 from benchmarks.models import checkpoint_files, expert_tables, fill, load_all_hits, sizes
-from benchmarks.page_cache import CAN_EVICT, bring, device_bytes, evict
+from benchmarks.page_cache import bring, can_evict, device_bytes, evict
 from benchmarks.record import record
 from flashmoe_mlx.checkpoint.folder import find_folder, read_config
 from flashmoe_mlx.config import Config, parse_size
@@ -120,7 +121,7 @@ class Bandwidth:
     @classmethod
     def measure(cls, fetcher: Fetcher, files: Sequence[Path], experts: int) -> Self:
         """Measure both in fetches of that many experts of a checkpoint, which is in the page cache afterwards."""
-        device = fetcher.bandwidth(experts, 12, cold=True) if CAN_EVICT else float("inf")
+        device = fetcher.bandwidth(experts, 12, cold=True) if can_evict(files) else inf
         bring(files)
         return cls(fetcher, device, [fetcher.bandwidth(experts, 24)])
 
@@ -293,7 +294,7 @@ def main() -> None:
         "lookahead": args.lookahead,
         "resident_tps": round(1 / median(mlx_lm_seconds), 2),
         "resident_ms_per_layer": round(1e3 * median(mlx_lm_seconds) / layers, 3),
-        "device_gbps": round(bandwidth.device / 1e9, 2) if CAN_EVICT else None,
+        "device_gbps": round(bandwidth.device / 1e9, 2) if bandwidth.device < inf else None,
         "cache_gbps": round(median(bandwidth.cache) / 1e9, 2),
         "mlx_lm_lazily": lazily,
     }

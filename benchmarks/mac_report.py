@@ -117,14 +117,13 @@ def _reads(figures: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _choices(name: str) -> Callable[[Mapping[str, Any]], Iterator[Finding]]:
-    flag = f"--{name.replace('_', '-')}"
-
     def read(figures: Mapping[str, Any]) -> Iterator[Finding]:
         ways, default = figures["ways"], figures["default"]
         for value, each in ways.items():
+            where = "the disk" if figures.get("cold") else "memory"
             text = (
-                f"{flag} {value}: {each['ms_per_token']} ms a token, {each['read_ms']} of them waiting for reads and "
-                f"{each['router_ms']} for routers, {each['other_ms']} of the rest"
+                f"{name} = {value}, from {where}: {each['ms_per_token']} ms a token, {each['read_ms']} of them waiting "
+                f"for reads and {each['router_ms']} for routers, {each['other_ms']} of the rest"
             )
             # Kernels round differently from MLX's own operations.
             changed = not each["same_tokens"] and name != "kernels"
@@ -132,7 +131,7 @@ def _choices(name: str) -> Callable[[Mapping[str, Any]], Iterator[Finding]]:
         best = min(ways, key=lambda value: ways[value]["ms_per_token"])
         if default in ways and ways[best]["ms_per_token"] < (1 - NOISE) * ways[default]["ms_per_token"]:
             share = ways[default]["ms_per_token"] / ways[best]["ms_per_token"]
-            yield Finding(f"{flag} {best} is {share:.2f} times as fast as the default, {default}", True)
+            yield Finding(f"{name} = {best} is {share:.2f} times as fast as the default, {default}", True)
 
     return read
 

@@ -28,7 +28,7 @@ import flashmoe_mlx
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.io import SIZES, UNITS, layout, write_file
 from benchmarks.models import checkpoint_files, expert_tables, fill, load_all_hits, sizes
-from benchmarks.page_cache import CAN_EVICT, evict
+from benchmarks.page_cache import can_evict, evict
 from benchmarks.trunk import DIMS, model_config
 from demo import MODEL
 from flashmoe_mlx.config import Config
@@ -311,10 +311,11 @@ def reads(settings: Settings) -> dict[str, Any]:
     readers = {threads: Reader([str(path)], threads, Counters()) for threads in READ_THREADS}
     per_batch = min(10, len(spans))
     gbps: dict[int, list[float]] = {threads: [] for threads in readers}
+    cold = can_evict([path])
     for _ in range(settings.turns):
         # Each expert is read once after an eviction.
         order = random.sample(range(len(spans)), len(spans))
-        if CAN_EVICT:
+        if cold:
             evict([path])
         for number, threads in enumerate(random.sample(READ_THREADS, len(READ_THREADS))):
             chosen = order[number * per_batch : (number + 1) * per_batch] or order[:per_batch]
@@ -325,7 +326,7 @@ def reads(settings: Settings) -> dict[str, Any]:
             gbps[threads].append(len(chosen) * sum(pieces) / 1e9 / (time.perf_counter() - begin))
     path.unlink()
     figures = {str(threads): round(median(each), 3) for threads, each in gbps.items()}
-    return {"cold": CAN_EVICT, "default": str(Config().read_threads), "gbps": figures}
+    return {"cold": cold, "default": str(Config().read_threads), "gbps": figures}
 
 
 def choices(name: str) -> Callable[[Settings], dict[str, Any]]:
@@ -337,8 +338,9 @@ def choices(name: str) -> Callable[[Settings], dict[str, Any]]:
         # Kernels are compared where nothing is read; the others, where every token waits for the disk.
         all_hits = name == "kernels"
         ways = {str(value): Config().override(**{name: value}) for value in values}
-        figures = compare(settings, ways, share=1 if all_hits else 0.25, cold=CAN_EVICT and not all_hits)
-        return {"default": str(getattr(Config(), name)), "ways": figures}
+        cold = not all_hits and can_evict(checkpoint_files(str(settings.checkpoint)))
+        figures = compare(settings, ways, share=1 if all_hits else 0.25, cold=cold)
+        return {"cold": cold, "default": str(getattr(Config(), name)), "ways": figures}
 
     section.__doc__ = f"Decode with each value of the setting {name}, in turns."
     return section
@@ -434,7 +436,7 @@ def decode(settings: Settings) -> dict[str, Any]:
     """Compare decoding at several budgets with mlx-lm and with what bytes and bandwidth predict."""
     turns = ["--turns", str(max(2, settings.turns // 4)), "--turn", "8"]
     figures, _ = run_json(
-        "benchmarks.decode", "--model", str(settings.checkpoint), "--budgets", "0", "0.25", "0.9", *turns
+        "benchmarks.decode", "--model", str(settings.checkpoint), "--budgets", "0", "0.25", "0.5", *turns
     )
     return figures
 

@@ -10,32 +10,42 @@ from pathlib import Path
 
 import numpy as np
 
-CAN_EVICT = hasattr(os, "posix_fadvise") or sys.platform == "darwin"
-"""The OS lets a program take its files out of the page cache."""
-
 # Of macOS: sys/mman.h.
 _MS_INVALIDATE = 2
 # Share of a file that may stay, because another program has just read it.
 _MAX_CACHED = 0.05
 
 
+class NotEvicted(SystemExit):
+    """Files are still in the page cache; the text says why."""
+
+
+def can_evict(files: Iterable[Path]) -> bool:
+    """Evict files, and return whether the OS has done it."""
+    try:
+        evict(files)
+    except NotEvicted:
+        return False
+    return True
+
+
 def evict(files: Iterable[Path]) -> None:
     """Evict files from the page cache.
 
     Raises:
-        SystemExit: The OS does not let a program do that, or has not done it.
+        NotEvicted: The OS does not let a program do that, or has not done it.
     """
     for path in files:
-        if not CAN_EVICT:
-            raise SystemExit("--cold needs Linux or macOS, where a program can evict a file from the page cache")
-        if sys.platform != "darwin":
+        if sys.platform == "darwin":
+            with _mapped(path) as (address, nbytes):
+                ctypes.CDLL(None).msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MS_INVALIDATE)
+            if (share := cached_share(path)) > _MAX_CACHED:
+                raise NotEvicted(f"macOS keeps {share:.0%} of {path} in the page cache: measure without --cold")
+        elif hasattr(os, "posix_fadvise"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            continue
-        with _mapped(path) as (address, nbytes):
-            ctypes.CDLL(None).msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MS_INVALIDATE)
-        if (share := cached_share(path)) > _MAX_CACHED:
-            raise SystemExit(f"macOS keeps {share:.0%} of {path} in the page cache: measure without --cold")
+        else:
+            raise NotEvicted("--cold needs Linux or macOS, where a program can evict a file from the page cache")
 
 
 def bring(files: Iterable[Path]) -> None:

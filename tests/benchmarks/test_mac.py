@@ -1,6 +1,7 @@
 """The kit for a Mac's owner: sections run or say why not, and the page names what a machine contradicts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from benchmarks import mac, mac_sections
 from benchmarks.mac_report import findings, page
 from benchmarks.mac_sections import SECTIONS, NotRun, Section, Settings
+from flashmoe_mlx.config import Config
 from flashmoe_mlx.ops import gpu
 
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -43,7 +45,7 @@ def contradictions(section: str, figures: dict[str, Any]) -> list[str]:
     ("section", "good", "bad", "word"),
     [
         ("reads", {"gbps": {"8": 5.0, "16": 6.0}}, {"gbps": {"8": 6.4, "16": 6.0}}, "--read-threads 8"),
-        ("slots", {"default": "copied"}, {"default": "live"}, "--slots copied is 1.33 times as fast"),
+        ("slots", {"default": "copied"}, {"default": "live"}, "slots = copied is 1.33 times as fast"),
         ("max_mb", {"default": "1000"}, {"default": "unset"}, "1000 is faster"),
         ("exact", {"exact": True}, {"exact": False}, "not as exact"),
         ("visibility", {"stale": 0}, {"stale": 2}, "2 of 9 writes"),
@@ -149,10 +151,18 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.mark.parametrize("name", ["visibility", "memory", "readback", "requests", "lookahead", "max_mb"])
 def test_a_section_measures_here_what_it_measures_on_a_mac(name: str, settings: Settings) -> None:
+    if name == "memory" and sys.platform == "darwin" and not shutil.which("vm_stat"):
+        pytest.skip("no vm_stat")
     figures = SECTIONS[name].run(settings)
     assert not contradictions("visibility", figures) if name == "visibility" else True
     # The page can be made of its figures, and JSON too.
     assert list(findings({name: json.loads(json.dumps(figures | {"section_seconds": 1.0}))}))
+
+
+def test_ways_are_compared_with_all_experts_in_memory_too(settings: Settings) -> None:
+    figures = mac_sections.compare(settings, {"a": Config(), "b": Config(lookahead=True)}, share=1, cold=False)
+    assert [each["read_ms"] for each in figures.values()] == [0, 0]
+    assert all(each["same_tokens"] for each in figures.values())
 
 
 def test_what_only_metal_has_is_not_run_here() -> None:
