@@ -27,7 +27,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flashmoe_mlx
 from benchmarks.record import record
-from flashmoe_mlx.constrain import Processor, constrained, readable, vocabulary_of
+from flashmoe_mlx.constrain import Processor, constrained, read_calls, vocabulary_of
 from flashmoe_mlx.evaluation.metrics import share
 
 Tool = dict[str, Any]
@@ -156,9 +156,9 @@ def fits(text: str, tools: list[Tool], tokenizer: TokenizerWrapper) -> bool:
         return False
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     try:
-        read = tokenizer.tool_parser(call.strip(), readable(tools))
-        return Draft202012Validator(schemas[read["name"]]).is_valid(read["arguments"])
-    except (ValueError, KeyError, TypeError, OverflowError, SyntaxError):
+        (read,) = read_calls(tokenizer, call.strip(), tools)
+        return Draft202012Validator(schemas[read.name]).is_valid(json.loads(read.arguments))
+    except (ValueError, KeyError):
         return False
 
 

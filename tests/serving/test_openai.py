@@ -97,7 +97,10 @@ def test_a_required_call_fits_its_schema(client: openai.OpenAI, choice: Any) -> 
 
 SCHEMA = {
     "type": "object",
-    "properties": {"word": {"type": "string", "maxLength": 12}, "legs": {"type": "integer", "maximum": 9}},
+    "properties": {
+        "word": {"type": "string", "maxLength": 12},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["word", "legs"],
     "additionalProperties": False,
 }
