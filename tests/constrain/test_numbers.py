@@ -87,6 +87,21 @@ def test_bounds_that_are_too_large_are_left_free(writer, bound):
     assert writer.fits(parameter({"type": "integer", **bound}), writer.call(x="1" * 25), warnings)
 
 
+@pytest.mark.parametrize("values", [[2**53, -(2**53)], [0.1, 1e-7, -1.5, 0], [12, 2.0**-20]])
+def test_constants_keep_their_digits(writer, values):
+    # Without exponents.
+    written = {1e-7: "0.0000001", 2.0**-20: "0.00000095367431640625"}
+    for value in values:
+        assert writer.takes({"enum": values}, written.get(value, json.dumps(value)))
+    assert not writer.takes({"enum": values}, "3")
+
+
+@pytest.mark.parametrize("value", [1234567890123456789, -(2**63), 2**64, {"a": [-(2**65)]}, 1e300])
+def test_constants_that_are_too_large_are_left_free(writer, value):
+    warnings = ["f.x: const is not enforced: it has numbers beyond 2**53"]
+    assert writer.fits(parameter({"const": value}), writer.call(x=json.dumps(value)), warnings)
+
+
 @pytest.mark.parametrize("text", ["12", "1e400", "6.02e23"])
 def test_a_number_in_a_text_stays_a_text(writer, text):
     assert writer.takes({"type": "string"}, json.dumps(text))
