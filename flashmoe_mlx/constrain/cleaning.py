@@ -21,7 +21,8 @@ from flashmoe_mlx.constrain.schema import Schema
 
 # llguidance follows no more of them token by token.
 _MAX_PROPERTIES = 400
-_MAX_DEPTH = 64
+# Its recursion must fit in the stack of a thread, which is half a megabyte on a Mac.
+_MAX_DEPTH = 32
 
 # Rules that no grammar can hold, with the values that rule nothing out.
 _FREE: dict[str, tuple[Any, ...]] = {
@@ -39,6 +40,8 @@ _FREE: dict[str, tuple[Any, ...]] = {
     "unevaluatedItems": (True, {}),
     "$dynamicRef": (),
 }
+
+_MAX_PLACE = 100
 
 _Part = Callable[[Any, str], Any]
 
@@ -109,7 +112,8 @@ class _Cleaner:
             self.cleaned.warn(f"{where}: {message}")
 
         def part(value: Any, name: str) -> Any:
-            return self.clean(value, f"{where}.{name}", depth + 1)
+            # Deep places are named by their beginning.
+            return self.clean(value, where if len(where) > _MAX_PLACE else f"{where}.{name}", depth + 1)
 
         given = {str(key): value for key, value in schema.items() if value is not None or key == "const"}
         types = clean_types(given.get("type"), warn)

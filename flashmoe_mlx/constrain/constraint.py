@@ -13,7 +13,7 @@ import llguidance.numpy
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.constrain.digit_limit import DigitLimit
+from flashmoe_mlx.constrain.digits import DigitRun
 
 # A text of 250,000 characters under a bound has as many states; each takes about 700 bytes, while it is written.
 _LIMITS = llguidance.LLParserLimits(
@@ -91,7 +91,7 @@ class Constraint:
         # The end of the text, where a marker may have begun.
         self._tail = b""
         self._matchers: list[Any] = []
-        self._digits = DigitLimit(vocabulary)
+        self._digits = DigitRun(vocabulary)
         self._released_call = False
         self._answer_is_over = False
         self._prompt_is_over = False
@@ -131,7 +131,7 @@ class Constraint:
                 return None
         mask: np.ndarray = np.bitwise_and.reduce(masks)
         if mask.any():
-            return self._digits.restrict(mask)
+            return self._digits.limit(mask)
         self._release("no token fits the schema here")
         return None
 
@@ -159,11 +159,11 @@ class Constraint:
 
     def _advance(self, token: Any) -> None:
         if self._matchers:
+            self._digits.add(token)
             for matcher in self._matchers:
                 if not matcher.consume_token(token):
                     self._release(matcher.get_error())
                     return
-            self._digits.advance(token)
             if self._calls is not None and all(matcher.is_accepting() for matcher in self._matchers):
                 self._end_call()
             return

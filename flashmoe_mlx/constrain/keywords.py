@@ -12,8 +12,8 @@ Warn = Callable[[str], None]
 
 # Texts and lists are never that long; llguidance counts in 32 bits.
 _MAX_LENGTH = 2**31
-# llguidance has bounds in float64.
-_MAX_BOUND = 2**53
+# llguidance has bounds and constants in float64.
+_MAX_NUMBER = 2**53
 
 TOGETHER = 256
 """Longest text that may have its length and its pattern in the same grammar."""
@@ -63,7 +63,7 @@ def clean_numbers(given: Schema, warn: Warn) -> dict[str, Any]:
         elif key == "multipleOf" and value <= 0:
             warn(f"multipleOf is ignored: it must be positive, not {value}")
         elif key in BOUNDS:
-            if abs(value) <= _MAX_BOUND:
+            if abs(value) <= _MAX_NUMBER:
                 found[key] = value
             else:
                 warn(f"{key} {str(value)[:40]} is not enforced: it is too large")
@@ -133,8 +133,11 @@ def clean_values(given: Schema, rules: Schema, warn: Warn) -> list[Any] | None:
     fitting = [value for value in values if _fits(value, simple)]
     if not fitting:
         # A const that was left out is often written as null.
-        if values != [None]:
+        if key == "enum" or values != [None]:
             warn(f"{key} is not enforced: none of its values fits the other rules")
+        return None
+    if _has_large_number(fitting):
+        warn(f"{key} is not enforced: it has numbers beyond 2**53")
         return None
     if other := sorted(rules.keys() & {"$ref", "anyOf", "allOf", "properties", "items"}):
         warn(f"{other[0]} together with {key} is not enforced")
@@ -163,6 +166,13 @@ def _differ(parts: Sequence[Any]) -> bool:
         return False
     texts = [repr(value) for part in parts for value in part["enum"]]
     return len(texts) == len(set(texts))
+
+
+def _has_large_number(value: Any) -> bool:
+    """Say whether a value has a number that llguidance would round, or fail with."""
+    if isinstance(value, dict | list):
+        return any(map(_has_large_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER
 
 
 def _fits(value: Any, rules: Schema) -> bool:

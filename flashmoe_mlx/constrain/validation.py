@@ -56,4 +56,13 @@ def _sane(schema: Any) -> Any:
         for step in steps:
             part = part[step]
         del part[last]
+    _drop_left_out(schema)
     return schema
+
+
+def _drop_left_out(part: Any) -> None:
+    """Drop each ``const`` of null that the ``type`` next to it rules out: it was left out, and written as null."""
+    if isinstance(part, dict) and part.get("const", part) is None and "null" not in part.get("type", ["null"]):
+        del part["const"]
+    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _drop_left_out(each)

@@ -19,7 +19,7 @@ NUMBERS = [
     "-0",
     "-0.0",
 ]
-NUMBERS += ["1e400", "1E+5", "123456789.123456789012345", "1" * 400, "0.30000000000000004"]
+NUMBERS += ["1e400", "1E+5", "123456789.123456789012345", "1" * 100, "0.30000000000000004"]
 DIGITS = st.text("0123456789", min_size=1, max_size=60).map(lambda digits: digits.lstrip("0") or "0")
 INTEGERS = st.builds(str.__add__, st.sampled_from(["", "-"]), DIGITS)
 FRACTIONS = st.just("") | st.text("0123456789", min_size=1, max_size=40).map(".{}".format)
@@ -60,6 +60,19 @@ def test_what_is_no_integer_cannot_be_written(writer, number):
     assert not writer.fits(parameter({"type": "integer"}), writer.call(x=number))
 
 
+@pytest.mark.parametrize("digits", ["3" * 101, "0." + "3" * 101, "1e" + "3" * 101])
+def test_a_number_ends_after_a_hundred_digits(writer, digits):
+    assert not writer.fits(parameter({"type": "number"}), writer.call(x=digits))
+    assert not writer.fits(parameter({"type": "array", "items": {"type": "number"}}), writer.call(x=f"[{digits}]"))
+
+
+@pytest.mark.parametrize("schema", [{}, {"pattern": "^[0-9]*$"}, {"pattern": "^[0-9]{300}$"}, {"maxLength": 300}])
+def test_a_text_has_any_number_of_digits(writer, schema):
+    if not writer.is_xml or schema != {"pattern": "^[0-9]*$"}:
+        assert writer.takes({"type": "string", **schema}, json.dumps("3" * 300))
+    assert writer.takes({"type": "string"}, json.dumps("a" + "3" * 300))
+
+
 def test_bounds_hold_for_large_integers(writer):
     schema = {"type": "integer", "minimum": 10}
     assert writer.takes(schema, "9" * 30)
@@ -72,6 +85,21 @@ def test_bounds_that_are_too_large_are_left_free(writer, bound):
     (key,) = bound
     warnings = [f"f.x: {key} {bound[key]} is not enforced: it is too large"]
     assert writer.fits(parameter({"type": "integer", **bound}), writer.call(x="1" * 25), warnings)
+
+
+@pytest.mark.parametrize("values", [[2**53, -(2**53)], [0.1, 1e-7, -1.5, 0], [12, 2.0**-20]])
+def test_constants_keep_their_digits(writer, values):
+    # Without exponents.
+    written = {1e-7: "0.0000001", 2.0**-20: "0.00000095367431640625"}
+    for value in values:
+        assert writer.takes({"enum": values}, written.get(value, json.dumps(value)))
+    assert not writer.takes({"enum": values}, "3")
+
+
+@pytest.mark.parametrize("value", [1234567890123456789, -(2**63), 2**64, {"a": [-(2**65)]}, 1e300])
+def test_constants_that_are_too_large_are_left_free(writer, value):
+    warnings = ["f.x: const is not enforced: it has numbers beyond 2**53"]
+    assert writer.fits(parameter({"const": value}), writer.call(x=json.dumps(value)), warnings)
 
 
 @pytest.mark.parametrize("text", ["12", "1e400", "6.02e23"])

@@ -236,6 +236,19 @@ def test_what_is_no_schema_is_refused_with_its_place(writer, schema, place):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("depth", [30, 40, 2000])
+def test_a_deep_schema_is_held_to_a_depth(any_tokenizer, vocabulary, depth):
+    schema = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    chain = {"$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(depth)} | {f"d{depth}": {}}}
+    for each in (schema, {"$ref": "#/$defs/d0"}):
+        parameters = {"type": "object", "properties": {"x": each}, **chain}
+        constraint = constrain.constrained(any_tokenizer, tools=[tool(parameters)], vocabulary=vocabulary)
+        # Each reference of the chain and its allOf count.
+        assert len(constraint.warnings) == (depth > (30 if each is schema else 15))
+
+
 def test_many_parameters_are_held(writer):
     schema = {
         "type": "object",
