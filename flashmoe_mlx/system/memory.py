@@ -1,25 +1,39 @@
 """Free memory, and the limits that keep a share of it free."""
 
 import ctypes
+from pathlib import Path
 
 import mlx.core as mx
 import psutil
+
+from flashmoe_mlx.system.cgroup import memory_limit
 
 # The reserve is this part of all memory.
 _RESERVE_DIVISOR = 32
 
 
-def total_memory() -> int:
-    """Return the bytes of memory of the machine."""
+def total_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory of the machine, or of the container if that has less.
+
+    Args:
+        root (Path): The folder that has ``proc`` and ``sys``, for the container's limit. Default: ``/``.
+    """
     total: int = psutil.virtual_memory().total
-    return total
+    limit = memory_limit(root)
+    return total if limit is None else min(total, limit.total)
 
 
-def available_memory() -> int:
-    """Return the bytes that can be used without swapping; on a Mac no more than Metal lets a program keep."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that can be used without swapping: no more than the container has, and a Mac lets Metal keep.
+
+    Args:
+        root (Path): See :func:`total_memory`.
+    """
     available: int = psutil.virtual_memory().available
-    limit = mx.device_info().get("max_recommended_working_set_size", available)
-    return min(available, int(limit))
+    limit = memory_limit(root)
+    if limit is not None:
+        available = min(available, limit.available)
+    return min(available, int(mx.device_info().get("max_recommended_working_set_size", available)))
 
 
 def memory_reserve() -> int:
