@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Config", "ReadError", "__version__", "load"]
 __version__ = "0.1.0"
 
-# MLX ends Metal's command buffers after 40 or 50 million elements of the arrays that they touch, and counts all slots of
-# a layer when a kernel reads one. It reads this when it starts.
+# MLX ends Metal's command buffers after 40 or 50 million elements of the arrays that they touch, and counts all slots
+# of a layer when a kernel reads one. It reads this when it starts.
 if sys.platform == "darwin":
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000")
 

@@ -125,7 +125,7 @@ def check_answerable(tasks: Sequence[Task], tokenizer: TokenizerWrapper, folder:
 def answer(model: nn.Module, tokenizer: TokenizerWrapper, task: Task, max_tokens: int) -> str:
     """Return a streamed model's greedy answer of up to ``max_tokens`` tokens."""
     prompt = tokenizer.apply_chat_template(task.messages, tools=task.tools, add_generation_prompt=True)
-    step = model.streaming.prefill_step_size
+    step = model.streaming.plan_prefill(len(prompt)).step_size
     text: str = mlx_lm.generate(model, tokenizer, prompt, max_tokens=max_tokens, prefill_step_size=step)
     return text
 
