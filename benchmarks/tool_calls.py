@@ -1,11 +1,14 @@
-"""Do tool calls parse and fit their schema, with and without the constraint, as the experts get fewer bits?
+"""Share of tool calls that parse and fit their schema, with and without the constraint, as the experts get fewer bits.
 
     python -m benchmarks.tool_calls --model FOLDER --requests 200 --bits 8 4 3 2
 
 Each request has 1 to 8 tools with flat and nested schemas, drawn at random from a seed, and asks for one of them at
-temperature 1. The constrained model must call a tool; the unconstrained one is asked the same and may do as it likes:
-``unconstrained_calls`` is how often it opens a call. A call counts if mlx-lm's parser reads it and its arguments fit by
-the jsonschema library. In brackets 95% intervals (Wilson). The last line is JSON.
+temperature 1. The constrained model must call a tool. The unconstrained one is asked the same, and may answer anything:
+``unconstrained_calls`` is the number of answers that begin a call. A call counts if it can be read and its
+arguments fit by the jsonschema library. ``_low`` and ``_high`` are the ends of 95% intervals (Wilson).
+
+What is predicted is that all constrained calls fit which end within ``--max-tokens``; ``measured_over_predicted`` is
+the share that does. The last line is JSON.
 """
 
 import argparse
@@ -18,7 +21,6 @@ from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
-from flashmoe_mlx.requantize import requantize
 from jsonschema import Draft202012Validator
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -29,6 +31,7 @@ import flashmoe_mlx
 from benchmarks.record import record
 from flashmoe_mlx.constrain import Processor, constrained, read_calls, vocabulary_of
 from flashmoe_mlx.evaluation.metrics import share
+from flashmoe_mlx.model.requantize import requantize
 
 Tool = dict[str, Any]
 
@@ -40,31 +43,42 @@ TEXTS = ("Paris", "a red lamp", "Anna", "7 km", "null", "[urgent] call", "12")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("demo/model"))
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache-dir", type=Path, default=Path("build/tool_calls"))
-    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="folder (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2], help="of the experts (default: 8 4 3 2)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=Path("build/tool_calls"),
+        help="of requantized copies (default: %(default)s)",
+    )
+    parser.add_argument("--record", action="store_true", help="append the figures to results/tool_calls.csv")
     args = parser.parse_args()
     rows = []
     for bits in args.bits:
         row = measure(requantize(args.model, bits, args.cache_dir), bits, args)
         rows.append(row)
-        print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+        print(
+            f"{bits} bits: {row['constrained']} of {args.requests} constrained calls fit, measured / predicted "
+            f"{row['measured_over_predicted']:.2f}; unconstrained {row['unconstrained']} fit of "
+            f"{row['unconstrained_calls']} that began; the constraint takes {row['constraint_us_median']} us a token",
+            flush=True,
+        )
         if args.record:
             record("tool_calls", row)
     print(json.dumps({"rows": rows}))
 
 
 def measure(folder: Path, bits: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a model at one bit width."""
-    model, tokenizer = flashmoe_mlx.load(str(folder), ram_budget="auto")
+    """Return the figures of a model at one bit width."""
+    model, tokenizer = flashmoe_mlx.load(str(folder), ram_budget="auto")[:2]
     vocabulary = vocabulary_of(tokenizer)
     counts = {"constrained": 0, "unconstrained": 0, "unconstrained_calls": 0}
     unended, building = 0, 0.0
-    seconds: list[float] = []  # of each token
+    # Of each token.
+    seconds: list[float] = []
     for number in range(args.requests):
         tools, question = request(random.Random(args.seed * 1_000_003 + number))
         messages = [{"role": "user", "content": question}]
@@ -73,14 +87,21 @@ def measure(folder: Path, bits: int, args: argparse.Namespace) -> dict[str, Any]
         processor = constrained(tokenizer, tools=tools, tool_choice="required", vocabulary=vocabulary)
         building += time.perf_counter() - begin
         timed = Timed(processor)
-        held = written(model, tokenizer, prompt, args.max_tokens, number, timed)
-        free = written(model, tokenizer, prompt, args.max_tokens, number)
-        counts["constrained"] += fits(held, tools, tokenizer)
-        counts["unconstrained"] += fits(free, tools, tokenizer)
-        counts["unconstrained_calls"] += tokenizer.tool_call_start in free
-        unended += tokenizer.tool_call_end not in held
+        with_constraint = answer(model, tokenizer, prompt, args.max_tokens, number, timed)
+        without = answer(model, tokenizer, prompt, args.max_tokens, number)
+        counts["constrained"] += fits(with_constraint, tools, tokenizer)
+        counts["unconstrained"] += fits(without, tools, tokenizer)
+        counts["unconstrained_calls"] += tokenizer.tool_call_start in without
+        unended += tokenizer.tool_call_end not in with_constraint
         seconds += timed.seconds
-    figures: dict[str, Any] = {"bits": bits, "requests": args.requests, "constrained_unended": unended}
+    ended = args.requests - unended
+    figures: dict[str, Any] = {
+        "model": args.model.name,
+        "bits": bits,
+        "requests": args.requests,
+        "constrained_unended": unended,
+        "measured_over_predicted": round(counts["constrained"] / ended, 4) if ended else None,
+    }
     for name, count in counts.items():
         estimate = share(count, args.requests)
         figures |= {name: count, f"{name}_low": round(estimate.low, 4), f"{name}_high": round(estimate.high, 4)}
@@ -92,13 +113,13 @@ def measure(folder: Path, bits: int, args: argparse.Namespace) -> dict[str, Any]
 
 
 class Timed:
-    """A processor that tells how long it works, evaluation of its bias included.
+    """A logits processor that is timed, evaluation of its bias included.
 
     Args:
-        processor: the one to time.
+        processor (Processor): The one to time.
 
     Attributes:
-        seconds (list[float]): spent in each call of it, of which there is one a token.
+        seconds (list[float]): Time of each call, of which there is one per token.
     """
 
     def __init__(self, processor: Processor):
@@ -106,7 +127,8 @@ class Timed:
         self.seconds: list[float] = []
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        mx.eval(tokens, logits)  # the model's own work is not the constraint's
+        # The model's own work does not count.
+        mx.eval(tokens, logits)
         begin = time.perf_counter()
         logits = self._processor(tokens, logits)
         mx.eval(logits)
@@ -115,7 +137,15 @@ class Timed:
 
 
 class Prompt:
-    """A prompt that is read once, however many answers it gets."""
+    """A prompt that is read once and answered several times.
+
+    Args:
+        model (nn.Module): The model that reads it.
+        tokens (list[int]): Its tokens.
+
+    Attributes:
+        last (list[int]): Its last token, with which an answer begins.
+    """
 
     def __init__(self, model: Any, tokens: list[int]):
         self._cache = make_prompt_cache(model)
@@ -123,14 +153,14 @@ class Prompt:
         mx.eval(model(mx.array([tokens[:-1]]), cache=self._cache), [layer.state for layer in self._cache])
 
     def cache(self) -> list[Any]:
-        """A copy of what the model knows of all tokens but the last."""
+        """Return a copy of the model's state after all tokens but the last."""
         return copy.deepcopy(self._cache)
 
 
-def written(
-    model: Any, tokenizer: TokenizerWrapper, prompt: Prompt, most: int, seed: int, processor: Processor | None = None
+def answer(
+    model: Any, tokenizer: TokenizerWrapper, prompt: Prompt, max_tokens: int, seed: int, processor: Timed | None = None
 ) -> str:
-    """What the model answers, up to the end of its first call."""
+    """Return the model's answer, up to the end of its first call."""
     mx.random.seed(seed)
     text = ""
     for response in stream_generate(
@@ -138,7 +168,7 @@ def written(
         tokenizer,
         prompt.last,
         prompt_cache=prompt.cache(),
-        max_tokens=most,
+        max_tokens=max_tokens,
         sampler=make_sampler(1.0),
         logits_processors=[processor] if processor else [],
     ):
@@ -149,21 +179,21 @@ def written(
 
 
 def fits(text: str, tools: list[Tool], tokenizer: TokenizerWrapper) -> bool:
-    """Whether the first call in a text can be read, is of a tool, and has arguments that fit."""
+    """Return whether the first call in a text can be parsed, names a tool, and has arguments that fit."""
     _, start, rest = text.partition(tokenizer.tool_call_start)
     call, end, _ = rest.partition(tokenizer.tool_call_end)
     if not start or not end:
         return False
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     try:
-        (read,) = read_calls(tokenizer, call.strip(), tools)
-        return Draft202012Validator(schemas[read.name]).is_valid(json.loads(read.arguments))
+        (parsed,) = read_calls(tokenizer, call, tools)
+        return bool(Draft202012Validator(schemas[parsed.name]).is_valid(json.loads(parsed.arguments)))
     except (ValueError, KeyError):
         return False
 
 
 def request(draw: random.Random) -> tuple[list[Tool], str]:
-    """Tools, and a question that one of them answers."""
+    """Return tools, and a question that one of them answers."""
     names = draw.sample([f"{verb}_{noun}" for verb in VERBS for noun in NOUNS], draw.randint(1, 8))
     tools = [_tool(draw, name) for name in names]
     wanted = draw.choice(tools)["function"]

@@ -1,5 +1,7 @@
 """Run Mixture-of-Experts models whose experts stay on disk, with MLX."""
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "ReadError", "__version__", "load"]
 __version__ = "0.1.0"
+
+# MLX ends Metal's command buffers after 40 or 50 million elements of the arrays that they touch, and counts all slots
+# of a layer when a kernel reads one. It reads this when it starts.
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000")
 
 _MODULES = {
     "Config": "flashmoe_mlx.config",

@@ -24,7 +24,7 @@ from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
 from flashmoe_mlx.cli.run import finish, streamed_load
-from flashmoe_mlx.generation.kv_cache import check_quantization, make_kv_cache, refuse_context
+from flashmoe_mlx.generation.kv_cache import check_quantization, make_kv_cache, plan_prefill, refuse_context
 from flashmoe_mlx.generation.prompt_cache import (
     cache_path,
     cache_settings,
@@ -66,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = make_kv_cache(model, args.max_kv_size)
     check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
     tokens = _encode(read_stdin() if args.prompt == "-" else args.prompt, tokenizer)
-    step_size = args.prefill_step_size or model.streaming.prefill_step_size
     kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
-    refuse_context(model, len(tokens), step_size, max_kv_size=args.max_kv_size, **kv_cache)
+    plan = plan_prefill(model, len(tokens), args.prefill_step_size, max_kv_size=args.max_kv_size, **kv_cache)
+    refuse_context(model, len(tokens), plan.step_size, max_kv_size=args.max_kv_size, **kv_cache)
     for _ in generate_step(
         mx.array(tokens),
         model,
         max_tokens=0,
         prompt_cache=cache,
-        prefill_step_size=step_size,
+        prefill_step_size=plan.step_size,
         **kv_cache,
         prompt_progress_callback=PromptProgress(),
     ):

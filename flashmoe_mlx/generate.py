@@ -36,6 +36,7 @@ from flashmoe_mlx.generation.kv_cache import (
     can_roll_back,
     check_quantization,
     make_kv_cache,
+    plan_prefill,
     refuse_context,
 )
 from flashmoe_mlx.generation.prompt_cache import RestoredPrompt
@@ -100,10 +101,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _add_eos_token(tokenizer, token)
     text, is_chat = _render_prompt(args, tokenizer, restored is not None)
     tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
-    step_size = args.prefill_step_size or model.streaming.prefill_step_size
     kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
-    total = len(tokens) + max(0, args.max_tokens) + (0 if restored is None else restored.tokens)
-    refuse_context(model, total, step_size, max_kv_size=args.max_kv_size, **kv_cache)
+    cached = 0 if restored is None else restored.tokens
+    prompt = len(tokens) + cached
+    plan = plan_prefill(model, prompt, args.prefill_step_size, cached=cached, max_kv_size=args.max_kv_size, **kv_cache)
+    total = prompt + max(0, args.max_tokens)
+    refuse_context(model, total, plan.step_size, max_kv_size=args.max_kv_size, **kv_cache)
     say = mlx_lm.generate if args.verbose else _generate_silently
     say(
         model,
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verbose=args.verbose,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
-        prefill_step_size=step_size,
+        prefill_step_size=plan.step_size,
         prompt_cache=cache,
         **kv_cache,
         draft_model=draft_model,

@@ -130,7 +130,7 @@ def check_answerable(tasks: Sequence[Task], tokenizer: TokenizerWrapper, folder:
 def answer(model: nn.Module, tokenizer: TokenizerWrapper, task: Task, max_tokens: int) -> str:
     """Return a streamed model's greedy answer of up to ``max_tokens`` tokens."""
     prompt = Prompt.from_messages(task.messages, tokenizer, task.tools or ()).tokens
-    step = model.streaming.prefill_step_size
+    step = model.streaming.plan_prefill(len(prompt)).step_size
     text: str = mlx_lm.generate(model, tokenizer, prompt, max_tokens=max_tokens, prefill_step_size=step)
     return text
 

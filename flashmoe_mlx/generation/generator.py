@@ -11,12 +11,11 @@ from mlx_lm.generate import (
     generation_stream,
     maybe_quantize_kv_cache,
     stream_generate,
-    wired_limit,
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.constrain import Processor
-from flashmoe_mlx.generation.kv_cache import make_kv_cache, refuse_context
+from flashmoe_mlx.generation.kv_cache import make_kv_cache, plan_prefill, refuse_context
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
 from flashmoe_mlx.generation.prompt_logprobs import scored_chunk
 
@@ -46,7 +45,8 @@ class Generator:
         model (nn.Module): From :func:`flashmoe_mlx.load`.
         tokenizer (TokenizerWrapper): The model's.
         prefixes (PrefixCache): States to continue from. Those of prefills and answers are added.
-        prefill_step_size (int, optional): Tokens in a prefill chunk. Default: as the model suggests.
+        prefill_step_size (int, optional): Tokens in a prefill chunk. Default: as many as memory allows, which are fewer
+            as the context grows.
         kv_cache (dict, optional): mlx-lm's ``kv_bits``, ``kv_group_size`` and ``quantized_kv_start``. Default: the KV
             cache is not quantized.
         max_kv_size (int, optional): Tokens that layers of full attention keep, see :func:`make_kv_cache`. Default: all.
@@ -70,7 +70,7 @@ class Generator:
         max_kv_size: int | None = None,
     ):
         self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
-        self._step_size: int = prefill_step_size or model.streaming.prefill_step_size
+        self._step_size = prefill_step_size
         self._kv_cache = kv_cache or {"kv_bits": None, "kv_group_size": 64, "quantized_kv_start": 0}
         self._max_kv_size = max_kv_size
         # Refused now rather than in the first answer.
@@ -85,7 +85,8 @@ class Generator:
         Raises:
             MemoryError: It does not fit.
         """
-        refuse_context(self.model, tokens, self._step_size, max_kv_size=self._max_kv_size, **self._kv_cache)
+        step_size = self._step_size or self.model.streaming.prefill_step_size
+        refuse_context(self.model, tokens, step_size, max_kv_size=self._max_kv_size, **self._kv_cache)
 
     def prefill(
         self,
@@ -114,15 +115,18 @@ class Generator:
         # A cached state has no logits.
         cache, cached = (None, 0) if take_logits else self.prefixes.nearest(tokens[:end])
         cache = cache or make_kv_cache(self.model, self._max_kv_size)
-        step_size = min(self._step_size, scored_chunk(len(self.tokenizer))) if take_logits else self._step_size
+        most = scored_chunk(len(self.tokenizer)) if take_logits else len(tokens)
         keep = {length: kind for length, kind in keep.items() if self.prefixes.needs_prefix(cache, kind)}
+        settings = {"cached": cached, "max_kv_size": self._max_kv_size, **self._kv_cache}
+        plan = plan_prefill(self.model, len(tokens), self._step_size, **settings)
         position = cached
         # As mlx-lm does it, on the stream that it decodes on.
-        with wired_limit(self.model, [generation_stream]), mx.stream(generation_stream):
+        with mx.stream(generation_stream):
             while position < end and not cancelled():
                 progress(position - cached, end - cached)
                 # Chunks end where prompts may diverge.
-                stop = min([position + step_size, end, *(length for length in keep if length > position)])
+                chunk_end = position + min(plan.chunk(position), most)
+                stop = min([chunk_end, end, *(length for length in keep if length > position)])
                 logits = self.model(mx.array(list(tokens[position:stop]))[None], cache=cache)
                 if take_logits is not None:
                     take_logits(logits)

@@ -112,7 +112,7 @@ def refuse_context(
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
 ) -> None:
-    """Refuse a context whose KV cache would not fit in memory.
+    """Refuse a context whose KV cache, with the attention scores of a small chunk, would not fit in memory.
 
     Args:
         model (nn.Module): From :func:`flashmoe_mlx.load`.
@@ -128,6 +128,39 @@ def refuse_context(
     """
     kept = tokens if max_kv_size is None else min(tokens, max_kv_size + prefill_step_size - 1)
     model.streaming.refuse_context(kept, kv_bits if tokens > quantized_kv_start else None, kv_group_size)
+
+
+def plan_prefill(
+    model: nn.Module,
+    tokens: int,
+    prefill_step_size: int | None = None,
+    *,
+    cached: int = 0,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+) -> Any:
+    """Return the chunks of a prompt, see :meth:`Streaming.plan_prefill`.
+
+    Args:
+        model (nn.Module): From :func:`flashmoe_mlx.load`.
+        tokens (int): Length of the prompt.
+        prefill_step_size (int, optional): Tokens in a chunk that the user asked for. Default: as many as memory allows.
+        cached (int): Tokens at the beginning of the prompt that are in the KV cache already. Default: ``0``.
+        max_kv_size (int, optional): As of :func:`make_kv_cache`.
+        kv_bits (int, optional): As mlx-lm's.
+        kv_group_size (int): As mlx-lm's.
+        quantized_kv_start (int): As mlx-lm's.
+    """
+    return model.streaming.plan_prefill(
+        tokens,
+        cached=cached,
+        step_size=prefill_step_size,
+        window=max_kv_size,
+        kv_bits=kv_bits if tokens > quantized_kv_start else None,
+        kv_group_size=kv_group_size,
+    )
 
 
 def can_roll_back(cache: Sequence[Any]) -> bool:

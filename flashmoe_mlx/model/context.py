@@ -1,35 +1,38 @@
-"""Memory of a context: KV cache bytes and prefill chunk sizes."""
+"""Memory of a context: the bytes of its KV cache."""
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from flashmoe_mlx.model.budget import gigabytes
 from flashmoe_mlx.system.memory import available_memory
-
-# Fewest and most tokens of a prefill chunk.
-_CHUNKS = (512, 8192)
+from flashmoe_mlx.system.metal import max_buffer_nbytes
 
 
-def refuse_context(tokens: int, token_nbytes: float) -> None:
-    """Refuse a context whose KV cache would make the machine swap.
+def refuse_context(tokens: int, token_nbytes: float, scores_nbytes: int) -> None:
+    """Refuse a context that would make the machine swap, or that needs a larger array than the GPU allows.
 
     Args:
         tokens (int): Of prompt and answer.
-        token_nbytes (float): Bytes per token.
+        token_nbytes (float): Bytes of the KV cache per token.
+        scores_nbytes (int): Bytes of the attention scores of the smallest prefill chunk.
 
     Raises:
-        MemoryError: The KV cache is larger than the free memory.
+        MemoryError: KV cache and scores are larger than the free memory, or the scores than one array may be.
     """
-    free = available_memory()
-    if tokens * token_nbytes > free:
+    if scores_nbytes > (limit := max_buffer_nbytes()):
         raise MemoryError(
-            f"the KV cache of {tokens:,} tokens needs {gigabytes(tokens * token_nbytes)}, and {gigabytes(free)} are "
-            "free: shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size) or quantize them (--kv-bits 8)"
+            f"the attention scores of {tokens:,} tokens need an array of {gigabytes(scores_nbytes)}, and the GPU "
+            f"allows {gigabytes(limit)}: shorten the prompt, generate fewer tokens or keep fewer (--max-kv-size)"
+        )
+    free, needed = available_memory(), tokens * token_nbytes + scores_nbytes
+    if needed > free:
+        scores = f" with {gigabytes(scores_nbytes)} of attention scores" if scores_nbytes > needed // 100 else ""
+        raise MemoryError(
+            f"the KV cache of {tokens:,} tokens needs {gigabytes(needed)}{scores}, and {gigabytes(free)} are free: "
+            "shorten the prompt, generate fewer tokens, keep fewer (--max-kv-size) or quantize them (--kv-bits 8)"
         )
 
 
@@ -67,49 +70,3 @@ def growing_layers(model: nn.Module) -> int:
     caches = make_prompt_cache(model)
     caches = [each for cache in caches for each in (cache.caches if isinstance(cache, CacheList) else [cache])]
     return sum(type(cache) is KVCache for cache in caches)
-
-
-def prefill_step_size(free_nbytes: int, token_nbytes: int) -> int:
-    """Return the tokens of a prefill chunk: a power of two from 512 to 8192.
-
-    Each chunk reads the experts it needs once, so larger chunks read less in total. Activations may take a quarter of
-    the free memory; the rest is for the KV cache and the OS page cache.
-
-    Args:
-        free_nbytes (int): Bytes that trunk and slots leave.
-        token_nbytes (int): Bytes of activations per token, see :func:`prefill_token_nbytes`.
-    """
-    fewest, tokens = _CHUNKS
-    while tokens > fewest and tokens * token_nbytes > free_nbytes // 4:
-        tokens //= 2
-    return tokens
-
-
-def prefill_token_nbytes(
-    config: Mapping[str, Any], *, top_k: int, hidden: int, intermediate: int, itemsize: int
-) -> int:
-    """Return an upper bound of the activation bytes per token of a chunk, in the layer that needs most.
-
-    It is the sum of
-
-    - ``top_k * (4 * hidden + 3 * intermediate)`` values for the routed experts, sorted by expert: inputs, gate, up,
-      activation and outputs, and the outputs again in the order of waves, of tokens, and weighted;
-    - ``16 * hidden`` for the trunk: residual stream, norms, projections, shared expert;
-    - ``2 * heads * 8192`` for attention scores and their softmax, which MLX materializes for heads of 256 dimensions
-      and on a CPU; a context of four times 8192 takes all free memory instead of a quarter, at worst;
-    - without Metal, one GatedDeltaNet state, because mlx-lm then keeps that of every token of a chunk.
-
-    Args:
-        config (Mapping): config.json.
-        top_k (int): Experts per token.
-        hidden (int): Width of the model.
-        intermediate (int): Width of an expert.
-        itemsize (int): Bytes of an activation.
-    """
-    config = config.get("text_config") or config
-    heads = config.get("num_attention_heads") or hidden // 64
-    values = top_k * (4 * hidden + 3 * intermediate) + 16 * hidden + 2 * heads * _CHUNKS[1]
-    if not mx.metal.is_available():
-        state = [config.get(f"linear_{name}", 0) for name in ("num_value_heads", "key_head_dim", "value_head_dim")]
-        values += prod(state)
-    return values * itemsize

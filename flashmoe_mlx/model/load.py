@@ -20,6 +20,7 @@ from flashmoe_mlx.model.families import switch_layers, top_k_settings
 from flashmoe_mlx.model.kernel_check import check_kernels
 from flashmoe_mlx.model.swap import stream_experts
 from flashmoe_mlx.model.tokenizer import load_tokenizer
+from flashmoe_mlx.model.wiring import wire_model
 from flashmoe_mlx.ops.dispatch import GPUS, Backend, choose_backend
 from flashmoe_mlx.system.huge_pages import use_huge_pages
 from flashmoe_mlx.system.text import brief
@@ -49,7 +50,8 @@ def load(
     An expert that cannot be read raises ReadError in the call that needs it, and the next call works. Layers with some
     of their experts in memory give slots back while the machine runs short of memory. MLX's cache limit is lowered to
     1/32 of all memory. On a GPU each kernel is compared with MLX's operations first; one that raises or differs is not
-    used again in this process, and a warning says so.
+    used again in this process, and a warning says so. On a Mac's GPU, trunk, slots and a KV cache of 32,768 tokens are
+    wired once.
 
     Args:
         path_or_hf_repo (str): A folder, or a repository of the Hugging Face Hub.
@@ -102,6 +104,7 @@ def load(
     # Native kernels are built and tested with the package, and MLX's products on a CPU take long.
     if backend in GPUS:
         check_kernels(model, max(1, model.streaming.experts_per_token), backend)
+    wire_model(model)
     tokenizer_config = {"trust_remote_code": trust_remote_code} | (tokenizer_config or {})
     tokenizer = load_tokenizer(checkpoint.folder, tokenizer_config, loaded_config.get("eos_token_id"))
     return (model, tokenizer, loaded_config) if return_config else (model, tokenizer)

@@ -19,10 +19,11 @@ from flashmoe_mlx.layers.router_sync import RouterSync
 from flashmoe_mlx.layers.shared_expert import overlap
 from flashmoe_mlx.layers.switch import ResidentSwitchGLU, StreamedSwitchGLU, output_width
 from flashmoe_mlx.model.budget import PoolPlan, auto_budget, experts_nbytes, plan_pools, refuse_excess
-from flashmoe_mlx.model.context import growing_layers, kv_token_nbytes, prefill_step_size, prefill_token_nbytes
+from flashmoe_mlx.model.context import growing_layers, kv_token_nbytes
 from flashmoe_mlx.model.families import find_experts, hidden_size, router, shared_expert
 from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.model.precision import compute_in_float32, itemsize
+from flashmoe_mlx.model.prefill import ChunkMemory
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.counters import Counters
@@ -74,8 +75,8 @@ def stream_experts(
         buffer_nbytes = max(plan.tables[0].expert_nbytes for plan in streamed)
     refuse_excess(trunk_nbytes, max(slots_nbytes, ram_budget) + _BUFFERED_EXPERTS * buffer_nbytes)
     value_nbytes = itemsize(model)
-    token_nbytes = _prefill_token_nbytes(checkpoint, switches, top_k, value_nbytes)
-    prefill_tokens = prefill_step_size(available_memory() - trunk_nbytes - slots_nbytes, token_nbytes)
+    chunk_memory = _chunk_memory(model, checkpoint, switches, top_k, value_nbytes)
+    prefill_tokens = chunk_memory.most_tokens(available_memory() - trunk_nbytes - slots_nbytes)
 
     limit_cache()
     counters = Counters()
@@ -107,6 +108,7 @@ def stream_experts(
     model.update_modules(tree_unflatten(replacements))
     if config.warm_start is not None:
         load_residents(config.warm_start, {t.layer: (t, pools[t.layer]) for t in tables if t.layer in pools})
+    kv_layers = growing_layers(model)
     return Streaming(
         counters=counters,
         experts_per_token=top_k,
@@ -116,8 +118,10 @@ def stream_experts(
         experts_nbytes=experts_nbytes(tables),
         pools=tuple(dict.fromkeys(pools.values())),
         prefill_step_size=prefill_tokens,
+        chunk_memory=chunk_memory,
         itemsize=value_nbytes,
-        kv_token_nbytes=kv_token_nbytes(checkpoint.config, growing_layers(model), value_nbytes),
+        kv_token_nbytes=kv_token_nbytes(checkpoint.config, kv_layers, value_nbytes),
+        kv_layers=kv_layers,
         kernels=config.kernels,
     )
 
@@ -142,12 +146,18 @@ def _build_pools(
     return pools
 
 
-def _prefill_token_nbytes(
-    checkpoint: Checkpoint, switches: Mapping[str, nn.Module], top_k: int, value_nbytes: int
-) -> int:
+def _chunk_memory(
+    model: nn.Module, checkpoint: Checkpoint, switches: Mapping[str, nn.Module], top_k: int, value_nbytes: int
+) -> ChunkMemory:
     down = next(switch.down_proj if isinstance(switch, SwitchGLU) else switch.fc2 for switch in switches.values())
-    return prefill_token_nbytes(
-        checkpoint.config, top_k=top_k, hidden=down.output_dims, intermediate=down.input_dims, itemsize=value_nbytes
+    return ChunkMemory.from_config(
+        checkpoint.config,
+        top_k=top_k,
+        hidden=down.output_dims,
+        intermediate=down.input_dims,
+        itemsize=value_nbytes,
+        # gpt-oss names them sinks, MiMo attention_sink_bias.
+        sinks=any("sink" in name for name, _ in tree_flatten(model.parameters())),
     )
 
 

@@ -7,6 +7,8 @@ import mlx.core as mx
 import psutil
 
 from flashmoe_mlx.system.cgroup import memory_limit
+from flashmoe_mlx.system.mac_memory import mac_memory
+from flashmoe_mlx.system.metal import metal_room
 
 # The reserve is this part of all memory.
 _RESERVE_DIVISOR = 32
@@ -23,17 +25,34 @@ def total_memory(root: Path = Path("/")) -> int:
     return total if limit is None else min(total, limit.total)
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that can be used without swapping: no more than the container has, and a Mac lets Metal keep.
+def free_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that the OS can hand out without swapping, and no more than the container may have.
+
+    On a Mac, the reserve is left out: some of the page cache is mapped or has yet to be written.
 
     Args:
         root (Path): See :func:`total_memory`.
     """
-    available: int = psutil.virtual_memory().available
+    mac = mac_memory()
+    reclaimable = None if mac is None else mac.reclaimable()
+    free: int = psutil.virtual_memory().available if reclaimable is None else max(0, reclaimable - memory_reserve())
     limit = memory_limit(root)
-    if limit is not None:
-        available = min(available, limit.available)
-    return min(available, int(mx.device_info().get("max_recommended_working_set_size", available)))
+    return free if limit is None else min(free, limit.available)
+
+
+def is_memory_short() -> bool:
+    """Return whether the OS asks programs to free memory. Only a Mac does."""
+    mac = mac_memory()
+    return mac is not None and mac.is_under_pressure()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that new arrays can have: the free memory, and no more than Metal lets a program keep.
+
+    Args:
+        root (Path): See :func:`total_memory`.
+    """
+    return min(free_memory(root), metal_room())
 
 
 def memory_reserve() -> int:

@@ -10,6 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from flashmoe_mlx.generation.generator import Context, Generator
 from flashmoe_mlx.generation.prefix_cache import Kind, PrefixCache
+from flashmoe_mlx.model import info
 from tests.conftest import WriteFamily
 from tests.support.oracle import PROMPT, resident, streamed
 
@@ -81,6 +82,17 @@ def test_progress_counts_only_what_is_computed(folder: Path) -> None:
     context, _ = answer(text, PROMPT)
     text.prefill([*context.tokens, 3, 4], {}, progress=lambda *numbers: seen.append(numbers))
     assert seen == [(0, 1), (1, 1)]
+
+
+def test_chunks_shrink_with_the_context(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 heads of 4 bytes and 256 tokens a chunk: half of the memory holds the scores of a context of 1,024 tokens."""
+    text = Generator(streamed(checkpoint("qwen3_moe")), load_tokenizer(checkpoint("qwen3_moe")), PrefixCache())
+    room = 2 * 16 * 256 * 1024
+    monkeypatch.setattr(info, "memory_reserve", lambda: room)
+    monkeypatch.setattr(info, "available_memory", lambda: 0)
+    seen: list[int] = []
+    text.prefill([7] * 2801, {}, progress=lambda processed, total: seen.append(processed))
+    assert seen == [0, 512, 768, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, *range(1984, 2800, 64), 2800]
 
 
 def test_a_cancelled_prefill_ends_after_its_chunk(folder: Path) -> None:

@@ -17,6 +17,7 @@ from flashmoe_mlx.generation.kv_cache import (
     check_quantization,
     fit_rotating,
     make_kv_cache,
+    plan_prefill,
     refuse_context,
 )
 from flashmoe_mlx.generation.prefix_cache import PrefixCache
@@ -174,6 +175,8 @@ def test_a_context_is_refused_by_what_the_cache_will_hold(
 ) -> None:
     """A limited cache holds a chunk of the prompt more, and a short one is not quantized yet."""
     model, asked = streamed(checkpoint("qwen3_moe")), []
+    plan = plan_prefill(model, 2000, **options)
+    assert (plan.tokens, plan.window, plan.quantized) == (2000, options.get("max_kv_size"), refused[1] is not None)
     monkeypatch.setattr(type(model.streaming), "refuse_context", lambda _, *context: asked.append(context))
     refuse_context(model, 2000, 512, **options)
     assert asked == [refused]

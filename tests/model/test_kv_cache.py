@@ -1,11 +1,14 @@
 """Bytes of a KV cache, and the context that memory can hold."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from flashmoe_mlx.model import context
 from flashmoe_mlx.model.context import kv_token_nbytes, quantized_share
+from flashmoe_mlx.model.prefill import ChunkMemory
 from tests.conftest import WriteFamily
 from tests.support.families import FAMILIES
 from tests.support.oracle import streamed
@@ -33,6 +36,8 @@ def test_quantized_share_is_that_of_the_cache(dtype: mx.Dtype, bits: int, group_
 def test_context_above_available_memory_is_refused(checkpoint: WriteFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     streaming = streamed(checkpoint("qwen3_moe")).streaming
     assert streaming.kv_token_nbytes == kv_token_nbytes(FAMILIES["qwen3_moe"], 2, 4) == 1024
+    # Attention scores are another matter.
+    streaming = replace(streaming, chunk_memory=ChunkMemory(0, heads=0, itemsize=4))
     monkeypatch.setattr(context, "available_memory", lambda: 10**9)
     streaming.refuse_context(900_000)
     # 8 bits of 32, and a scale and a bias for 64 values.

@@ -17,8 +17,12 @@ from flashmoe_mlx.streaming.memory_pressure import MemoryPressure
 from flashmoe_mlx.streaming.pool import Pool
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
+from flashmoe_mlx.system import memory
+from flashmoe_mlx.system.mac_memory import MacMemory
+from flashmoe_mlx.system.memory import memory_reserve
 from tests.conftest import WriteFamily
 from tests.support.disk import holds, holds_residents, write_experts
+from tests.support.libc import Libc
 from tests.support.oracle import Run, assert_same, run, streamed
 from tests.support.pinned import HostBuffers
 
@@ -84,6 +88,38 @@ def test_slots_not_yet_given_back_are_not_asked_for_twice(tables: list[ExpertTab
     pools = [make_pool(tables, 50), make_pool(tables, 50)]
     pressure = MemoryPressure(pools, 4, memory, RESERVE, seconds=0)
     assert [pressure.slots(pool) for pool in pools * 5] == [38] * 10
+
+
+def test_a_warning_of_the_os_gives_slots_back_whatever_is_available(tables: list[ExpertTable]) -> None:
+    """The reserve at a time, 11.4 slots of each of two pools, and nothing is taken back until it has been quiet."""
+    short = [True]
+    pools = [make_pool(tables, 50), make_pool(tables, 50)]
+    pressure = MemoryPressure(pools, 4, Memory(10**6), RESERVE, seconds=0, is_short=lambda: short[0])
+
+    def settle() -> int:
+        for pool in pools:
+            wanted = pressure.slots(pool)
+        for pool in pools:
+            pool.resize(wanted, tables[0], [])
+        return wanted
+
+    # Two measurements before any slot is given back ask for it once.
+    assert [settle() for _ in range(5)] == [38, 27, 15, 4, 4]
+    short[0] = False
+    # Two measurements each time.
+    assert [settle() for _ in range(15)] == [4] * 15
+    assert settle() == 50
+
+
+def test_pools_ask_the_machine(tables: list[ExpertTable], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its free memory, and not what Metal leaves for new arrays, which slots have already."""
+    pool = make_pool(tables, 50)
+    assert MemoryPressure([pool], 4).slots(pool) == 50
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 0})
+    assert MemoryPressure([pool], 4).slots(pool) == 50
+    libc = Libc(level=2, external=memory_reserve() * 8)
+    monkeypatch.setattr(memory, "mac_memory", lambda: MacMemory(libc))
+    assert MemoryPressure([pool], 4).slots(pool) == 4
 
 
 def test_memory_is_measured_every_two_seconds(tables: list[ExpertTable]) -> None:
