@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.checkpoints import write_checkpoint
 from flashmoe_mlx.model import load as load_module
+from flashmoe_mlx.model import swap
 from flashmoe_mlx.ops import gpu
 from flashmoe_mlx.ops import native as native_module
 from flashmoe_mlx.ops.dispatch import Backend, choose_backend
@@ -123,6 +124,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "compiled", cache(lambda kernel: Emulated(compiled(kernel))))
     # CUDA's kernels are the same source.
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    # It needs a driver, and host memory that a GPU can write to.
+    monkeypatch.setattr(swap, "make_readback", lambda backend: None)
     # A compiled function has no values that the emulator could be given.
     mx.disable_compile()
     yield

@@ -20,7 +20,7 @@ from benchmarks.checkpoints import qwen3_5_moe, write_checkpoint
 from benchmarks.exact import load_resident
 from flashmoe_mlx import generate
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.model import budget, context
+from flashmoe_mlx.model import budget, prefill
 from flashmoe_mlx.ops.dispatch import Backend
 from tests.conftest import WriteFamily
 from tests.support.flags import STREAMING, flags
@@ -119,7 +119,7 @@ def test_prefill_chunks_do_not_change_the_text(
     assert run(capsys, "--model", str(folder), "--verbose", "False", "--prefill-step-size", "5") == whole
     assert steps[:3] == [0, 5, 10]
     steps.clear()
-    monkeypatch.setattr(context, "_CHUNKS", (4, 4))
+    monkeypatch.setattr(prefill, "_CHUNKS", (4, 4))
     assert run(capsys, "--model", str(folder), "--verbose", "False") == whole
     assert steps[:3] == [0, 4, 8]
 

@@ -275,7 +275,7 @@ def test_a_model_recalls_its_own_answer(
         (CALL.replace("</tool_call>", ""), []),
         (CALL.replace("</function>", ""), []),
         (CALL.replace("weather", "whether"), []),
-        (CALL.replace("city>\nOslo", "days>\nfew"), []),
+        (CALL.replace("city>\nOslo", "days>\nfew"), [{"name": "weather", "arguments": {"days": "few"}}]),
         (CALL + "<tool_call>\n", []),
         ("Rain.", []),
     ],

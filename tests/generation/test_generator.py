@@ -92,7 +92,7 @@ def test_chunks_shrink_with_the_context(checkpoint: WriteFamily, monkeypatch: py
     monkeypatch.setattr(info, "available_memory", lambda: 0)
     seen: list[int] = []
     text.prefill([7] * 2801, {}, progress=lambda processed, total: seen.append(processed))
-    assert seen == [0, 512, 768, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, *range(1984, 2800, 64), 2800]
+    assert seen == [0, 512, 768, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, *range(2048, 2800, 64), 2800]
 
 
 def test_a_cancelled_prefill_ends_after_its_chunk(folder: Path) -> None:
