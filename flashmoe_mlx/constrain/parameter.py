@@ -62,12 +62,11 @@ class Parameter:
         # A value of these types must fit rules, so no text may look like one.
         self._ruled = self._told & {choice["type"] for choice in self._typed if len(choice) > 1}
         self._may_be_text = "string" in types or any(isinstance(value, str) for value in self._constants)
-        self._is_possible = bool(choices)
 
     @property
     def is_writable(self) -> bool:
         """There is a value for it, and its name can be written."""
-        return self._is_possible and re.fullmatch(r"[^<>\n]+", self._key) is not None
+        return re.fullmatch(r"[^<>\n]+", self._key) is not None and bool(self._values)
 
     def faults(self) -> list[str]:
         """Return what of the schema is not held, beyond what cleaning has found."""
@@ -80,11 +79,8 @@ class Parameter:
 
     def rules(self, name: str) -> list[str]:
         """Return the rule of this name, and the ones that it refers to."""
-        end = quote(END)
-        names, rules = [], []
-        for number, (value, goes_on) in enumerate(self._values()):
-            names.append(f"{name}_{number}")
-            rules.append(f"{names[-1]}[suffix={end}]: {value}" if goes_on else f"{names[-1]}: {value} {end}")
+        names = [f"{name}_{number}" for number in range(len(self._values))]
+        rules = [f"{each}{value}" for each, value in zip(names, self._values, strict=True)]
         return [f"{name}: {quote(f'<parameter={self._key}>' + chr(10))} ({' | '.join(names)})", *rules]
 
     def read(self, text: str) -> str:
@@ -111,19 +107,24 @@ class Parameter:
         first, brackets = start.lstrip()[:1], self._told & {"array", "object"}
         return not brackets or (first != "" and _FIRST.get(first) not in brackets)
 
-    def _values(self) -> list[tuple[str, bool]]:
-        """Return terms for the values, and whether each goes on to the first end of a value."""
-        if not self._may_be_text:
-            return [(json_value(self._schema or {}, self._definitions), False)]
-        constants = [escape(each) if isinstance(each, str) else json.dumps(each) for each in self._constants]
-        found = [(quote(text), False) for text in dict.fromkeys(constants)]
-        texts = [choice for choice in self._typed if choice["type"] == "string"]
-        found += [(self._text(choice), True) for choice in texts]
-        others = [choice for choice in self._typed if choice["type"] in self._told]
-        # A text without rules may be any of them.
-        if others and (self._ruled or {"type": "string"} not in texts):
-            found.append((json_value({"anyOf": others}, self._definitions), False))
-        return found
+    @functools.cached_property
+    def _values(self) -> list[str]:
+        """The rules of the values, without their names."""
+        end, found = quote(END), []
+        if self._may_be_text:
+            constants = [escape(each) if isinstance(each, str) else json.dumps(each) for each in self._constants]
+            found += [f": {quote(text)} {end}" for text in dict.fromkeys(constants)]
+            texts = [choice for choice in self._typed if choice["type"] == "string"]
+            # A text goes on to the first end of a value.
+            found += [f"[suffix={end}]: {self._text(choice)}" for choice in texts]
+            others = [choice for choice in self._typed if choice["type"] in self._told]
+            # A text without rules may be any of them.
+            if others and (self._ruled or {"type": "string"} not in texts):
+                found.append(f": {json_value({'anyOf': others}, self._definitions)} {end}")
+        elif self._schema is not False:
+            found.append(f": {json_value(self._schema, self._definitions)} {end}")
+        # llguidance refuses a rule that no value fits.
+        return [value for value in found if not fault_of(f"start: x\nx{value}\n")]
 
     def _text(self, schema: Schema) -> str:
         """Return a term for a text that is not read as something else."""

@@ -7,7 +7,7 @@ Read the calls with :func:`read_calls`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import llguidance.hf
@@ -15,12 +15,12 @@ import mlx.core as mx
 
 from flashmoe_mlx.constrain.cleaning import clean
 from flashmoe_mlx.constrain.constraint import Constraint, Markers
-from flashmoe_mlx.constrain.function import functions_of
+from flashmoe_mlx.constrain.function import Function, functions_of
 from flashmoe_mlx.constrain.json_calls import json_calls
 from flashmoe_mlx.constrain.lark import quote
 from flashmoe_mlx.constrain.lengths import LENGTHS_APART, only_length
 from flashmoe_mlx.constrain.reading import format_of
-from flashmoe_mlx.constrain.schema import Schema, json_value
+from flashmoe_mlx.constrain.schema import Schema, fault_of, json_value
 from flashmoe_mlx.constrain.weakening import weaken
 from flashmoe_mlx.constrain.xml_calls import is_writable, xml_calls, xml_warnings
 
@@ -79,22 +79,33 @@ def constrained(
         functions = [function for function in functions if is_writable(function)]
         if not functions:
             raise ValueError("no tool has a name that can be written in this model's calls")
-    grammars = (xml_calls if is_xml else json_calls)(functions, end, closing)
-    first = None
-    if tool_choice != "auto":
-        opening = _tag(tokenizer.tool_call_start, tokenizer, vocabulary)
-        space = "/[ \\n]{0,4}/ " if thinking else ""
-        first = [grammar.replace("start: ", f"start: {space}{opening} ", 1) for grammar in grammars]
-    return Constraint(
-        vocabulary,
-        Markers.of(tokenizer, tokenizer.tool_call_start, end),
-        first=first,
-        calls=grammars,
-        one_call=isinstance(tool_choice, Mapping),
-        thinking=thinking,
-        ends=tokenizer.eos_token_ids,
-        warnings=warnings,
-    )
+    calls = partial(xml_calls if is_xml else json_calls, end=end)
+    opening = _tag(tokenizer.tool_call_start, tokenizer, vocabulary)
+    before = ("/[ \\n]{0,4}/ " if thinking else "") + opening
+
+    def constraint() -> Constraint:
+        grammars = calls(functions, closing=closing)
+        first = [grammar.replace("start: ", f"start: {before} ", 1) for grammar in grammars]
+        return Constraint(
+            vocabulary,
+            Markers.of(tokenizer, tokenizer.tool_call_start, end),
+            first=None if tool_choice == "auto" else first,
+            calls=grammars,
+            one_call=isinstance(tool_choice, Mapping),
+            thinking=thinking,
+            ends=tokenizer.eos_token_ids,
+            warnings=warnings,
+        )
+
+    try:
+        return constraint()
+    except ValueError:
+        for index, function in enumerate(functions):
+            if fault := next(filter(None, map(fault_of, calls([function], closing='"x"'))), None):
+                warnings.append(f"{function.name}: the parameters are left free: {fault}")
+                _report(warnings[-1:], function.is_strict)
+                functions[index] = Function(function.name, {"type": "object"}, {}, warnings[-1:])
+        return constraint()
 
 
 def json(

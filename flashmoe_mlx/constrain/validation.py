@@ -55,7 +55,11 @@ def _sane(schema: Any) -> Any:
         part: Any = schema
         for step in steps:
             part = part[step]
-        del part[last]
+        # A schema of a name may be null, or PHP's empty list.
+        if not part[last] and steps and steps[-1] in ("properties", "patternProperties", "$defs", "definitions"):
+            part[last] = True
+        else:
+            del part[last]
     _drop_left_out(schema)
     return schema
 

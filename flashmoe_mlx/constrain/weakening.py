@@ -21,6 +21,9 @@ def weaken(cleaned: Cleaned, where: str) -> None:
         cleaned (Cleaned): The schema, which is changed in place.
         where (str): Its place, for messages.
     """
+    if cleaned.schema is False:
+        cleaned.warn(f"{where}: no value fits the schema: it is left free")
+        cleaned.schema = {}
     if not _fault(cleaned.schema, cleaned.definitions):
         return
     for name in cleaned.definitions:

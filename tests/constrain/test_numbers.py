@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx import constrain
+from flashmoe_mlx.generation.output_parser import OutputParser
 from tests.constrain.writing import parameter
 
 NUMBERS = [
@@ -114,3 +115,11 @@ def test_a_call_that_is_not_held_is_read_all_the_same(xml_tokenizer, written, re
     call = f"<function=f>\n<parameter=x>{written}</parameter></function>"
     (found,) = constrain.read_calls(xml_tokenizer, call, parameter({"type": ["integer", "boolean", "array"]}))
     assert found.arguments == f'{{"x": {read}}}'
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_client_gets_the_digits(any_tokenizer, writer, number):
+    tools = parameter({"type": ["number", "null"]})
+    text = f"{any_tokenizer.tool_call_start}{writer.call(x=number)}{any_tokenizer.tool_call_end}"
+    (call,) = OutputParser(any_tokenizer, tools=tools).feed(text, last=True).tool_calls
+    assert call["function"] == {"name": "f", "arguments": f'{{"x": {number}}}'}

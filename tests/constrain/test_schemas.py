@@ -320,7 +320,10 @@ def test_json_that_is_cut_or_unknown_is_a_fault():
     assert constrain.validate_call({"name": "g", "arguments": "{}"}, parameter({})) == "there is no tool 'g'"
 
 
-@pytest.mark.parametrize("schema", [{"type": "object", "uniqueItems": None, "minProperties": 1}, {"format": "nothing"}])
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "object", "uniqueItems": None, "minProperties": 1}, {"format": "nothing"}, False, True, None, {}],
+)
 def test_response_format_is_held_as_far_as_possible(xml_tokenizer, vocabulary, schema):
     constraint = constrain.json(xml_tokenizer, schema, vocabulary=vocabulary)
     assert fits(constraint, xml_tokenizer, "{}", "<|im_end|>")

@@ -92,3 +92,11 @@ def test_five_thousand_schemas_leave_calls_whole(caller):
     run()
     print(f"\n{len(held)} wild schemas, {sum(held)} calls held, {time.perf_counter() - began:.0f} s")
     assert sum(held) > len(held) / 2
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=_SLOW)
+@given(schema=PARAMETERS)
+def test_any_schema_is_a_response_format(xml_tokenizer, vocabulary, schema):
+    constraint = constrain.json(xml_tokenizer, schema, vocabulary=vocabulary)
+    assert constraint(mx.array([0]), mx.zeros((1, len(xml_tokenizer)))).max().item() == 0
+    assert not any("to the end" in warning for warning in constraint.warnings)
