@@ -1,6 +1,6 @@
 """Chat with a model whose experts are streamed, and let it call your Python functions.
 
-python -m flashmoe_mlx.chat --model FOLDER_OR_REPO --tools my_tools.py
+flashmoe chat --model FOLDER_OR_REPO --tools my_tools.py
 """
 
 if __name__ == "__main__":
@@ -21,9 +21,9 @@ from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.generation.python_tools import PythonTools
 
 EPILOG = """examples:
-  python -m flashmoe_mlx.chat --model mlx-community/Qwen3.5-397B-A17B-4bit --config exact --ram-budget 20GB
-  python -m flashmoe_mlx.chat --tools my_tools.py
-  python -m flashmoe_mlx.chat < questions.txt > answers.txt
+  flashmoe chat --model mlx-community/Qwen3.5-397B-A17B-4bit --config exact --ram-budget 20GB
+  flashmoe chat --tools my_tools.py
+  flashmoe chat < questions.txt > answers.txt
 
 Ctrl-C stops an answer; at a prompt, it ends the program. A line with q, r or h alone quits, begins a new conversation,
 or shows help. If stdin is not a terminal, each line is a turn. Answers go to stdout, everything else to stderr.

@@ -1,6 +1,6 @@
 """Serve a model with streamed experts over an OpenAI-compatible API, on loopback only unless an API key is set.
 
-python -m flashmoe_mlx.server --model FOLDER_OR_REPO --ram-budget 12GB
+flashmoe serve --model FOLDER_OR_REPO --ram-budget 12GB
 """
 
 if __name__ == "__main__":
@@ -39,9 +39,9 @@ from flashmoe_mlx.serving.service import Limits, Service
 from flashmoe_mlx.system.text import read_text
 
 EPILOG = """examples:
-  python -m flashmoe_mlx.server --model mlx-community/Qwen3.5-397B-A17B-4bit --ram-budget 20GB
+  flashmoe serve --model mlx-community/Qwen3.5-397B-A17B-4bit --ram-budget 20GB
   curl http://127.0.0.1:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "What is a heron?"}]}'
-  python -m flashmoe_mlx.server --host 0.0.0.0 --api-key-file key.txt --allowed-host mymac.local
+  flashmoe serve --host 0.0.0.0 --api-key-file key.txt --allowed-host mymac.local
 """
 
 # Characters.
