@@ -38,6 +38,7 @@ from flashmoe_mlx.streaming.counters import Counters
 from flashmoe_mlx.streaming.reader import Reader
 from flashmoe_mlx.streaming.slab import Slab
 from flashmoe_mlx.system.memory import available_memory, memory_reserve
+from flashmoe_mlx.system.metal import computes_on_metal
 
 PROMPT = list(range(2, 34))
 READ_THREADS = (8, 16, 24)
@@ -88,11 +89,6 @@ class Settings:
         return self.folder / "checkpoint"
 
 
-def on_metal() -> bool:
-    """Return whether MLX computes on an Apple GPU."""
-    return bool(mx.default_device().type == mx.gpu and mx.metal.is_available())
-
-
 def setting(name: str) -> Field[Any]:
     """Return a field of Config.
 
@@ -116,7 +112,7 @@ def machine(settings: Settings) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "on_battery": bool(battery and not battery.power_plugged),
         "device": mx.device_info(),
-        "metal": on_metal(),
+        "metal": computes_on_metal(),
         "quick": settings.dims == "small",
         "settings": {each.name: str(getattr(Config(), each.name)) for each in fields(Config)},
         "versions": {name: version(name) for name in ("flashmoe-mlx", "mlx", "mlx-lm")}
@@ -517,7 +513,7 @@ class Section(NamedTuple):
         Raises:
             NotRun: MLX computes on another device.
         """
-        if self.device == "metal" and not on_metal():
+        if self.device == "metal" and not computes_on_metal():
             raise NotRun("needs an Apple GPU")
         if self.device == "gpu" and mx.default_device().type != mx.gpu:
             raise NotRun("needs a GPU")

@@ -22,7 +22,6 @@ import numpy as np
 from mlx_lm.generate import setup_arg_parser as mlx_lm_parser
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.processors import load_processor
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flashmoe_mlx.checkpoint.folder import Checkpoint, find_folder
@@ -30,7 +29,7 @@ from flashmoe_mlx.cli.arguments import complete, extend_parser, parse
 from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.cli.run import finish, streamed_load
+from flashmoe_mlx.cli.run import finish, sampler_of, streamed_load
 from flashmoe_mlx.generation.kv_cache import (
     RotatingKVCache,
     can_roll_back,
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens,
         verbose=args.verbose,
         max_tokens=args.max_tokens,
-        sampler=_sampler(args, tokenizer),
+        sampler=sampler_of(args, tokenizer, args.min_tokens_to_keep),
         prefill_step_size=plan.step_size,
         prompt_cache=cache,
         **kv_cache,
@@ -269,19 +268,6 @@ def _draft_cache(args: argparse.Namespace, cache: Sequence[Any], draft_model: nn
                 "--draft-model"
             )
     return draft_cache
-
-
-def _sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
-    return make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    )
 
 
 def _generate_silently(

@@ -141,6 +141,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the language model: all of it, unless it has a part of its own."""
+    return config.get("text_config") or config
+
+
 def damaged_json(file: Path) -> str | None:
     """Return a line about a file that exists and is not a JSON object, or ``None``.
 

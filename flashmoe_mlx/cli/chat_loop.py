@@ -8,10 +8,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.sample_utils import make_sampler
 
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.cli.run import finish, streamed_load
+from flashmoe_mlx.cli.run import finish, sampler_of, streamed_load
 from flashmoe_mlx.cli.terminal import end_line, note, write
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.generation.conversation import Conversation
@@ -56,15 +55,7 @@ class ChatLoop:
         )
         self._interrupts = _Interrupts()
         self._conversation = self._begin()
-        self._sampler = make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        )
+        self._sampler = sampler_of(args, tokenizer)
         if tools.schemas and not self._conversation.constrains_calls:
             note("calls are not constrained to their schemas: this model's format or one of the schemas is unsupported")
 

@@ -1,11 +1,16 @@
-"""Load a streamed model for a command, and finish its run."""
+"""Load a streamed model for a command, sample as its command line says, and finish its run."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from flashmoe_mlx.config import Config
+from flashmoe_mlx.generation.sampling import xtc_special_tokens
 from flashmoe_mlx.model.info import Streaming
 from flashmoe_mlx.model.load import load
 
@@ -30,6 +35,32 @@ def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tup
         return loaded
 
     return load_streamed
+
+
+def sampler_of(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, min_tokens_to_keep: int = 1
+) -> Callable[[mx.array], mx.array]:
+    """Return mlx-lm's sampler with a command line's settings.
+
+    Args:
+        args (Namespace): Has ``temp``, ``top_p``, ``min_p``, ``top_k``, ``xtc_probability`` and ``xtc_threshold``.
+        tokenizer (TokenizerWrapper): mlx-lm's tokenizer of the model.
+        min_tokens_to_keep (int): Tokens that min-p sampling leaves at least. Default: ``1``.
+
+    Returns:
+        Callable: Takes log probabilities ``[batch, vocabulary]``, and returns tokens ``[batch]``.
+    """
+    sampler: Callable[[mx.array], mx.array] = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=xtc_special_tokens(tokenizer),
+    )
+    return sampler
 
 
 def finish(streaming: Streaming, config: Config, verbose: bool = True) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
+from flashmoe_mlx.checkpoint.folder import language_config
 from flashmoe_mlx.model.budget import gigabytes
 from flashmoe_mlx.system.memory import available_memory
 from flashmoe_mlx.system.metal import max_buffer_nbytes
@@ -44,7 +45,7 @@ def kv_token_nbytes(config: Mapping[str, Any], layers: int, itemsize: int) -> in
         layers (int): Layers whose cache grows, see :func:`growing_layers`.
         itemsize (int): Bytes of an activation.
     """
-    config = config.get("text_config") or config
+    config = language_config(config)
     if rank := config.get("kv_lora_rank"):
         values = rank + config.get("qk_rope_head_dim", 0)
     else:

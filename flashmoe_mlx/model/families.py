@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
-from flashmoe_mlx.checkpoint.folder import Checkpoint
+from flashmoe_mlx.checkpoint.folder import Checkpoint, language_config
 from flashmoe_mlx.model.precision import computed_dtype
 from flashmoe_mlx.ops.dispatch import Backend
 
@@ -93,7 +93,7 @@ def top_k_settings(config: Mapping[str, Any], wanted: int | None) -> tuple[int, 
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:
     """Return the width of the model, which is that of the inputs of routers and shared experts."""
-    return (config.get("text_config") or config).get("hidden_size")
+    return language_config(config).get("hidden_size")
 
 
 def shared_expert(block: nn.Module) -> nn.Module | None:

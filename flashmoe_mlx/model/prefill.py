@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
+from flashmoe_mlx.checkpoint.folder import language_config
 from flashmoe_mlx.system.metal import computes_on_metal, has_neural_accelerators
 
 # Fewest and most tokens of a chunk, and fewest where the scores of more do not fit.
@@ -60,7 +61,7 @@ class ChunkMemory:
             sinks (bool): Attention has sinks. Where it is not fused, MLX copies the scores to join them, and again to
                 split them off, and more than three such arrays were measured.
         """
-        config = config.get("text_config") or config
+        config = language_config(config)
         heads = config.get("num_attention_heads") or hidden // 64
         values = top_k * (4 * hidden + 3 * intermediate) + 16 * hidden
         if not computes_on_metal():

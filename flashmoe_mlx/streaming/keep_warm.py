@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from flashmoe_mlx.system.metal import computes_on_metal
 from flashmoe_mlx.system.power import on_battery
 
 # Rows and columns of the operands: about 10 us of an Apple GPU.
@@ -76,6 +77,6 @@ def make_keep_warm(setting: str) -> KeepWarm | None:
     Args:
         setting (str): ``Config.keep_warm``.
     """
-    if setting == "off" or not (mx.metal.is_available() and mx.default_device().type == mx.gpu):
+    if setting == "off" or not computes_on_metal():
         return None
     return KeepWarm(mx.default_device(), on_battery if setting == "auto" else None)

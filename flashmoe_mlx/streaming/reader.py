@@ -96,19 +96,17 @@ class Reader:
                 and :meth:`writes` returns which of them may still be written to.
         """
         begin = time.perf_counter()
-        # Threads compete for the GIL around each read, so this one makes all the small reads itself.
-        small: deque[Read] = deque()
-        large: deque[Read] = deque()
         batch = self._batch(self._threads, spans, on_filled)
-        for read in batch.reads:
-            (small if read[2] < _LARGE_NBYTES and self._knows_cached else large).append(read)
         try:
             if self._knows_cached:
+                # Threads compete for the GIL around each read, so this one makes all the small reads itself.
+                small = deque(read for read in batch.reads if read[2] < _LARGE_NBYTES)
+                large = deque(read for read in batch.reads if read[2] >= _LARGE_NBYTES)
                 batch.submit(min(self._copiers, len(large)), self._copy_all, large)
                 self._copy_all(batch, Job(), small)
                 self._copy_all(batch, Job(), large)
             else:
-                batch.submit(min(self._device_readers, len(large)), self._copy_all, large)
+                self._finish_in_background(batch)
         except BaseException:
             self._end(batch)
             raise
@@ -126,10 +124,12 @@ class Reader:
             does. Call it once. Until it returns, threads may write to any of the buffers.
         """
         batch = self._batch(self._prefetch_threads, spans, on_filled)
-        queue = deque(batch.reads)
-        readers = max(1, self._copiers) if self._knows_cached else self._device_readers
         try:
-            batch.submit(min(readers, len(queue)), self._copy_all, queue)
+            if self._knows_cached:
+                queue = deque(batch.reads)
+                batch.submit(min(max(1, self._copiers), len(queue)), self._copy_all, queue)
+            else:
+                self._finish_in_background(batch)
         except BaseException:
             self._end(batch)
             raise
@@ -179,11 +179,16 @@ class Reader:
         """Copy what is in the page cache, and leave the rest to threads that wait for the device."""
         for read in batch.take(queue, job):
             job.begin(read, 0)
-            if self._knows_cached:
-                self._copy(read, batch)
-            else:
-                self._finish(read, batch, job)
+            self._copy(read, batch)
         # Only now, because the attempts above have already started readahead for what is not cached.
+        self._finish_cold(batch)
+
+    def _finish_in_background(self, batch: Batch) -> None:
+        """Leave all reads to threads that wait for the device."""
+        batch.cold.extend((read, 0) for read in batch.reads)
+        self._finish_cold(batch)
+
+    def _finish_cold(self, batch: Batch) -> None:
         batch.submit(min(self._device_readers, len(batch.cold)), self._finish_all, batch.cold)
 
     def _copy(self, read: Read, batch: Batch) -> None:

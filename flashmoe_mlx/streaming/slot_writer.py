@@ -1,10 +1,11 @@
 """Reads experts into slots, and quarantines memory that a stuck read may still write to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Self
 
 from flashmoe_mlx.checkpoint.expert_table import ExpertTable
+from flashmoe_mlx.checkpoint.span import Span
 from flashmoe_mlx.streaming.bounce_buffers import BounceBuffers
 from flashmoe_mlx.streaming.manifest_check import ManifestCheck
 from flashmoe_mlx.streaming.read import OnFilled
@@ -53,7 +54,7 @@ class SlotWriter:
             OSError: An expert differs from the manifest.
         """
         buffers = [self._rows[slot] for slot in slots]
-        self._reader.read(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+        self._reader.read(*self._request(table, experts, buffers))
         self._widen(slots)
 
     def start(self, table: ExpertTable, experts: Sequence[int], slots: Sequence[int]) -> Callable[[], None]:
@@ -63,7 +64,7 @@ class SlotWriter:
             Callable: Waits until they are there. Call it once; it raises what :meth:`read` does.
         """
         buffers = [self._rows[slot] for slot in slots]
-        wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+        wait = self._reader.start(*self._request(table, experts, buffers))
 
         def finish() -> None:
             wait()
@@ -102,8 +103,12 @@ class SlotWriter:
         slots = min(slab.slots for slab in self.slabs.values())
         return [[slab.buffer(slot) for slab in self.slabs.values()] for slot in range(slots)]
 
-    def _on_filled(self, table: ExpertTable, experts: Sequence[int], buffers: Sequence[Buffers]) -> OnFilled | None:
-        return None if self._check is None else self._check.on_filled(table.layer, experts, buffers)
+    def _request(
+        self, table: ExpertTable, experts: Sequence[int], buffers: Sequence[Buffers]
+    ) -> tuple[Iterable[tuple[Span, memoryview]], OnFilled | None]:
+        """Return what the reader needs to read experts into buffers."""
+        on_filled = None if self._check is None else self._check.on_filled(table.layer, experts, buffers)
+        return table.reads(experts, buffers), on_filled
 
     def _widen(self, slots: Sequence[int]) -> None:
         for slab in self._widened:
@@ -171,7 +176,7 @@ class CopyingSlotWriter(SlotWriter):
             group = experts[first : first + step]
             transfers = self._begin(slots[first : first + step])
             buffers = [each.views for each in transfers]
-            self._reader.read(table.reads(group, buffers), self._on_filled(table, group, buffers))
+            self._reader.read(*self._request(table, group, buffers))
             self._copy(transfers)
         self._finish_copies()
 
@@ -183,7 +188,7 @@ class CopyingSlotWriter(SlotWriter):
         """
         transfers = self._begin(slots)
         buffers = [each.views for each in transfers]
-        wait = self._reader.start(table.reads(experts, buffers), self._on_filled(table, experts, buffers))
+        wait = self._reader.start(*self._request(table, experts, buffers))
 
         def finish() -> None:
             wait()

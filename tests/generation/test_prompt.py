@@ -7,13 +7,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from demo import MODEL
 from flashmoe_mlx.generation.fitted_messages import MOVED, Message
 from flashmoe_mlx.generation.prompt import NEW_ANSWER, Prompt, _log_once
-
-TEMPLATE = """{%- for message in messages -%}
-<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant\n{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}
-{%- endif -%}"""
+from tests.support.thinking import TEMPLATE
 
 
 @pytest.fixture

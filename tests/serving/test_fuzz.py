@@ -16,6 +16,13 @@ from demo import MODEL
 from demo.talk import TOOL
 from tests.support.serving import CHAT, HERON, Running, serve
 
+deterministic = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
 numbers = st.one_of(st.integers(-3, 30), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 words = st.one_of(st.text(max_size=8), st.sampled_from(["", "user", "a", "<|im_end|>", "<tool_call>", "</think>"]))
 junk = st.recursive(
@@ -166,14 +173,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_no_request_causes_a_server_error(running: Running, count: int) -> None:
     outcomes: Counter[int] = Counter()
 
-    @settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(deterministic, max_examples=count)
     @given(requests())
     def ask(request: tuple[str, Any]) -> None:
         path, fields = request
@@ -200,14 +200,7 @@ def test_no_request_causes_a_server_error(running: Running, count: int) -> None:
 def test_no_schema_causes_a_server_error(running: Running, count: int) -> None:
     outcomes: Counter[int] = Counter()
 
-    @settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(deterministic, max_examples=count)
     @given(nulled(), st.booleans(), st.booleans())
     def ask(schema: Any, is_tool: bool, stream: bool) -> None:
         fields: dict[str, Any] = {"messages": HERON, "max_tokens": 2, "stream": stream}
@@ -228,7 +221,7 @@ def test_no_schema_causes_a_server_error(running: Running, count: int) -> None:
     assert outcomes[200] > outcomes[400]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(deterministic, max_examples=60)
 @given(st.binary(max_size=40), st.dictionaries(st.from_regex(r"\A[A-Za-z-]{1,12}\Z"), st.text("aZ09 ,;="), max_size=3))
 def test_no_body_or_header_causes_a_server_error(running: Running, body: bytes, headers: dict[str, str]) -> None:
     status, _, answer = running.ask("POST", CHAT, body, headers)

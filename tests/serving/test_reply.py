@@ -16,13 +16,7 @@ from flashmoe_mlx.serving.openai.reply import Reply
 from flashmoe_mlx.serving.openai.request import read_request, thinking_options
 from flashmoe_mlx.serving.openai.schema import ChatRequest
 from tests.support.serving import DEFAULTS
-
-TEMPLATE = """{%- for message in messages -%}
-<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant\n{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}
-{%- endif -%}"""
+from tests.support.thinking import TEMPLATE
 
 
 @pytest.fixture

@@ -43,6 +43,19 @@ def dequantized(matrix: Quantized) -> np.ndarray:
     return scales * q + biases
 
 
+def float64_swiglu(x: mx.array, slots: mx.array, gate: Quantized, up: Quantized) -> np.ndarray:
+    """Return SwiGLU activations ``[tokens, top_k, rows]`` of ``x``, ``[tokens, columns]``, in float64."""
+    gated, upped = (
+        np.einsum("tkrc,tc->tkr", dequantized(matrix)[np.array(slots)], float64(x)) for matrix in (gate, up)
+    )
+    return np.asarray(gated / (1 + np.exp(-gated)) * upped)
+
+
+def float64_matvec(x: mx.array, slots: mx.array, matrix: Quantized) -> np.ndarray:
+    """Return products ``[tokens, top_k, rows]`` of ``x``, ``[tokens, top_k, columns]``, in float64."""
+    return np.asarray(np.einsum("tkrc,tkc->tkr", dequantized(matrix)[np.array(slots)], float64(x)))
+
+
 def error(actual: mx.array, wanted: mx.array | np.ndarray) -> float:
     """Return the error relative to the norm of all wanted values."""
     assert actual.shape == wanted.shape

@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from flashmoe_mlx import constrain
 from flashmoe_mlx.generation.job import Job
 from flashmoe_mlx.generation.prompt import Prompt
+from flashmoe_mlx.generation.sampling import xtc_special_tokens
 from flashmoe_mlx.serving.errors import ApiError, bad_request
 from flashmoe_mlx.serving.openai.schema import (
     ChatRequest,
@@ -208,7 +209,7 @@ def _sampling(request: Sampling, tokenizer: TokenizerWrapper) -> dict[str, Any]:
         "min_p": request.min_p,
         "xtc_probability": request.xtc_probability,
         "xtc_threshold": request.xtc_threshold,
-        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        "xtc_special_tokens": xtc_special_tokens(tokenizer),
     }
 
 
