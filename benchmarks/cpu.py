@@ -43,6 +43,7 @@ from benchmarks.models import expert_tables, sizes
 from benchmarks.record import record
 from flashmoe_mlx.config import parse_size
 from flashmoe_mlx.layers.fused_decoder import FusedDecoderLayer
+from flashmoe_mlx.layers.projections import matrix_of
 from flashmoe_mlx.layers.qwen3_next import PROJECTIONS
 from flashmoe_mlx.ops import native
 from flashmoe_mlx.ops.dispatch import Backend
@@ -228,10 +229,7 @@ def products(model: nn.Module) -> Iterator[Callable[[], Any]]:
         return lambda: ask(x, matrix, gate, up)
 
     def experts(switch: nn.Module, top_k: int) -> Callable[[], mx.array]:
-        gate, up, down = (
-            Quantized(each.weight, each.scales, each.biases, each.group_size, each.bits)
-            for each in (switch.gate_proj, switch.up_proj, switch.down_proj)
-        )
+        gate, up, down = map(matrix_of, (switch.gate_proj, switch.up_proj, switch.down_proj))
         compute, chosen = swiglu_experts(gate, up, down, Backend.NATIVE), rotating(gate.weight.shape[0], top_k)
         x = random_vector(gate)
         return lambda: compute(x, next(chosen)[None])

@@ -93,9 +93,10 @@ def main() -> None:
         # Also of a run that was interrupted.
         with replacing(args.out / "report.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=2))
+    report = page(results)
     with replacing(args.out / "report.md") as unfinished:
-        unfinished.write_text(page(results))
-    print(page(results))
+        unfinished.write_text(report)
+    print(report)
     print(f"{args.out / 'report.md'} and {args.out / 'report.json'} are written")
     print(json.dumps(results))
 

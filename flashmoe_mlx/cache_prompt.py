@@ -23,7 +23,7 @@ from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.cli.run import finish, streamed_load
+from flashmoe_mlx.cli.run import finish, kv_cache_settings, streamed_load
 from flashmoe_mlx.generation.kv_cache import check_quantization, make_kv_cache, plan_prefill, refuse_context
 from flashmoe_mlx.generation.prompt_cache import (
     cache_path,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = make_kv_cache(model, args.max_kv_size)
     check_quantization(model, args.kv_bits, args.kv_group_size, args.max_kv_size)
     tokens = _encode(read_stdin() if args.prompt == "-" else args.prompt, tokenizer)
-    kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    kv_cache = kv_cache_settings(args)
     plan = plan_prefill(model, len(tokens), args.prefill_step_size, max_kv_size=args.max_kv_size, **kv_cache)
     refuse_context(model, len(tokens), plan.step_size, max_kv_size=args.max_kv_size, **kv_cache)
     for _ in generate_step(

@@ -18,6 +18,7 @@ from mlx_lm import chat as mlx_chat
 from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
 from flashmoe_mlx.cli.chat_loop import ChatLoop
 from flashmoe_mlx.cli.errors import one_line_errors
+from flashmoe_mlx.config import check_integer
 from flashmoe_mlx.generation.python_tools import PythonTools
 
 EPILOG = """examples:
@@ -72,8 +73,7 @@ def _chat(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     args, config = parse_arguments(parser, argv)
     if args.pipeline:
         raise ValueError("--pipeline is for a model on several machines, and chat runs on one: leave it out")
-    if args.max_tokens < 1:
-        raise ValueError(f"max_tokens is {args.max_tokens}: it must be a positive integer")
+    check_integer("max_tokens", args.max_tokens)
     if args.tools is not None and not args.yes and not sys.stdin.isatty():
         raise ValueError("stdin is not a terminal, so nobody can be asked before a tool runs: pass --yes")
     tools = PythonTools({}) if args.tools is None else PythonTools.load(args.tools)

@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HOME
 
 from flashmoe_mlx.checkpoint.folder import find_folder
-from flashmoe_mlx.cli.arguments import check_texts, command_parser
+from flashmoe_mlx.cli.arguments import check_texts, command_parser, flag
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.config import Config, check_integer
 from flashmoe_mlx.evaluation.measure import Row
@@ -166,7 +166,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for name in ("max_positions", "context", "max_tokens"):
         if getattr(args, name) is not None:
-            check_integer(f"--{name.replace('_', '-')}", getattr(args, name))
+            check_integer(flag(name), getattr(args, name))
     for top_k, budget in product(args.experts_per_token or [None], args.ram_budget):
         Config(experts_per_token=top_k, ram_budget=budget)
     for file in (args.csv, args.plot, args.reference_cache):

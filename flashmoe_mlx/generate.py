@@ -29,7 +29,7 @@ from flashmoe_mlx.cli.arguments import complete, extend_parser, parse
 from flashmoe_mlx.cli.chat_template import render
 from flashmoe_mlx.cli.errors import one_line_errors
 from flashmoe_mlx.cli.progress import PromptProgress
-from flashmoe_mlx.cli.run import finish, sampler_of, streamed_load
+from flashmoe_mlx.cli.run import finish, kv_cache_settings, sampler_of, streamed_load
 from flashmoe_mlx.generation.kv_cache import (
     RotatingKVCache,
     can_roll_back,
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _add_eos_token(tokenizer, token)
     text, is_chat = _render_prompt(args, tokenizer, restored is not None)
     tokens, embeddings = _encode(args, model, tokenizer, model_config, text, is_chat)
-    kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+    kv_cache = kv_cache_settings(args)
     cached = 0 if restored is None else restored.tokens
     prompt = len(tokens) + cached
     plan = plan_prefill(model, prompt, args.prefill_step_size, cached=cached, max_kv_size=args.max_kv_size, **kv_cache)

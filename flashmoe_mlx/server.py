@@ -24,11 +24,11 @@ import mlx.nn as nn
 
 from flashmoe_mlx.checkpoint.folder import find_folder
 from flashmoe_mlx.checkpoint.identity import model_identity, numeric_settings
-from flashmoe_mlx.cli.arguments import extend_parser, parse_arguments
+from flashmoe_mlx.cli.arguments import extend_parser, flag, parse_arguments
 from flashmoe_mlx.cli.chat_template import read_chat_template
 from flashmoe_mlx.cli.errors import one_line_errors
-from flashmoe_mlx.cli.run import finish, streamed_load
-from flashmoe_mlx.config import parse_size
+from flashmoe_mlx.cli.run import finish, kv_cache_settings, streamed_load
+from flashmoe_mlx.config import check_integer, parse_size
 from flashmoe_mlx.generation.prefix_store import PrefixStore
 from flashmoe_mlx.generation.prompt_cache import cache_settings
 from flashmoe_mlx.generation.worker import Worker
@@ -159,7 +159,7 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     metrics = Metrics()
     with Server((args.host, args.port), Handler, key, args.allowed_host) as server:
         load = streamed_load(args, config)
-        kv_cache = {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+        kv_cache = kv_cache_settings(args)
         worker = Worker(
             lambda: load(args.model, **_load_options(args)),
             metrics.add,
@@ -192,21 +192,17 @@ def _serve(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raise a ValueError for values that are wrong whatever the model is."""
     for name in ("max_tokens", "max_prompt_tokens", "max_completion_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)}: it must be a positive integer")
+        if getattr(args, name) is not None:
+            check_integer(flag(name), getattr(args, name))
     if args.max_queue < 0:
         raise ValueError(f"--max-queue is {args.max_queue}: it must not be negative")
     if not isinstance(args.chat_template_args, dict):
         raise ValueError("--chat-template-args must be a JSON object")
-    for name, low, high in (("temp", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31), ("port", 0, 65535)):
+    for name, low, high in (("temp", 0, 2), ("port", 0, 65535)):
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)}: it must be from {low} to {high}")
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}: it must be from {low} to {high}")
     if args.api_key_file is None and not _is_loopback(args.host):
         raise ValueError(f"--host {args.host} is reachable from other machines: set --api-key-file")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -228,14 +224,8 @@ def _prefix_store(args: argparse.Namespace, model: nn.Module, kv_cache: dict[str
 
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer_config = {"trust_remote_code": args.trust_remote_code}
-    if args.chat_template is not None:
-        tokenizer_config["chat_template"] = read_chat_template(args.chat_template)
-    return {
-        "adapter_path": args.adapter_path,
-        "tokenizer_config": tokenizer_config,
-        "trust_remote_code": args.trust_remote_code,
-    }
+    template = args.chat_template
+    return {"tokenizer_config": {} if template is None else {"chat_template": read_chat_template(template)}}
 
 
 def _name(model: str) -> str:

@@ -67,7 +67,7 @@ def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting of :class:`Config`, and those that need a model or a prompt."""
     group = parser.add_argument_group("expert streaming")
     for setting in Config.flags():
-        group.add_argument(f"--{setting.name.replace('_', '-')}", default=setting.default, **setting.metadata)
+        group.add_argument(flag(setting.name), default=setting.default, **setting.metadata)
     group.add_argument(
         "--config",
         metavar="NAME",
@@ -120,7 +120,7 @@ def check_texts(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
-                check_text(_flag(name), text)
+                check_text(flag(name), text)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -128,10 +128,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         # A comparison with NaN is false.
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{_flag(name)} is {value}: it must be from {low} to {high}")
+            raise ValueError(f"{flag(name)} is {value}: it must be from {low} to {high}")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
     return f"--{name.replace('_', '-')}"
 
 

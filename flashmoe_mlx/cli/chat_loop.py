@@ -41,14 +41,7 @@ class ChatLoop:
 
     def __init__(self, args: argparse.Namespace, config: Config, tools: PythonTools):
         self._args, self._config, self._tools = args, config, tools
-        trust = args.trust_remote_code
-        load = streamed_load(args, config)
-        model, tokenizer = load(
-            args.model,
-            adapter_path=args.adapter_path,
-            tokenizer_config={"trust_remote_code": trust},
-            trust_remote_code=trust,
-        )
+        model, tokenizer = streamed_load(args, config)(args.model)
         self._streaming = model.streaming
         self._generator = Generator(
             model, tokenizer, PrefixCache(max_entries=2), args.prefill_step_size, max_kv_size=args.max_kv_size

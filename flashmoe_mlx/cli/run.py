@@ -37,6 +37,11 @@ def streamed_load(args: argparse.Namespace, config: Config) -> Callable[..., tup
     return load_streamed
 
 
+def kv_cache_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a command line's settings of the KV cache, under mlx-lm's names."""
+    return {name: getattr(args, name) for name in ("kv_bits", "kv_group_size", "quantized_kv_start")}
+
+
 def sampler_of(
     args: argparse.Namespace, tokenizer: TokenizerWrapper, min_tokens_to_keep: int = 1
 ) -> Callable[[mx.array], mx.array]:

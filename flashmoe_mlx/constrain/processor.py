@@ -15,10 +15,9 @@ import mlx.core as mx
 
 from flashmoe_mlx.constrain.cleaning import clean
 from flashmoe_mlx.constrain.constraint import Constraint, Markers
-from flashmoe_mlx.constrain.function import Function, functions_of
+from flashmoe_mlx.constrain.function import Function, functions_of, variants_of
 from flashmoe_mlx.constrain.json_calls import json_calls
 from flashmoe_mlx.constrain.lark import quote
-from flashmoe_mlx.constrain.lengths import LENGTHS_APART, only_length
 from flashmoe_mlx.constrain.reading import format_of
 from flashmoe_mlx.constrain.schema import Schema, fault_of, json_value
 from flashmoe_mlx.constrain.weakening import weaken
@@ -129,13 +128,10 @@ def json(
     cleaned = clean(schema, "response_format")
     weaken(cleaned, "response_format")
     _report(cleaned.warnings, strict)
-    parts = [(cleaned.schema, cleaned.definitions)]
-    lengths = [only_length(key, *parts[0]) for key in LENGTHS_APART]
-    parts += [part for part in lengths if part is not None]
+    variants = variants_of([Function("response_format", cleaned.schema, cleaned.definitions)])
+    values = [json_value(whole.schema, whole.definitions, any_escape=False) for (whole,) in variants]
     space = "SPACE? " if thinking else ""
-    grammars = [
-        f"start: {space}json\njson: {json_value(*part, any_escape=False)}\nSPACE: /[\\n ]{{1,4}}/\n" for part in parts
-    ]
+    grammars = [f"start: {space}json\njson: {value}\nSPACE: /[\\n ]{{1,4}}/\n" for value in values]
     return Constraint(
         vocabulary or vocabulary_of(tokenizer),
         Markers.of(tokenizer),

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashmoe_mlx.constrain.call import Call
-from flashmoe_mlx.constrain.function import functions_of
 from flashmoe_mlx.constrain.json_calls import read_json_call
 from flashmoe_mlx.constrain.schema import Schema
 from flashmoe_mlx.constrain.xml_calls import read_xml_call
@@ -34,7 +33,7 @@ def read_calls(tokenizer: Any, text: str, tools: Sequence[Schema]) -> list[Call]
     if kind == "json_tools":
         return [read_json_call(text)]
     if kind == "qwen3_coder":
-        return [read_xml_call(text, functions_of(tools))]
+        return [read_xml_call(text, tools)]
     try:
         found = tokenizer.tool_parser(text.strip(), list(tools))
         return [_call(each) for each in (found if isinstance(found, list) else [found])]

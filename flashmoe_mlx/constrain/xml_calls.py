@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 
 from flashmoe_mlx.constrain.call import Call
-from flashmoe_mlx.constrain.function import Function, variants_of
+from flashmoe_mlx.constrain.function import Function, functions_of, variants_of
 from flashmoe_mlx.constrain.lark import one_of_calls, quote, without
 from flashmoe_mlx.constrain.parameter import END, Parameter
+from flashmoe_mlx.constrain.schema import Schema
 
 # llguidance records in 64 bits which parameters have been written.
 _BITS = 64
@@ -91,12 +92,18 @@ def _is_open(function: Function) -> bool:
     return not function.schema.get("properties") and any("left free" in warning for warning in function.warnings)
 
 
-def read_xml_call(text: str, functions: Sequence[Function]) -> Call:
+def parameters_named(name: str, tools: Sequence[Schema]) -> dict[str, Parameter]:
+    """Return the parameters of the function of this name; none if there is no such function."""
+    functions = functions_of([tool for tool in tools if tool["function"]["name"] == name][:1])
+    return parameters_of(functions[0]) if functions else {}
+
+
+def read_xml_call(text: str, tools: Sequence[Schema]) -> Call:
     """Return the call in a text between the tags.
 
     Args:
         text (str): The text.
-        functions (Sequence[Function]): Functions that may be called; they decide which values are texts.
+        tools (Sequence[dict]): Functions that may be called, in OpenAI's form. They decide which values are texts.
 
     Raises:
         ValueError: It is no call.
@@ -109,8 +116,7 @@ def read_xml_call(text: str, functions: Sequence[Function]) -> Call:
     written = _values(body.removeprefix("\n"))
     if written is None:
         written = {key.strip(): value for key, value in _LENIENT.findall(body)}
-    function = next((each for each in functions if each.name == name), None)
-    parameters = {} if function is None else parameters_of(function)
+    parameters = parameters_named(name, tools)
     values = [
         f"{json.dumps(key, ensure_ascii=False)}: {(parameters.get(key) or Parameter(key, {}, {})).read(value)}"
         for key, value in written.items()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashmoe_mlx.constrain.call import whole_characters
-from flashmoe_mlx.constrain.function import functions_of
 from flashmoe_mlx.constrain.parameter import END, Parameter, unescape
 from flashmoe_mlx.constrain.schema import Schema
-from flashmoe_mlx.constrain.xml_calls import parameters_of
+from flashmoe_mlx.constrain.xml_calls import parameters_named
 
 _JSON_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 # JSON up to an escape that is not complete, or that the next one may complete.
@@ -122,8 +121,7 @@ class CallStream:
             self._name, self._step = json.loads(found[1]), self._json
         elif found := _XML_HEAD.match(self._buffer):
             self._name, self._step = found[1].strip(), self._between
-            tools = [tool for tool in self._tools if tool["function"]["name"] == self._name]
-            self._parameters = parameters_of(functions_of(tools)[0]) if tools else {}
+            self._parameters = parameters_named(self._name, self._tools)
         else:
             return None
         self._buffer = self._buffer[found.end() :]

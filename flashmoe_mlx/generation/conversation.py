@@ -9,7 +9,7 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 
 from flashmoe_mlx.constrain import Processor, constrained, vocabulary_of
-from flashmoe_mlx.generation.fitted_messages import Message
+from flashmoe_mlx.generation.fitted_messages import Message, with_arguments
 from flashmoe_mlx.generation.generator import Generator, Sampler
 from flashmoe_mlx.generation.output_parser import Delta, OutputParser
 from flashmoe_mlx.generation.prompt import Prompt, check_chat
@@ -111,9 +111,5 @@ def _message(whole: Delta) -> Message:
         message["reasoning_content"] = whole.reasoning
     # Templates take the arguments as a mapping; OpenAI's form has them as text.
     if whole.tool_calls:
-        functions = [call["function"] for call in whole.tool_calls]
-        message["tool_calls"] = [
-            call | {"function": function | {"arguments": json.loads(function["arguments"])}}
-            for call, function in zip(whole.tool_calls, functions, strict=True)
-        ]
-    return message
+        message["tool_calls"] = whole.tool_calls
+    return with_arguments(message, json.loads)

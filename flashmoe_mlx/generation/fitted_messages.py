@@ -44,7 +44,7 @@ def fit_messages(messages: Sequence[Message], render: Render) -> tuple[list[Mess
         fitted = joined
         notes.append(JOINED)
     if _takes_text(fitted, render):
-        fitted = [_with_arguments(message, _as_text) for message in fitted]
+        fitted = [with_arguments(message, _as_text) for message in fitted]
         notes.append(AS_TEXT)
     move = _find_move(fitted, render)
     if move is not None:
@@ -73,7 +73,7 @@ def _takes_text(messages: Sequence[Message], render: Render) -> bool:
 
     def shown(change: Callable[[Any], Any]) -> str | None:
         try:
-            return render([_with_arguments(message, lambda _: change({mark: mark})) for message in rest])
+            return render([with_arguments(message, lambda _: change({mark: mark})) for message in rest])
         # Templates raise errors of many types.
         except Exception:
             return None
@@ -86,7 +86,7 @@ def _takes_text(messages: Sequence[Message], render: Render) -> bool:
     return as_text is not None and _as_text({mark: mark}) in as_text
 
 
-def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+def with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
     """Return a message with changed arguments of its calls."""
     if not message.get("tool_calls"):
         return message

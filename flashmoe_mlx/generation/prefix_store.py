@@ -63,9 +63,7 @@ class PrefixStore:
         Returns:
             tuple: (the model's cache, one item per layer; how many of the tokens it has seen), or ``None``.
         """
-        lengths = {
-            int(part) for path in self._folder.glob(f"{self._identity}-*.safetensors") if (part := _length(path))
-        }
+        lengths = {_length(path) for path in self._folder.glob(f"{self._identity}-*.safetensors")}
         digests = _digests(tokens, sorted(length for length in lengths if beyond < length <= len(tokens)))
         for length, digest in reversed(list(digests)):
             path = self._path(length, digest)

@@ -77,7 +77,11 @@ def top_logprobs(logprobs: np.ndarray, count: int) -> tuple[tuple[int, float], .
     """
     if count == 0:
         return ()
-    return tuple((int(token), finite(logprobs[token])) for token in np.argsort(-logprobs, kind="stable")[:count])
+    # Sorting all of a large vocabulary takes 10 ms.
+    count = min(count, logprobs.size)
+    tokens = np.flatnonzero(logprobs >= np.partition(logprobs, -count)[-count])
+    best = tokens[np.argsort(-logprobs[tokens], kind="stable")][:count]
+    return tuple((int(token), finite(logprobs[token])) for token in best)
 
 
 def finite(logprob: float) -> float:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
+from flashmoe_mlx.layers.projections import matrix_of
 from flashmoe_mlx.ops.dispatch import Backend
 from flashmoe_mlx.ops.fused import Fused
 from flashmoe_mlx.ops.matrices import Quantized
@@ -80,7 +81,5 @@ def _swiglu_matrices(switch: nn.Module) -> tuple[Quantized, Quantized, Quantized
     for linear in projections:
         if not isinstance(linear, QuantizedSwitchLinear) or linear.mode != "affine" or "bias" in linear:
             return None
-    gate, up, down = (
-        Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits) for linear in projections
-    )
+    gate, up, down = map(matrix_of, projections)
     return (gate, up, down) if gate.format == up.format else None

@@ -9,7 +9,7 @@ from flashmoe_mlx.system.huge_pages import use_huge_pages
 
 
 def matrix_of(linear: nn.Module) -> Quantized:
-    """Return the matrix of an ``nn.QuantizedLinear``, ``[rows, columns]``."""
+    """Return the matrix of a quantized layer, ``[rows, columns]``, or the stack of a switch layer's."""
     return Quantized(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
 
 

@@ -36,7 +36,7 @@ class ResidentSwitchGLU(nn.Module):
         self.switch = switch
         self.experts = ExpertMLP(switch, backend)
 
-    def __call__(self, x: mx.array, indices: mx.array, overlap: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Apply the routed experts, lazily; see :meth:`StreamedSwitchGLU.__call__`."""
         return self.experts.implementation(x, indices)(x, indices)
 

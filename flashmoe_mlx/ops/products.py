@@ -30,9 +30,11 @@ def gpu_serves(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
         slots (mx.array): ``[..., top_k]``, one per product.
         matrices (Quantized): What they are multiplied with.
     """
-    return 0 < slots.size <= MAX_PAIRS and all(
-        matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices
-    )
+    return 0 < slots.size <= MAX_PAIRS and _gpu_reads(x, *matrices)
+
+
+def _gpu_reads(x: mx.array, *matrices: Quantized) -> bool:
+    return all(matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY for matrix in matrices)
 
 
 def _native_serves(x: mx.array, slots: mx.array, *matrices: Quantized) -> bool:
@@ -132,7 +134,7 @@ def _matvec(x: mx.array, slots: mx.array, matrix: Quantized, rows: int) -> mx.ar
 
 
 def _one_large_vector(x: mx.array, matrix: Quantized) -> bool:
-    return x.size == x.shape[-1] and matrix.scales.dtype == x.dtype and matrix.scales.size >= gpu.DEVICE_MEMORY
+    return x.size == x.shape[-1] and _gpu_reads(x, matrix)
 
 
 @Operation

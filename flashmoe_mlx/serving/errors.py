@@ -46,12 +46,11 @@ class ApiError(Exception):
 
 
 @contextmanager
-def bad_request(param: str | None = None, code: str | None = None) -> Iterator[None]:
+def bad_request(param: str) -> Iterator[None]:
     """Turn a ValueError of the enclosed block into status 400.
 
     Args:
-        param (str, optional): Name of the field that is wrong. Default: ``None``.
-        code (str, optional): OpenAI's code of the error. Default: ``None``.
+        param (str): Name of the field that is wrong.
 
     Raises:
         ApiError: The request cannot be answered as it is.
@@ -59,7 +58,7 @@ def bad_request(param: str | None = None, code: str | None = None) -> Iterator[N
     try:
         yield
     except ValueError as error:
-        raise ApiError(400, sentence(str(error)), param, code) from error
+        raise ApiError(400, sentence(str(error)), param) from error
 
 
 @contextmanager

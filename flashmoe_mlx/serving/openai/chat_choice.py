@@ -91,7 +91,7 @@ class ChatChoice:
 
     def chunk(self) -> dict[str, Any] | None:
         """Return all that is new since the last chunk; ``None`` if nothing is."""
-        if self._sent or not (self._new != Delta() or self.finish_reason):
+        if self._sent:
             return None
         self._sent = self.finish_reason is not None
         new, self._new = self._new, Delta()
