@@ -122,19 +122,19 @@ def clean_values(given: Schema, rules: Schema, warn: Warn) -> list[Any] | None:
         rules (dict): What is clean of it.
         warn (Callable): Takes what is not enforced.
     """
-    key = "const" if "const" in given else "enum"
+    simple = {rule: value for rule, value in rules.items() if rule in ("type", *LENGTHS, *BOUNDS, "pattern")}
+    # A const that was left out is often written as null.
+    left_out = given.get("const", given) is None and not _fits(None, simple)
+    key = "const" if "const" in given and not left_out else "enum"
     values = [given["const"]] if key == "const" else given.get("enum")
     if values is None:
         return None
     if not isinstance(values, list | tuple):
         warn("enum is ignored: it must be a list")
         return None
-    simple = {rule: value for rule, value in rules.items() if rule in ("type", *LENGTHS, *BOUNDS, "pattern")}
     fitting = [value for value in values if _fits(value, simple)]
     if not fitting:
-        # A const that was left out is often written as null.
-        if key == "enum" or values != [None]:
-            warn(f"{key} is not enforced: none of its values fits the other rules")
+        warn(f"{key} is not enforced: none of its values fits the other rules")
         return None
     if _has_large_number(fitting):
         warn(f"{key} is not enforced: it has numbers beyond 2**53")

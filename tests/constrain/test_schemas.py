@@ -183,6 +183,18 @@ def test_what_cannot_be_held_is_left_free(writer, schema, value, warning):
     assert not writer.fits(tools, writer.call("g", n='"three"'), [f"f.x: {warning}"])
 
 
+@pytest.mark.parametrize("kind", ["string", ["string", "integer"], "object"])
+def test_a_const_that_was_left_out_does_not_hide_the_enum(writer, kind):
+    """A null of another type than the value's is one that was left out; what stands beside it counts."""
+    schema = {"type": kind, "const": None, "enum": ["a", {"a": 1}]}
+    good, bad = ('{"a": 1}', '{"b": 1}') if kind == "object" else ('"a"', '"b"')
+    assert writer.fits(parameter(schema), writer.call(x=good))
+    assert not writer.fits(parameter(schema), writer.call(x=bad))
+    empty = {"type": kind, "const": None, "enum": []}
+    warning = "f.x: enum is not enforced: none of its values fits the other rules"
+    assert writer.fits(parameter(empty), writer.call(x=good), [warning])
+
+
 @pytest.mark.parametrize("kind", ["str", "text"])
 def test_other_names_of_types_are_known(writer, kind):
     warning = f"f.x: there is no type {kind!r}: it is read as string"
